@@ -1,0 +1,360 @@
+"""``force-prune``: prune a timm model at initialisation from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from timm.utils import random_seed
+
+from force_plugin import (
+    SparsityReport,
+    force_prune,
+    get_masks,
+    save_masks,
+)
+from force_plugin.methods import METHODS
+from force_plugin.schedules import SCHEDULES
+from force_plugin.zoo import count_classes, load_data, load_dataset, load_model
+
+DESCRIPTION = """\
+Prune a timm model at initialisation. Prints what is left of each layer and writes the
+masks, the report and a plot. Without --data and --dataset, the data are the digits that
+come with scikit-learn: no download, for a first try."""
+
+EXAMPLES = """\
+examples:
+  a first try, on the digits:
+    force-prune resnet18 --sparsity 0.95 --steps 5
+
+  FORCE on a folder of images, data/train/CLASS/*.jpg:
+    force-prune resnet50 --data data --sparsity 0.99 --steps 60 --batches 40 \\
+        --workers 4 --out runs/r50
+
+In Python, apply_masks(model, load_masks("runs/r50/masks.safetensors")) prunes a model
+with the masks. The same --seed makes the same model, so a model made in Python after
+timm.utils.random_seed(seed) has the weights that these masks were chosen for."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage above it."""
+
+    def error(self, message: str, status: int = 2) -> NoReturn:
+        # Errors of the libraries below can have several lines.
+        self.exit(status, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``force-prune``.
+
+    Args:
+        argv: The arguments after the program's name. None: those of the process.
+
+    Returns:
+        0, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: After one line on stderr, with status 2 for wrong arguments and 1
+            where the pruning failed (memory, gradients that are not finite, ...); with
+            status 0 after ``--help``.
+    """
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    try:
+        _prune(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except RuntimeError as error:
+        parser.error(str(error), status=1)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(
+        prog="force-prune",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="name of a timm model, e.g. resnet50")
+
+    data = parser.add_argument_group("data and model")
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of images, DIR/CLASS/*.jpg or DIR/train/CLASS/*.jpg, or of the "
+        "--dataset (default: scikit-learn's digits)",
+    )
+    data.add_argument(
+        "--dataset",
+        default="",
+        metavar="NAME",
+        help="data set that timm.data.create_dataset reads by name, e.g. torch/cifar10 "
+        "(default: a folder of images)",
+    )
+    data.add_argument(
+        "--download",
+        action="store_true",
+        help="download the --dataset if it is not in --data yet",
+    )
+    data.add_argument(
+        "--batch-size",
+        type=_count,
+        default=128,
+        metavar="N",
+        help="images a batch (default: %(default)s)",
+    )
+    data.add_argument(
+        "--image-size",
+        type=_count,
+        metavar="PIXELS",
+        help="height and width of the images (default: the model's own; for the "
+        "digits 32 if the model takes any size)",
+    )
+    data.add_argument(
+        "--num-classes",
+        type=_count,
+        metavar="N",
+        help="outputs of the model (default: as many as the data have classes)",
+    )
+    data.add_argument(
+        "--workers",
+        type=_count_or_zero,
+        default=0,
+        metavar="N",
+        help="processes that load the data; 0: none but this one (default: "
+        "%(default)s)",
+    )
+    data.add_argument(
+        "--model-kwargs",
+        type=_keyword,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments for timm.create_model, values as in Python, e.g. "
+        "zero_init_last=False (default: none)",
+    )
+
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument(
+        "--sparsity",
+        type=_sparsity,
+        required=True,
+        metavar="S",
+        help="fraction of the prunable weights to remove, 0 <= S < 1 (required)",
+    )
+    pruning.add_argument(
+        "--method",
+        choices=list(METHODS),
+        default="force",
+        help="one of %(choices)s (default: %(default)s)",
+        metavar="NAME",
+    )
+    pruning.add_argument(
+        "--steps",
+        type=_count,
+        default=60,
+        metavar="T",
+        help="pruning steps; snip, grasp, magnitude and random always take 1, snip_it "
+        "takes 7 (default: %(default)s)",
+    )
+    pruning.add_argument(
+        "--schedule",
+        choices=list(SCHEDULES),
+        default="exponential",
+        help="density after each step, one of %(choices)s (default: %(default)s)",
+        metavar="NAME",
+    )
+    pruning.add_argument(
+        "--batches",
+        type=_batches,
+        default=1,
+        metavar="N",
+        help="batches a step, or 'all' for the whole data set once a step (default: "
+        "%(default)s)",
+    )
+    pruning.add_argument(
+        "--open-gates",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="while scoring, open the gates that timm initialises closed, such as "
+        "LayerScale and the last batch norm of a block (default: open)",
+    )
+    pruning.add_argument(
+        "--seed",
+        type=_count_or_zero,
+        default=0,
+        metavar="N",
+        help="seed of the initial weights and of the order of the data (default: "
+        "%(default)s)",
+    )
+    pruning.add_argument(
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to prune, e.g. cpu or cuda:1 (default: cuda if there is one, "
+        "else cpu)",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to, made if missing; files of an earlier run in it are "
+        "replaced (default: runs/MODEL-METHOD-SPARSITY)",
+    )
+    output.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors and warnings"
+    )
+    return parser
+
+
+def _prune(args: argparse.Namespace) -> None:
+    """Do what the arguments say, the cheap checks before the pruning."""
+    random_seed(args.seed)
+    dataset = load_dataset(args.data, dataset=args.dataset, download=args.download)
+    options = {
+        "num_classes": args.num_classes or count_classes(dataset),
+        "image_size": args.image_size,
+        **dict(args.model_kwargs),
+    }
+    model = load_model(args.model, **options).to(args.device)
+    loader = load_data(
+        model,
+        dataset,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
+    out = args.out or Path("runs", f"{args.model}-{args.method}-{args.sparsity}")
+    _make_writable(out)
+
+    with warnings.catch_warnings():
+        # The report has them too.
+        warnings.simplefilter("ignore", UserWarning)
+        report = force_prune(
+            model,
+            loader,
+            args.sparsity,
+            method=args.method,
+            steps=args.steps,
+            schedule=args.schedule,
+            batches=args.batches,
+            open_gates=args.open_gates,
+            progress=not args.quiet,
+        )
+    save_masks(get_masks(model), out / "masks.safetensors")
+    _write_json(report, out / "report.json", vars(args))
+    _write_csv(report, out / "report.csv")
+    report.plot(out / "sparsity.png")
+    if args.quiet:
+        for warning in report.warnings:
+            print(f"force-prune: warning: {warning}", file=sys.stderr)
+        return
+    print(report)
+    print(
+        f"\nwritten to {out}:\n"
+        "  masks.safetensors  a bit for each weight, 1 = kept\n"
+        "  report.json        the options of this run and the table above\n"
+        "  report.csv         the table above, a row a layer\n"
+        "  sparsity.png       the share of weights kept in each layer"
+    )
+
+
+def _make_writable(out: Path) -> None:
+    """Make a folder and check that a file can be written in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # Permissions alone do not tell: read-only mounts, full quotas, the root user.
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"argument --out: expected a folder to write to, got {str(out)!r}: "
+            f"{error.strerror}"
+        ) from error
+
+
+def _write_json(report: SparsityReport, path: Path, options: dict[str, Any]) -> None:
+    # Paths and devices are written as text.
+    text = json.dumps({"options": options, **report.to_dict()}, indent=2, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _write_csv(report: SparsityReport, path: Path) -> None:
+    layers = report.to_dict()["layers"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(layers[0]))
+        writer.writeheader()
+        for layer in layers:
+            writer.writerow({**layer, "shape": "x".join(map(str, layer["shape"]))})
+
+
+# Types of arguments. argparse turns an ArgumentTypeError into an error of the argument.
+
+
+def _sparsity(text: str) -> float:
+    try:
+        sparsity = float(text)
+    except ValueError:
+        sparsity = float("nan")
+    if not 0 <= sparsity < 1:
+        raise argparse.ArgumentTypeError(
+            "expected the fraction of weights to remove, 0 <= S < 1 (0.99 removes "
+            f"99 %), got {text}"
+        )
+    return sparsity
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text}")
+    return int(text)
+
+
+def _count_or_zero(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _batches(text: str) -> int | None:
+    return None if text == "all" else _count(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        # Only a tensor shows whether this machine has the device.
+        return torch.empty(0, device=text).device
+    # A missing CUDA driver is an AssertionError, an unknown name a RuntimeError.
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device of this machine, got {text}: {first_line}"
+        ) from error
+
+
+def _keyword(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text}")
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value  # text needs no quotes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Which weights of a model can be pruned, and where each of them lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
+"""Modules whose ``weight`` is pruned unless the caller chooses: every
+convolution, transposed ones too, and every linear layer, subclasses included."""
+
+
+@dataclass(eq=False)
+class Weight:
+    """One prunable tensor of a model.
+
+    Attributes:
+        name: Name of the parameter as ``model.named_parameters()`` gives it before
+            any pruning, e.g. ``"layer1.0.conv1.weight"``.
+        owners: Every ``(module, tensor name)`` that holds this parameter. A weight
+            that several modules share is one weight with several owners.
+        dense: The parameter with all its values (``weight_orig`` where the model is
+            pruned already).
+        mask: Bool tensor of the same shape, True = kept; ``None`` where the weight
+            is not pruned yet.
+    """
+
+    name: str
+    dense: nn.Parameter
+    mask: Tensor | None = None
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    @property
+    def prunable(self) -> bool:
+        """Whether it is pruned unless the caller chooses."""
+        return any(
+            isinstance(module, PRUNABLE_MODULES) and tensor == "weight"
+            for module, tensor in self.owners
+        )
+
+    def slots(self) -> list[tuple[nn.Module, str]]:
+        """Where the parameter is registered: ``(module, key in its _parameters)``."""
+        return [(module, parameter_key(module, name)) for module, name in self.owners]
+
+
+def parameter_key(module: nn.Module, name: str) -> str:
+    """Key of the tensor ``name`` in ``module._parameters``, pruned or not."""
+    return f"{name}_orig" if f"{name}_orig" in module._parameters else name
+
+
+def find_weights(
+    model: nn.Module, parameters: Iterable[tuple[nn.Module, str]] | None = None
+) -> list[Weight]:
+    """List the prunable weights of a model, in the order of its modules.
+
+    Args:
+        model: Any module, pruned before or not.
+        parameters: ``(module, tensor name)`` pairs as
+            :func:`torch.nn.utils.prune.global_unstructured` takes them. Default:
+            the weight of every convolution and linear layer.
+
+    Returns:
+        The weights; one that several modules share is listed once, with all its
+        owners.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``parameters`` holds something else
+            than pairs.
+        ValueError: Nothing is left to prune, a pair names no parameter of the
+            model, or a weight has no values yet (lazy modules).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}"
+        )
+    known = _parameters(model)
+    if parameters is None:
+        # A parametrised weight (weight_norm, spectral_norm) is computed, not stored:
+        # there is no parameter that a mask could be put on, and none is listed here.
+        chosen = [weight for weight in known.values() if weight.prunable]
+    else:
+        chosen = [_chosen(pair, known) for pair in parameters]
+    for weight in chosen:
+        _check(weight)
+    weights = {weight.name: weight for weight in chosen if weight.dense.numel()}
+    if not weights:
+        raise ValueError(
+            "nothing to prune: the model has no convolution or linear weight; name "
+            'others with parameters=[(module, "weight"), ...]'
+            if parameters is None
+            else "nothing to prune: parameters= is empty"
+        )
+    return list(weights.values())
+
+
+def named_parameters(model: nn.Module) -> dict[str, Weight]:
+    """Every parameter of a model by its name, shared ones once, pruned or not."""
+    return {weight.name: weight for weight in _parameters(model).values()}
+
+
+def _parameters(model: nn.Module) -> dict[int, Weight]:
+    """Every parameter of a model by its identity, in the order of the modules."""
+    found: dict[int, Weight] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            tensor = key.removesuffix("_orig")
+            mask = module._buffers.get(f"{tensor}_mask")
+            if mask is None:
+                tensor = key
+            weight = found.setdefault(
+                id(parameter),
+                Weight(
+                    name=f"{prefix}.{tensor}" if prefix else tensor,
+                    dense=parameter,
+                    mask=None if mask is None else mask.bool(),
+                ),
+            )
+            weight.owners.append((module, tensor))
+    return found
+
+
+def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
+    if not (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], nn.Module)
+        and isinstance(pair[1], str)
+    ):
+        raise TypeError(
+            'parameters: expected pairs (module, "weight") as torch.nn.utils.prune '
+            f"takes them, got {type(pair).__name__}: {str(pair)[:60]}"
+        )
+    module, name = pair
+    parameter = module._parameters.get(parameter_key(module, name))
+    if parameter is None:
+        own = ", ".join(key for key, p in module._parameters.items() if p is not None)
+        raise ValueError(
+            f"parameters: {type(module).__name__} has no parameter {name!r}; "
+            f"it has {own or 'none'}"
+        )
+    if id(parameter) not in known:
+        raise ValueError(
+            f"parameters: a {type(module).__name__} given with {name!r} is not part "
+            "of the model; take the pair from model.named_modules()"
+        )
+    return known[id(parameter)]
+
+
+def _check(weight: Weight) -> None:
+    name, parameter = weight.name, weight.dense
+    if is_lazy(parameter):
+        raise ValueError(
+            f"{name} has no shape yet (a lazy module): run one batch through the "
+            "model before pruning it"
+        )
+    if not parameter.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {parameter.dtype}; only floating-point weights can be "
+            "scored: prune before quantising"
+        )
+    if parameter.device == torch.device("meta"):
+        raise ValueError(
+            f"{name} is on the meta device and has no values: materialise and "
+            "initialise the model before pruning it"
+        )

@@ -1,0 +1,201 @@
+"""The loop: score, select, mask, and again; then prune the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from force_plugin import gates
+from force_plugin.masks import prune_with
+from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.parameters import find_weights
+from force_plugin.report import SparsityReport, report_of
+from force_plugin.schedules import Schedule, check_count, kept_per_step
+from force_plugin.scoring import Forward, Loader, LossFn, Probe
+from force_plugin.selection import top_k_masks
+
+
+def force_prune(
+    model: nn.Module,
+    loader: Loader,
+    sparsity: float,
+    *,
+    method: str | type[SaliencyMethod] = "force",
+    steps: int = 60,
+    schedule: str | Schedule = "exponential",
+    batches: int | None = 1,
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    forward: Forward | None = None,
+    parameters: Iterable[tuple[nn.Module, str]] | None = None,
+    open_gates: bool = True,
+    progress: bool = True,
+) -> SparsityReport:
+    """Prune a model in place, before it is trained.
+
+    Algorithm 1 of de Jorge et al. 2021 (arXiv 2006.09081) for ``"force"`` and
+    ``"iter_snip"``, and its one-step and data-free relatives. Afterwards the model is
+    pruned as :func:`torch.nn.utils.prune.global_unstructured` prunes (``weight_orig``,
+    ``weight_mask`` and a forward pre-hook), and everything else is bit for bit what it
+    was: values, running statistics, gradients, modes, hooks and, except for
+    ``"random"``, the global random state. After an error or Ctrl-C the model is
+    untouched.
+
+    The network is scored as it stands: in training mode its batch statistics are those
+    of the scoring batches, and dropout is on.
+
+    Args:
+        model: Any module. On one that is pruned already, only more is removed.
+        loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
+            Each step takes the next ones, from the beginning again when it ends. Their
+            tensors are moved to the device of the model's first prunable weight.
+        sparsity: Fraction of the prunable weights to remove, 0 ≤ sparsity < 1; exactly
+            ⌊(1 − sparsity) · m⌋ of m weights stay.
+        method: A name of ``force_plugin.METHODS`` or a subclass of
+            :class:`~force_plugin.SaliencyMethod`.
+        steps: T, the number of steps; 60 in the FORCE paper, 100 in SynFlow's. Methods
+            that fix it keep theirs: ``"snip"``, ``"grasp"``, ``"magnitude"`` and
+            ``"random"`` take 1 step, ``"snip_it"`` takes 7.
+        schedule: Density after each step: ``"exponential"``, ``"linear"``,
+            ``"snip_it"`` or a callable ``(step, steps, density) -> density``.
+            ``"snip_it"`` keeps its own as a method.
+        batches: Batches a step, over which the gradient is averaged; ``None``: one
+            whole pass of the loader a step.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
+            ``(inputs, targets)`` pair; replaces ``loss_fn``.
+        parameters: ``[(module, "weight"), ...]`` as in
+            :func:`torch.nn.utils.prune.global_unstructured`; default: the weight of
+            every convolution and linear layer. A shared weight counts once.
+        open_gates: Score with closed gates opened (normalisation weights of 0, as
+            timm's ``zero_init_last`` leaves them, and prunable weights that are all 0);
+            ``False`` gives the papers' scores there. The model keeps its own values.
+        progress: Show a progress bar with step and density on standard error.
+
+    Returns:
+        The sparsity of every prunable layer. Its ``warnings`` name gates that were
+        opened, layers that were emptied, and what makes the mask doubtful: layers
+        without any saliency, and the step at which the network collapsed (fewer
+        non-zero saliencies than weights to keep).
+
+    Raises:
+        TypeError, ValueError: An argument, a batch or the loss is not as expected; the
+            message says what was, what came and what to do.
+        RuntimeError: A weight got no gradient, or a loss or score is not finite; the
+            message names the layer and the step.
+
+    Warns:
+        UserWarning: The mask is doubtful, as above.
+    """
+    criterion = find_method(method)
+    method_name = method if isinstance(method, str) else method.__name__
+    weights = find_weights(model, parameters)
+    check_count("steps", steps)
+    total = sum(weight.dense.numel() for weight in weights)
+    kept_after = kept_per_step(
+        criterion.schedule or schedule, criterion.steps or steps, sparsity, total
+    )
+    # The mask of an earlier pruning, if any: what it removed never comes back.
+    earlier = {w.name: w.mask for w in weights if w.mask is not None}
+    available = total - sum(int((~mask).count_nonzero()) for mask in earlier.values())
+    if kept_after[-1] > available:
+        raise ValueError(
+            f"sparsity: the model is pruned to {1 - available / total:.6g} already, "
+            f"and pruning it again only removes more; got {sparsity}"
+        )
+
+    opened = gates.open_gates(model, weights) if open_gates else {}
+    notes = _Notes()
+    masks: dict[str, Tensor] = {}
+    bar = tqdm(
+        total=len(kept_after), desc=method_name, unit="step", disable=not progress
+    )
+    probe = Probe(
+        model,
+        weights,
+        loader,
+        batches=batches,
+        loss_fn=loss_fn,
+        forward=forward,
+        opened=opened,
+        on_batch=lambda number: bar.set_postfix_str(f"batch {number}"),
+    )
+    with bar, probe:
+        for step, kept in enumerate(kept_after, start=1):
+            if masks:
+                probe.prune(masks)
+            scores = probe.scores(criterion)
+            notes.on_scores(step, scores)
+            _exclude(scores, earlier if criterion.regrows else masks or earlier)
+            kept = min(kept, available)
+            selected, threshold = top_k_masks(list(scores.values()), kept)
+            masks = dict(zip(scores, selected, strict=True))
+            notes.on_selection(step, scores, kept, threshold)
+            bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
+            bar.update()
+
+    prune_with(((weight, masks[weight.name]) for weight in weights), criterion)
+    for problem in notes.problems:
+        warnings.warn(problem, stacklevel=2)
+    remarks = [*gates.describe(opened, weights), *notes.problems, *_emptied(masks)]
+    return report_of(weights, masks, remarks, method_name)
+
+
+def _exclude(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Put what the masks have pruned behind everything else."""
+    for name, mask in masks.items():
+        scores[name].masked_fill_(~mask, -torch.inf)
+
+
+def _emptied(masks: Mapping[str, Tensor]) -> list[str]:
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    return [f"{_layers(empty, len(masks))} lost every weight"] if empty else []
+
+
+class _Notes:
+    """What makes a mask doubtful, noticed on the way.
+
+    Attributes:
+        problems: A sentence each.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._collapsed = False
+
+    def on_scores(self, step: int, scores: Mapping[str, Tensor]) -> None:
+        """Look for layers that the first step cannot rank."""
+        blind = [name for name, s in scores.items() if not s.any()] if step == 1 else []
+        if blind:
+            self.problems.append(
+                f"{_layers(blind, len(scores))} had a saliency of exactly 0 everywhere "
+                "at the first step: no gradient passes there, and what is kept of them "
+                "is not a choice of the method"
+            )
+
+    def on_selection(
+        self, step: int, scores: Mapping[str, Tensor], kept: int, threshold: float
+    ) -> None:
+        """Look for a selection that had to take weights of saliency 0."""
+        # Scores below 0 are GraSP's, and mean something.
+        if self._collapsed or threshold != 0:
+            return
+        ranked = sum(
+            int(((s != 0) & (s != -torch.inf)).count_nonzero()) for s in scores.values()
+        )
+        if ranked < kept:
+            self._collapsed = True
+            self.problems.append(
+                f"the network collapsed at step {step}: {ranked:,} weights have a "
+                f"saliency other than 0, and {kept:,} were to stay; the others were "
+                "kept by position, which means nothing. Take more steps, more batches, "
+                "a lower sparsity or another method"
+            )
+
+
+def _layers(names: Sequence[str], total: int) -> str:
+    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} of {total} layers ({first})"

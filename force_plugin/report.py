@@ -1,0 +1,483 @@
+"""What is left of each layer: as a table, a dictionary, a data frame and a plot."""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from force_plugin.parameters import Weight, named_parameters
+
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped, unused-ignore]
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 80
+"""Width of a terminal that nobody has resized: no line of a table is longer."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How many weights one layer has left.
+
+    Attributes:
+        name: Name of the parameter, e.g. ``"layer1.0.conv1.weight"``.
+        shape: Its shape; any sequence of integers is stored as a tuple.
+        kept: Number of weights that the mask keeps.
+        total: Number of weights of the dense layer.
+
+    Raises:
+        ValueError: Not 0 ≤ kept ≤ total, or total is 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    total: int
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        # A torch.Size is a tuple too, but one that prints and pickles as torch's.
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not 0 <= self.kept <= self.total or self.total == 0:
+            raise ValueError(
+                f"{self.name}: expected 0 <= kept <= total and total >= 1, "
+                f"got kept={self.kept} and total={self.total}"
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights removed, in [0, 1]."""
+        return (self.total - self.kept) / self.total
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights kept, in [0, 1]."""
+        return self.kept / self.total
+
+    @property
+    def empty(self) -> bool:
+        """Whether no weight is left."""
+        return self.kept == 0
+
+
+@dataclass(frozen=True, repr=False)
+class SparsityReport:
+    """How many weights a pruned network has left, layer by layer.
+
+    ``print(report)`` shows a table of at most 80 columns.
+
+    Attributes:
+        layers: The pruned layers in the order of the network, at least one; any
+            sequence is stored as a tuple.
+        warnings: What the user should know about this network, a sentence each.
+            Default: none.
+        method: The method that pruned it, e.g. ``"force"``. Default: ``None``, unknown.
+
+    Raises:
+        ValueError: There is no layer.
+    """
+
+    layers: tuple[LayerReport, ...]
+    warnings: tuple[str, ...] = ()
+    method: str | None = None
+
+    def __post_init__(self) -> None:
+        """Store tuples and check that there is a layer."""
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "warnings", tuple(self.warnings))
+        if not self.layers:
+            raise ValueError("layers: a report needs at least one layer")
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights of the dense network."""
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def kept(self) -> int:
+        """Number of weights left."""
+        return sum(layer.kept for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all prunable weights removed, in [0, 1]."""
+        return (self.total - self.kept) / self.total
+
+    @property
+    def density(self) -> float:
+        """Fraction of all prunable weights kept, in [0, 1]."""
+        return self.kept / self.total
+
+    @property
+    def empty_layers(self) -> tuple[LayerReport, ...]:
+        """The layers without any weight left, in the order of the network."""
+        return tuple(layer for layer in self.layers if layer.empty)
+
+    def __str__(self) -> str:
+        """Table of all layers, the total, the empty layers and the warnings."""
+        lines = _table(self)
+        lines += ["", f"empty layers: {len(self.empty_layers)} of {len(self.layers)}"]
+        for warning in self.warnings:
+            lines += textwrap.wrap(
+                f"warning: {warning}", COLUMNS, subsequent_indent="  "
+            )
+        return "\n".join(lines)
+
+    # A notebook shows what a cell returns by its repr.
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain types that :func:`json.dumps` takes.
+
+        Returns:
+            ``method``, ``sparsity``, ``density``, ``kept``, ``total``, ``warnings`` (a
+            list of strings) and ``layers``: a list of dictionaries with ``name``,
+            ``shape`` (a list), ``kept``, ``total`` and ``sparsity``.
+        """
+        return {
+            "method": self.method,
+            "sparsity": self.sparsity,
+            "density": self.density,
+            "kept": self.kept,
+            "total": self.total,
+            "warnings": list(self.warnings),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "kept": layer.kept,
+                    "total": layer.total,
+                    "sparsity": layer.sparsity,
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The layers as a data frame.
+
+        Returns:
+            A row a layer in the order of the network, with the columns ``name``,
+            ``shape`` (tuples), ``kept``, ``total`` and ``sparsity`` (a fraction).
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "to_dataframe() needs pandas: pip install pandas"
+            ) from error
+        frame = pandas.DataFrame(self.to_dict()["layers"])
+        # Tuples, because a data frame cannot group by lists.
+        return frame.assign(shape=[layer.shape for layer in self.layers])
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        compare: Mapping[str, SparsityReport] | None = None,
+        title: str | None = None,
+    ) -> Figure:
+        """Draw the share of weights kept in each layer, by depth.
+
+        The axis is logarithmic, so that 99 % and 99.9 % sparsity are far apart. A
+        layer without any weight has no place on it: its curve is interrupted there,
+        and its marker lies in the strip "empty" below, in which each method has a row
+        of its own. A dashed line marks the density of the whole network where all
+        methods share it.
+
+        Args:
+            path: File to write, in the format of its suffix (``.png``, ``.pdf``,
+                ``.svg``), 200 dots per inch. Default: ``None``, none is written.
+            compare: Reports of other methods for the same layers, by the label they
+                get in the legend. Default: ``None``, this report alone.
+            title: Default: ``None``, no title.
+
+        Returns:
+            The figure, 7 inches wide. It is not registered with pyplot: no window
+            opens and nothing has to be closed.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            FileNotFoundError: The folder of ``path`` does not exist.
+            ValueError: A report in ``compare`` has other layers or another order, or
+                the suffix of ``path`` is no format that matplotlib writes.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "plot() needs matplotlib: pip install matplotlib"
+            ) from error
+        if path is not None and not Path(path).parent.is_dir():
+            raise FileNotFoundError(
+                "path: expected a file in an existing folder, got "
+                f"{os.fspath(path)!r}; create the folder first"
+            )
+        # A list, because another report may carry this one's label.
+        curves = [(self.method or "pruned", self), *(compare or {}).items()]
+        for label, other in curves[1:]:
+            _check_same_layers(self, other, label)
+
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        _draw(figure, curves)
+        # The legend holds the title: matplotlib would lay a suptitle over the legend.
+        figure.legend(
+            loc="outside upper center",
+            ncols=4,
+            frameon=False,
+            fontsize="small",
+            columnspacing=1.2,
+            title=title,
+            title_fontsize="large",
+        )
+        if path is not None:
+            figure.savefig(path, dpi=200, bbox_inches="tight")
+        return figure
+
+
+def _percent(report: LayerReport | SparsityReport) -> str:
+    """Sparsity as ``"99.00 %"``: 100 % and 0 % are exact, never rounded."""
+    text = f"{100 * report.sparsity:.2f} %"
+    if 0 < report.kept < report.total:
+        return {"100.00 %": ">99.99 %", "0.00 %": "<0.01 %"}.get(text, text)
+    return text
+
+
+def _shorten(text: str, width: int) -> str:
+    """``text`` in at most ``width`` characters.
+
+    A third of them for the head and the rest for the tail: in "layers.2…5.mlp.fc1" the
+    head names the stage, the tail the block and the layer.
+    """
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 3
+    tail = width - 1 - head
+    return f"{text[:head].rstrip('.')}…{text[len(text) - tail :].lstrip('.')}"
+
+
+def _table(report: SparsityReport) -> list[str]:
+    """Lines of the table: header, layers, total."""
+    kept_width, total_width = len(f"{report.kept:,}"), len(f"{report.total:,}")
+
+    def cells(
+        name: str, shape: Sequence[int], counts: LayerReport | SparsityReport
+    ) -> tuple[str, ...]:
+        return (
+            name,
+            _shorten("x".join(map(str, shape)), 18),
+            f"{counts.kept:>{kept_width},} / {counts.total:>{total_width},}",
+            _percent(counts),
+            "" if counts.kept else "  empty",
+        )
+
+    rows = [
+        ("layer", "shape", "kept / total", "sparsity", ""),
+        *(cells(layer.name, layer.shape, layer) for layer in report.layers),
+        cells("total", (), report),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    gaps = 3 * 2
+    widths[0] = min(widths[0], COLUMNS - gaps - sum(widths[1:]))
+    header, *layers, total = (
+        f"{_shorten(name, widths[0]):<{widths[0]}}  {shape:<{widths[1]}}  "
+        f"{counts:>{widths[2]}}  {percent:>{widths[3]}}{mark}"
+        for name, shape, counts, percent, mark in rows
+    )
+    rule = "-" * (gaps + sum(widths[:4]))
+    return [header, rule, *layers, rule, total]
+
+
+def _check_same_layers(
+    report: SparsityReport, other: SparsityReport, label: str
+) -> None:
+    """Raise unless both reports have the same layer names in the same order."""
+    ours = [layer.name for layer in report.layers]
+    theirs = [layer.name for layer in other.layers]
+    for index, (our, their) in enumerate(zip(ours, theirs, strict=False)):
+        if our != their:
+            raise ValueError(
+                f"compare[{label!r}]: expected the same layers in the same order, but "
+                f"layer {index} is {their!r} instead of {our!r} "
+                f"({len(theirs)} layers instead of {len(ours)})"
+            )
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"compare[{label!r}]: expected the same {len(ours)} layers, "
+            f"got {len(theirs)}"
+        )
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow
+# that vanishes on white. One marker more than colours: no pair returns before the 56th.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def _draw(figure: Figure, curves: Sequence[tuple[str, SparsityReport]]) -> None:
+    """Draw one curve a report, and the strip of empty layers where there are any."""
+    any_empty = any(report.empty_layers for _, report in curves)
+    heights = [26, 1.5 + len(curves)] if any_empty else [26]
+    axes: list[Axes] = figure.subplots(
+        len(heights), sharex=True, squeeze=False, height_ratios=heights
+    )[:, 0].tolist()
+    main = axes[0]
+
+    for row, ((label, report), colour, marker) in enumerate(
+        zip(curves, cycle(COLOURS), cycle(MARKERS), strict=False)
+    ):
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 4,
+            "linewidth": 1,
+            # The reports come in the order of their importance.
+            "zorder": 3 - row / len(curves),
+        }
+        densities = [100 * layer.density or math.nan for layer in report.layers]
+        main.plot(densities, label=f"{label} ({_percent(report)} sparse)", **style)
+        if any_empty:
+            empty = [i for i, layer in enumerate(report.layers) if layer.empty]
+            axes[1].plot(empty, [row] * len(empty), **style | {"linestyle": "none"})
+
+    _scale_density(main, [report for _, report in curves])
+    _label_depth(axes, [layer.name for layer in curves[0][1].layers])
+    if any_empty:
+        strip = axes[1]
+        strip.set_ylim(len(curves) - 0.25, -0.75)
+        strip.set_yticks([(len(curves) - 1) / 2], ["empty"])
+        strip.set_facecolor("0.95")
+        strip.tick_params(axis="y", length=0)
+        main.tick_params(axis="x", bottom=False, labelbottom=False)
+
+
+def _scale_density(axes: Axes, reports: Sequence[SparsityReport]) -> None:
+    """A log axis up to 100 %, and a line at the network's density where all agree."""
+    densities = [100 * layer.density for report in reports for layer in report.layers]
+    # From 10 % at the latest: a log axis cannot be read with a single label.
+    lowest = min([10.0, *(density for density in densities if density)])
+    axes.set_yscale("log")
+    axes.set_ylim(lowest / 1.5, 130)
+    axes.yaxis.set_major_formatter(lambda percent, _: f"{percent:g} %")
+    axes.set_ylabel("weights kept")
+    axes.grid(axis="y", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if any(densities) and len({_percent(report) for report in reports}) == 1:
+        axes.axhline(
+            100 * reports[0].density,
+            color="0.3",
+            linestyle="--",
+            linewidth=0.8,
+            zorder=1,
+            label="whole network",
+        )
+
+
+def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
+    """Name up to 20 layers; number more of them and mark the network's stages."""
+    main, bottom = axes[0], axes[-1]
+    main.set_xlim(-0.8, len(names) - 0.2)
+    if len(names) <= 20:
+        labels = [_shorten(name.removesuffix(".weight"), 20) for name in names]
+        bottom.set_xticks(range(len(names)), labels, rotation=45, ha="right")
+        bottom.tick_params(axis="x", labelsize=8)
+        return
+    bottom.set_xlabel("layer, by depth")
+    stages = [(stage, len(list(run))) for stage, run in groupby(names, _stage)]
+    # More stages than this (a transformer's blocks) say no more than the indices.
+    if len(stages) > 10:
+        return
+    start = 0
+    for stage, length in stages:
+        if start:
+            for one in axes:
+                one.axvline(start - 0.5, color="0.85", linewidth=0.6, zorder=0)
+        # A name that is wider than its stage would run into the next one.
+        if 80 * length / len(names) > len(stage):
+            middle = start + (length - 1) / 2
+            main.text(
+                middle,
+                1.01,
+                stage,
+                transform=main.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color="0.4",
+            )
+        start += length
+
+
+def _stage(name: str) -> str:
+    """Part of the network: "layer1" of "layer1.0.conv1.weight", "stages.0" likewise."""
+    first, second, *_ = [*name.split("."), ""]
+    if second.isdigit() and not first[-1:].isdigit():
+        return f"{first}.{second}"
+    return first
+
+
+def sparsity_report(model: nn.Module) -> SparsityReport:
+    """How sparse a model is, layer by layer.
+
+    Counted are the weights of every convolution and linear layer, and whatever else is
+    pruned with :mod:`torch.nn.utils.prune`. Where there is a mask it decides; elsewhere
+    the weights that are not 0 count as kept, so that the report of a model does not
+    change when its pruning is made permanent (:func:`torch.nn.utils.prune.remove`).
+
+    Args:
+        model: Any module, pruned or not.
+
+    Returns:
+        The report, without warnings; its ``method`` is ``None``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: It has no such weight.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}"
+        )
+    weights = [
+        weight
+        for weight in named_parameters(model).values()
+        if (weight.prunable and weight.dense.numel()) or weight.mask is not None
+    ]
+    if not weights:
+        raise ValueError("model: it has no convolution or linear weight to report on")
+    return report_of(weights)
+
+
+def report_of(
+    weights: Iterable[Weight],
+    masks: Mapping[str, Tensor] | None = None,
+    warnings: Sequence[str] = (),
+    method: str | None = None,
+) -> SparsityReport:
+    """Report on given weights.
+
+    Args:
+        weights: Weights in the order of the network.
+        masks: Masks by parameter name; default: those that the weights have.
+        warnings: Sentences for the report.
+        method: Name of the method.
+    """
+    layers = []
+    for weight in weights:
+        mask = weight.mask if masks is None else masks[weight.name]
+        left = weight.dense.detach() if mask is None else mask
+        kept = int(left.count_nonzero())
+        layers.append(LayerReport(weight.name, tuple(left.shape), kept, left.numel()))
+    return SparsityReport(tuple(layers), tuple(warnings), method)

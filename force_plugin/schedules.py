@@ -1,0 +1,136 @@
+"""How dense the network is after each step: d_1 ≥ d_2 ≥ … ≥ d_T = density.
+
+A schedule is a callable ``(step, steps, density) -> density``, with the step counted
+from 1 and all densities as fractions of the prunable weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+
+Schedule = Callable[[int, int, float], float]
+
+
+def exponential(step: int, steps: int, density: float) -> float:
+    """d_t = d^(t/T): every step removes the same share of what is left.
+
+    Source: de Jorge et al. 2021 (arXiv 2006.09081), section 4.
+    """
+    return float(density ** (step / steps))
+
+
+def linear(step: int, steps: int, density: float) -> float:
+    """d_t = 1 − (t/T)(1 − d): every step removes the same number of weights.
+
+    Source: de Jorge et al. 2021 (arXiv 2006.09081), section 4.
+    """
+    return 1 - step / steps * (1 - density)
+
+
+def snip_it(step: int, steps: int, density: float) -> float:
+    """Sparsity s − (s − ½)·½^(t−1), and s at the last step.
+
+    Half of the weights go at the first step, then each step covers half of what is
+    missing. Sparsities of ½ and less are reached in the first step. Source: Verdenius
+    et al. 2020 (arXiv 2006.00896), whose T is 7.
+    """
+    sparsity = 1 - density
+    if step == steps or sparsity <= 0.5:
+        return density
+    return 1 - (sparsity - (sparsity - 0.5) * 0.5 ** (step - 1))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "exponential": exponential,
+    "linear": linear,
+    "snip_it": snip_it,
+}
+
+
+def count_kept(total: int, density: float) -> int:
+    """Number of weights that stay: ⌊density · total⌋.
+
+    The product is guarded against the rounding of ``1 - sparsity``: 0.05 of 1000
+    weights is 50 although ``1000 * (1 - 0.95)`` is a little less or more.
+
+    Args:
+        total: Number of weights, ≥ 1.
+        density: Fraction that stays, in [0, 1].
+    """
+    return min(total, math.floor(density * total + 1e-15 * total + 1e-12))
+
+
+def kept_per_step(
+    schedule: str | Schedule, steps: int, sparsity: float, total: int
+) -> list[int]:
+    """Number of weights that are kept after each of the steps.
+
+    Args:
+        schedule: ``"exponential"``, ``"linear"``, ``"snip_it"`` or a callable
+            ``(step, steps, density) -> density``.
+        steps: T ≥ 1.
+        sparsity: Fraction of the weights removed at the end, in [0, 1).
+        total: Number of prunable weights.
+
+    Returns:
+        T counts that never increase; the last one is ⌊(1 − sparsity) · total⌋.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: An argument is out of its range, no weight would be left, or the
+            schedule's densities increase, leave [density, 1] or end elsewhere.
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+        raise TypeError(f"sparsity: expected a number, got {type(sparsity).__name__}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(
+            "sparsity: expected the fraction of weights to remove, 0 <= sparsity < 1, "
+            f"got {sparsity}"
+            + (f"; {sparsity} % is {sparsity / 100}" if 1 < sparsity < 100 else "")
+        )
+    check_count("steps", steps)
+    if isinstance(schedule, str) and schedule not in SCHEDULES:
+        raise ValueError(
+            f"schedule: expected one of {', '.join(SCHEDULES)} or a callable (step, "
+            f"steps, density) -> density, got {schedule!r}"
+        )
+    if not isinstance(schedule, str) and not callable(schedule):
+        raise TypeError(
+            "schedule: expected a name or a callable (step, steps, density) -> "
+            f"density, got {type(schedule).__name__}"
+        )
+    density_at = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+
+    density = 1 - float(sparsity)
+    last = count_kept(total, density)
+    if last < 1:
+        raise ValueError(
+            f"sparsity: {sparsity} leaves none of the {total} prunable weights; at "
+            f"most {1 - 1 / total} leaves one"
+        )
+    densities = [
+        float(density_at(step, steps, density)) for step in range(1, steps + 1)
+    ]
+    if abs(densities[-1] - density) > 1e-6 * density:
+        raise ValueError(
+            f"schedule: the density after the last step must be {density:.6g}, "
+            f"got {densities[-1]:.6g}"
+        )
+    kept = [count_kept(total, d) for d in densities[:-1] if 0 <= d <= 1] + [last]
+    if len(kept) < steps or kept != sorted(kept, reverse=True):
+        raise ValueError(
+            "schedule: densities must lie between 0 and 1 and never increase, got "
+            + ", ".join(f"{d:.4g}" for d in densities[:8])
+            + (", ..." if steps > 8 else "")
+        )
+    return kept
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")

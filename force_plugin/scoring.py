@@ -1,0 +1,570 @@
+"""Measure a network, as it is pruned so far, and leave no trace in it.
+
+The network is measured with stand-ins: other tensors in the place of its weights and
+buffers. Its own are never written to, so afterwards, also when the loader or the loss
+raises half-way, they are bit for bit what they were.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import reduce
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from force_plugin import gates
+from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.parameters import Weight, find_weights, named_parameters
+from force_plugin.schedules import check_count
+from force_plugin.snapshot import restored
+
+Loader = Iterable[Any]
+LossFn = Callable[[Any, Any], Tensor]
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+def saliency(
+    model: nn.Module,
+    loader: Loader,
+    method: str | type[SaliencyMethod] = "force",
+    *,
+    batches: int | None = 1,
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    forward: Forward | None = None,
+    parameters: Iterable[tuple[nn.Module, str]] | None = None,
+    open_gates: bool = True,
+) -> dict[str, Tensor]:
+    """Scores of the prunable weights of a model as it stands, without pruning it.
+
+    These are the scores of the first step of :func:`force_plugin.force_prune` with the
+    same arguments. The model, its gradients and modes and the global random state are
+    afterwards what they were.
+
+    Args:
+        model: Any module, pruned before or not.
+        loader: Batches, as in :func:`force_plugin.force_prune`.
+        method: A name of ``force_plugin.METHODS``, or a class.
+        batches: Number of batches; ``None``: the whole loader.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
+            ``(inputs, targets)`` pair.
+        parameters: ``[(module, "weight"), ...]``; default: the weight of every
+            convolution and linear layer.
+        open_gates: Score with closed gates opened, as :mod:`force_plugin.gates` says.
+
+    Returns:
+        By parameter name (``"layer1.0.conv1.weight"``), a tensor of the weight's shape
+        on its device; higher = keep. ``float64`` for SynFlow, at least ``float32`` for
+        the methods that need gradients.
+
+    Raises:
+        TypeError, ValueError: An argument, a batch or the loss is not as expected.
+        RuntimeError: A weight got no gradient, or a score is not finite.
+    """
+    criterion = find_method(method)
+    weights = find_weights(model, parameters)
+    with Probe(
+        model,
+        weights,
+        loader,
+        batches=batches,
+        loss_fn=loss_fn,
+        forward=forward,
+        opened=gates.open_gates(model, weights) if open_gates else {},
+    ) as probe:
+        return probe.scores(criterion)
+
+
+class Probe:
+    """Measures a network, as it is pruned so far.
+
+    A context manager: what it has put in the place of the network's weights and
+    buffers is gone when it exits. Nothing is touched, and no batch is read, before the
+    first measurement.
+
+    Args:
+        model: The network.
+        weights: Its prunable weights.
+        loader: Iterable of batches; it is cycled.
+        batches: Batches a step, ``None`` for a whole pass of the loader a step.
+        loss_fn: ``loss_fn(model(inputs), targets)``.
+        forward: ``forward(model, batch)``, a loss; replaces ``loss_fn``.
+        opened: Values to measure with instead of the model's own, by parameter name.
+        on_batch: Called after each batch with its number within the step, from 1.
+
+    Attributes:
+        weights: The dense weights θ by parameter name, without gradient.
+        masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
+        step: The step being measured, from 1.
+        loss: Mean loss of the last measurement that needed one.
+    """
+
+    def __init__(  # noqa: D107 (the class has it)
+        self,
+        model: nn.Module,
+        weights: Sequence[Weight],
+        loader: Loader,
+        *,
+        batches: int | None = 1,
+        loss_fn: LossFn = nn.functional.cross_entropy,
+        forward: Forward | None = None,
+        opened: Mapping[str, Tensor] = MappingProxyType({}),
+        on_batch: Callable[[int], object] = lambda number: None,
+    ) -> None:
+        if batches is not None:
+            check_count("batches", batches)
+        for name, function in (("loss_fn", loss_fn), ("forward", forward)):
+            if not callable(function) and not (name == "forward" and function is None):
+                raise TypeError(
+                    f"{name}: expected a callable, got {type(function).__name__}"
+                )
+        self.model = model
+        self.weights = {
+            weight.name: opened.get(weight.name, weight.dense.detach())
+            for weight in weights
+        }
+        self.masks: Mapping[str, Tensor] | None = None
+        self.step = 1
+        self.loss = float("nan")
+        self._slots = {weight.name: weight.slots() for weight in weights}
+        self._device = next(iter(self.weights.values())).device
+        self._opened = opened
+        self._loader = loader
+        self._per_step = batches
+        self._iterator: Iterator[Any] | None = None
+        self._loss_fn = loss_fn
+        self._forward = forward
+        self._on_batch = on_batch
+        self._input_shape: tuple[int, ...] | None = None
+        self._stand_ins: dict[str, nn.Parameter] = {}
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Probe:
+        self._exit.enter_context(torch.inference_mode(False))
+        self._exit.enter_context(torch.enable_grad())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._iterator = None
+        self._exit.close()
+
+    def scores(self, criterion: type[SaliencyMethod]) -> dict[str, Tensor]:
+        """Score every weight, pruned ones included, by the method's criterion.
+
+        Returns:
+            Scores by parameter name, each of its weight's shape, all of one dtype; the
+            caller's to overwrite.
+
+        Raises:
+            ValueError: A score has another shape than its weight.
+            RuntimeError: A weight got no gradient, or a score is not finite.
+        """
+        signal = dict(criterion.measure(self))
+        scores = {}
+        for name, weight in self.weights.items():
+            score = criterion.score(weight, signal.pop(name, None))
+            if not isinstance(score, Tensor) or score.shape != weight.shape:
+                came = tuple(score.shape) if isinstance(score, Tensor) else score
+                raise ValueError(
+                    f"{criterion.__name__}.score: expected a tensor of the weight's "
+                    f"shape {tuple(weight.shape)} for {name}, got {came}"
+                )
+            if (
+                score.untyped_storage().data_ptr()
+                == weight.untyped_storage().data_ptr()
+            ):
+                score = score.clone()
+            scores[name] = score if score.is_floating_point() else score.double()
+        dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
+        scores = {name: score.to(dtype) for name, score in scores.items()}
+        self._require_finite(scores)
+        return scores
+
+    def prune(self, masks: Mapping[str, Tensor]) -> None:
+        """Measure the network with these masks from now on, as the next step.
+
+        Args:
+            masks: Bool tensors by parameter name, True = kept.
+        """
+        self.masks = masks
+        self.step += 1
+        self._mask_stand_ins()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Mean over the step's batches of ∂L/∂θ at θ ⊙ c, pruned weights included.
+
+        Returns:
+            By parameter name; the caller's to overwrite. 16-bit weights give float32.
+
+        Raises:
+            RuntimeError: A weight got no gradient from any batch.
+        """
+        losses, totals = [], None
+        for batch in self._batches():
+            loss = self._loss(batch)
+            totals = _add(totals, self._grad(loss))
+            losses.append(loss.item())
+        self.loss = sum(losses) / len(losses)
+        gradients = self._by_name(totals)
+        if len(losses) > 1:
+            for gradient in gradients.values():
+                gradient.div_(len(losses))
+        return gradients
+
+    def hessian_gradients(self, temperature: float = 1.0) -> dict[str, Tensor]:
+        """Hg at θ ⊙ c, with g held constant; g and Hg are summed over the batches.
+
+        One pass serves a single batch. Several are kept and passed through twice:
+        first g, then for each batch the gradient of ⟨g, ∇L_b⟩.
+
+        Args:
+            temperature: Divides the model's outputs before ``loss_fn``; a loss that
+                comes from ``forward`` is taken as it is.
+
+        Returns:
+            By parameter name; the caller's to overwrite.
+
+        Raises:
+            RuntimeError: A weight got no gradient from any batch.
+        """
+        batches = list(self._batches())
+        g: list[Tensor | None] | None = None
+        if len(batches) > 1:
+            for batch in batches:
+                g = _add(g, self._grad(self._loss(batch, temperature)))
+            self._by_name(g)
+        totals, losses = None, []
+        # The fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            for batch in batches:
+                loss = self._loss(batch, temperature)
+                slope = self._grad(loss, create_graph=True)
+                constant = [None if s is None else s.detach() for s in slope]
+                if g is None:
+                    self._by_name(constant)
+                product = sum(
+                    (a * b).sum()
+                    for a, b in zip(g or constant, slope, strict=True)
+                    if a is not None and b is not None and b.requires_grad
+                )
+                # A weight that no gradient depends on has no curvature.
+                if isinstance(product, Tensor):
+                    totals = _add(totals, self._grad(product))
+                losses.append(loss.item())
+        self.loss = sum(losses) / len(losses)
+        totals = totals or [None] * len(self.weights)
+        return {
+            name: torch.zeros_like(weight) if total is None else total
+            for (name, weight), total in zip(self.weights.items(), totals, strict=True)
+        }
+
+    def synflow_gradients(self) -> dict[str, Tensor]:
+        """|∂R/∂θ| at |θ ⊙ c|, in float64 (float32 on devices that have no other).
+
+        R is the sum of the outputs for one input of ones of the shape that the loader
+        gives, with all parameters and buffers replaced by their absolute values, in
+        evaluation mode.
+
+        Returns:
+            By parameter name, float64; the caller's to overwrite.
+
+        Raises:
+            RuntimeError: A weight got no gradient.
+        """
+        if self._input_shape is None:
+            reason = "SynFlow takes the shape of its input from a batch. "
+            inputs, _ = _pair(next(self._batches(count=1)), reason)
+            if not isinstance(inputs, Tensor):
+                raise ValueError(
+                    f"SynFlow: expected inputs of one tensor, got {_describe(inputs)}"
+                )
+            self._input_shape = (1, *inputs.shape[1:])
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+
+        with restored(self.model.modules()):
+            twins = self._make_positive(dtype)
+            ones = torch.ones(self._input_shape, dtype=dtype, device=self._device)
+            with torch.autocast(self._device.type, enabled=False):
+                outputs = self.model(ones)
+            flow = torch.stack([output.sum() for output in _tensors(outputs)]).sum()
+            gradients = torch.autograd.grad(flow, twins, allow_unused=True)
+        return self._by_name(list(gradients))
+
+    def _make_positive(self, dtype: torch.dtype) -> list[Tensor]:
+        """Absolute values in the place of all parameters and buffers; prunable ones."""
+        twins: dict[int, Tensor] = {}
+
+        def twin(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor.detach().clone()
+            return tensor.detach().to(dtype, copy=True).abs_()
+
+        for module in self.model.modules():
+            module.training = False
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = twins.setdefault(id(buffer), twin(buffer))
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in twins:
+                        twins[id(parameter)] = nn.Parameter(
+                            twin(parameter), parameter.requires_grad
+                        )
+                    module._parameters[key] = twins[id(parameter)]  # type: ignore[assignment]
+        return [twins[id(stand_in)] for stand_in in self._stand_ins.values()]
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """Every module in evaluation mode for a while, then as it was."""
+        self._open()
+        with restored(self.model.modules()):
+            for module in self.model.modules():
+                module.training = False
+            yield
+
+    def _open(self) -> None:
+        """Put stand-ins in the place of weights and buffers."""
+        if self._stand_ins:
+            return
+        self._exit.enter_context(_without_trace(self.model, self._loader))
+        copies: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    if id(buffer) not in copies:
+                        copies[id(buffer)] = buffer.detach().clone()
+                    module._buffers[key] = copies[id(buffer)]
+        for name, parameter in named_parameters(self.model).items():
+            if name in self._opened and name not in self.weights:
+                gate = nn.Parameter(self._opened[name], requires_grad=False)
+                for module, key in parameter.slots():
+                    module._parameters[key] = gate
+        for name, weight in self.weights.items():
+            self._stand_ins[name] = nn.Parameter(weight)
+            for module, key in self._slots[name]:
+                module._parameters[key] = self._stand_ins[name]
+        self._mask_stand_ins()
+
+    def _mask_stand_ins(self) -> None:
+        if self.masks is None:
+            return
+        for name, stand_in in self._stand_ins.items():
+            weight = self.weights[name]
+            # The first stand-in is the dense weight's own memory; it needs its own.
+            if stand_in.data_ptr() == weight.data_ptr():
+                stand_in.data = weight * self.masks[name]
+            else:
+                torch.mul(weight, self.masks[name], out=stand_in.data)
+
+    def _batches(self, count: int | None = None) -> Iterator[Any]:
+        """The batches of one step, moved to the model's device."""
+        self._open()
+        wanted = count or self._per_step
+        number = 0
+        if wanted is None or self._iterator is None:
+            self._iterator = self._start()
+        while wanted is None or number < wanted:
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                if wanted is None and number:
+                    return
+                self._iterator = self._start()
+                try:
+                    batch = next(self._iterator)
+                except StopIteration:
+                    raise ValueError(self._dry(number)) from None
+            number += 1
+            yield _to(batch, self._device)
+            self._on_batch(number)
+
+    def _start(self) -> Iterator[Any]:
+        try:
+            return iter(self._loader)
+        except TypeError:
+            raise TypeError(
+                "loader: expected an iterable of batches (a DataLoader, a list), got "
+                f"{type(self._loader).__name__}"
+            ) from None
+
+    def _dry(self, number: int) -> str:
+        if iter(self._loader) is self._loader:
+            return (
+                f"loader: it ran dry at step {self.step} after {number} batches of the "
+                "step, and can be read only once; pass a DataLoader or a list, which "
+                "are read again"
+            )
+        return "loader: expected at least one batch, got none"
+
+    def _loss(self, batch: Any, temperature: float = 1.0) -> Tensor:
+        """The loss of one batch, checked."""
+        if self._forward is not None:
+            source = "forward"
+            loss = self._forward(self.model, batch)
+        else:
+            source = "loss_fn"
+            inputs, targets = _pair(batch)
+            outputs = self.model(inputs)
+            if temperature != 1.0:
+                outputs = outputs / temperature
+            try:
+                loss = self._loss_fn(outputs, targets)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"loss_fn failed on outputs {_describe(outputs)} and targets "
+                    f"{_describe(targets)}: {error}. Make the targets what loss_fn "
+                    "expects, or pass loss_fn= or forward="
+                ) from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(
+                f"{source}: expected a loss of one number, got {_describe(loss)}"
+            )
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"{source}: the loss does not depend on the weights through autograd; "
+                "compute it from the model's outputs, without detach or no_grad"
+            )
+        if not torch.isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss.item()} at step {self.step}: a NaN or inf in the "
+                "batch, or an overflow in the network; look at the data, or score in "
+                "float32"
+            )
+        return loss.reshape(())
+
+    def _grad(self, loss: Tensor, create_graph: bool = False) -> list[Tensor | None]:
+        return list(
+            torch.autograd.grad(
+                loss,
+                list(self._stand_ins.values()),
+                allow_unused=True,
+                create_graph=create_graph,
+            )
+        )
+
+    def _by_name(self, gradients: Sequence[Tensor | None] | None) -> dict[str, Tensor]:
+        assert gradients is not None  # a step has at least one batch
+        found = dict(zip(self.weights, gradients, strict=True))
+        missing = [name for name, gradient in found.items() if gradient is None]
+        if missing:
+            raise RuntimeError(
+                f"no gradient reached {_some(missing)} at step {self.step}: the loss "
+                "does not use it. Leave it out with parameters=, or pass a forward= "
+                "whose loss uses it"
+            )
+        return {name: g for name, g in found.items() if g is not None}
+
+    def _require_finite(self, scores: Mapping[str, Tensor]) -> None:
+        # A sum is one fast pass; it may overflow where every score is finite.
+        sums = torch.stack([s.sum().to(self._device) for s in scores.values()])
+        if sums.isfinite().all():
+            return
+        broken = [name for name, s in scores.items() if not s.isfinite().all()]
+        if broken:
+            raise RuntimeError(
+                f"the saliency of {_some(broken)} is not finite at step {self.step}: "
+                "its gradient (or the weight itself) is NaN or inf. Look at the data "
+                "and the initialisation, or score in float32 instead of 16 bits"
+            )
+
+
+@contextmanager
+def _without_trace(model: nn.Module, loader: Loader) -> Iterator[None]:
+    """Restore what scoring may change: attributes of modules and random states."""
+    generators = [
+        (generator, generator.get_state())
+        for part in (loader, getattr(loader, "sampler", None))
+        if isinstance(generator := getattr(part, "generator", None), torch.Generator)
+    ]
+    devices: dict[str, set[int]] = {}
+    for tensor in model.parameters():
+        if tensor.device.index is not None:
+            devices.setdefault(tensor.device.type, set()).add(tensor.device.index)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        stack.enter_context(restored(model.modules()))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind, indices in devices.items():
+            stack.enter_context(
+                torch.random.fork_rng(devices=sorted(indices), device_type=kind)
+            )
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            for generator, saved in generators:
+                generator.set_state(saved)
+
+
+def _add(
+    totals: list[Tensor | None] | None, parts: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Sum up gradients, 16-bit ones in float32."""
+    if totals is None:
+        return [p.float() if p is not None and p.itemsize < 4 else p for p in parts]
+    return [
+        part if total is None else total if part is None else total.add_(part)
+        for total, part in zip(totals, parts, strict=True)
+    ]
+
+
+def _pair(batch: Any, reason: str = "") -> tuple[Any, Any]:
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ValueError(
+        f"{reason}loader: expected batches (inputs, targets), got {_describe(batch)}; "
+        "for other batches pass forward=, a callable (model, batch) -> loss"
+    )
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to a device, whatever holds them."""
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from _tensors(value)
+    elif isinstance(outputs, tuple | list):
+        for value in outputs:
+            yield from _tensors(value)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more weights"

@@ -1,0 +1,39 @@
+"""The network of the reference masks, and other small ones that tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """conv – BN – ReLU – conv – BN, plus the input, ReLU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two convolutions around a skip connection."""
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(x + self.bn2(self.conv2(y)))
+
+
+def tiny_resnet() -> nn.Sequential:
+    """The network of ``golden/tiny_resnet.npz``: 16×16 RGB, 10 classes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        ResidualBlock(24),
+        nn.Conv2d(24, 48, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(48),
+        nn.ReLU(),
+        ResidualBlock(48),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, 10),
+    )

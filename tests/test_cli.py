@@ -1,0 +1,293 @@
+"""The command ``force-prune`` on real models and data: what it prints and writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from timm.utils import random_seed
+
+import force_plugin.cli
+from force_plugin import force_prune, get_masks, load_masks
+from force_plugin.cli import main
+from force_plugin.zoo import load_data, load_dataset, load_model
+
+MODEL = "test_resnet"
+QUICK = ["--sparsity", "0.9", "--steps", "2", "--batch-size", "16", "--quiet"]
+
+
+def prune(out: Path, *options: str, model: str = MODEL) -> dict[str, torch.Tensor]:
+    """Run the command in a quick setting and load its masks."""
+    assert main([model, *QUICK, "--out", str(out), *options]) == 0
+    return load_masks(out / "masks.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of masks are equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of real images, ``train/CLASS/NUMBER.png``, of four classes."""
+    bunch = load_digits(n_class=4)
+    for i in range(40):
+        folder = tmp_path / "images" / "train" / str(bunch.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (bunch.images[i] * 15).astype("uint8")
+        Image.fromarray(pixels).resize((48, 48)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+# What it writes and prints.
+
+
+def test_a_run_prints_the_table_and_the_files_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "out"
+    options = [option for option in QUICK if option != "--quiet"]
+    assert main([MODEL, *options, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "conv1.0.weight" in printed and "90.00 %" in printed
+    assert str(out) in printed
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["masks.safetensors", "report.csv", "report.json", "sparsity.png"]
+    )
+    assert all(path.name in printed for path in out.iterdir())
+
+
+def test_the_files_tell_the_same_numbers(tmp_path: Path) -> None:
+    masks = prune(tmp_path)
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(kept.values()) == total // 10
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {layer["name"]: layer["kept"] for layer in report["layers"]} == kept
+    assert (report["kept"], report["total"]) == (sum(kept.values()), total)
+
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["name"]: int(row["kept"]) for row in rows} == kept
+    assert rows[0]["shape"] == "16x3x3x3"
+
+    with Image.open(tmp_path / "sparsity.png") as image:
+        assert image.format == "PNG"
+        assert image.convert("L").getextrema() != (255, 255)
+
+
+def test_the_report_holds_the_options_of_the_run(tmp_path: Path) -> None:
+    prune(tmp_path, "--seed", "3", "--model-kwargs", "zero_init_last=False")
+    options = json.loads((tmp_path / "report.json").read_text())["options"]
+    assert (options["model"], options["seed"]) == (MODEL, 3)
+    assert (options["sparsity"], options["method"]) == (0.9, "force")
+    assert options["model_kwargs"] == [["zero_init_last", False]]
+
+
+def test_a_quiet_run_prints_nothing_but_the_reports_warnings(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prune(tmp_path, "--sparsity", "0.999", "--no-open-gates")
+    printed = capfd.readouterr()
+    warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
+    assert warnings
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        f"force-prune: warning: {warning}" for warning in warnings
+    ]
+
+
+def test_without_out_the_folder_is_named_after_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([MODEL, *QUICK, "--method", "magnitude"]) == 0
+    assert (tmp_path / "runs/test_resnet-magnitude-0.9/masks.safetensors").exists()
+
+
+# That each option arrives.
+
+
+def test_the_masks_are_those_of_force_prune_with_the_same_seed(tmp_path: Path) -> None:
+    masks = prune(
+        tmp_path,
+        *["--method", "iter_snip", "--steps", "3", "--schedule", "linear"],
+        *["--batches", "2", "--seed", "5", "--num-classes", "12"],
+    )
+    random_seed(5)
+    model = load_model(MODEL, num_classes=12)
+    loader = load_data(model, load_dataset(), batch_size=16)
+    force_prune(
+        model,
+        loader,
+        0.9,
+        method="iter_snip",
+        steps=3,
+        schedule="linear",
+        batches=2,
+        progress=False,
+    )
+    assert same(masks, get_masks(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--seed", "1"],
+        ["--method", "synflow"],
+        ["--steps", "3"],
+        ["--schedule", "linear"],
+        ["--batches", "2"],
+        ["--batches", "all"],
+        ["--batch-size", "8"],
+        ["--image-size", "48"],
+        ["--no-open-gates"],
+        ["--model-kwargs", "act_layer=gelu"],
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_an_option_changes_the_masks(
+    tmp_path: Path, default_masks: dict[str, torch.Tensor], options: list[str]
+) -> None:
+    assert not same(prune(tmp_path, *options), default_masks)
+
+
+@pytest.fixture(scope="module")
+def default_masks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The masks of a quick run without further options."""
+    return prune(tmp_path_factory.mktemp("default"))
+
+
+def test_a_run_repeats_itself(
+    tmp_path: Path, default_masks: dict[str, torch.Tensor]
+) -> None:
+    assert same(prune(tmp_path), default_masks)
+
+
+def test_opened_gates_are_those_of_a_model_made_without_closed_ones(
+    tmp_path: Path, default_masks: dict[str, torch.Tensor]
+) -> None:
+    options = ["--no-open-gates", "--model-kwargs", "zero_init_last=False"]
+    assert same(prune(tmp_path, *options), default_masks)
+
+
+def test_a_folder_of_images_sets_the_classes_of_the_model(
+    tmp_path: Path, images: Path
+) -> None:
+    options = ["--data", str(images), "--image-size", "32", "--num-classes"]
+    assert prune(tmp_path / "a", *options[:-1])["fc.weight"].shape[0] == 4
+    assert prune(tmp_path / "b", *options, "9")["fc.weight"].shape[0] == 9
+
+
+def test_a_vit_is_built_for_the_image_size(tmp_path: Path) -> None:
+    masks = prune(tmp_path, "--image-size", "32", model="test_vit")
+    assert any(name.endswith("attn.qkv.weight") for name in masks)
+
+
+# What it refuses.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([MODEL], "--sparsity"),
+        ([MODEL, "--sparsity", "1"], "--sparsity"),
+        ([MODEL, "--sparsity", "-0.1"], "--sparsity"),
+        ([MODEL, "--sparsity", "99%"], "--sparsity"),
+        ([MODEL, "--sparsity", "nan"], "--sparsity"),
+        ([MODEL, *QUICK, "--steps", "0"], "--steps"),
+        ([MODEL, *QUICK, "--batches", "some"], "--batches"),
+        ([MODEL, *QUICK, "--batch-size", "1.5"], "--batch-size"),
+        ([MODEL, *QUICK, "--seed", "-1"], "--seed"),
+        ([MODEL, *QUICK, "--method", "forse"], "--method"),
+        ([MODEL, *QUICK, "--schedule", "cosine"], "--schedule"),
+        ([MODEL, *QUICK, "--device", "abacus"], "abacus"),
+        ([MODEL, *QUICK, "--device", "cpu:x"], "cpu:x"),
+        ([MODEL, *QUICK, "--model-kwargs", "drop_rate"], "KEY=VALUE"),
+        ([MODEL, *QUICK, "--model-kwargs", "depths=3"], "depths"),
+        (["test_resnett", *QUICK], "test_resnet"),
+        ([MODEL, *QUICK, "--data", "no/such/folder"], "no/such/folder"),
+        ([MODEL, *QUICK, "--data", "."], "train/class/*.jpg"),
+        ([MODEL, *QUICK, "--data", ".", "--dataset", "torch/cifar10"], "torch/cifar10"),
+        (["test_vit", *QUICK, "--image-size", "33"], "33"),
+        ([MODEL, *QUICK, "--num-classes", "5"], "out of bounds"),
+        ([MODEL, *QUICK, "--sparsity", "0.9999999"], "0.9999999"),
+        ([MODEL, *QUICK, "--out", "file"], "--out"),
+        ([MODEL, *QUICK, "--out", "file/out"], "--out"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_wrong_value_is_one_line_and_status_2(
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("force-prune: error: ")
+    assert printed.err.count("\n") == 1
+    assert named in printed.err
+    assert not list(tmp_path.rglob("masks.safetensors"))
+
+
+def test_the_folder_to_write_to_is_checked_before_the_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(force_plugin.cli, "force_prune", lambda *_, **__: pytest.fail())
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main([MODEL, *QUICK, "--out", str(tmp_path / "file")])
+
+
+def test_a_pruning_that_fails_is_one_line_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # This model halves 32x32 images until nothing is left.
+    with pytest.raises(SystemExit) as exit_:
+        main(["inception_v3", *QUICK, "--out", str(tmp_path)])
+    assert exit_.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("force-prune: error: ") and printed.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line_and_status_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(force_plugin.cli, "force_prune", interrupted)
+    assert main([MODEL, *QUICK, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "force-prune: interrupted\n"
+
+
+def test_help_names_every_option_with_its_default() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "force_plugin.cli", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert run.stdout.startswith("usage: force-prune")
+    assert "examples:" in run.stdout
+    _, *options = run.stdout.partition("examples:")[0].split("\n  --")
+    assert len(options) == 18
+    without_default = ("download", "quiet", "sparsity")
+    for option in options:
+        assert "(default:" in option or option.startswith(without_default)
