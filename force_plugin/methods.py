@@ -212,7 +212,7 @@ class SaliencyMethod(prune.BasePruningMethod):
 
 
 class SNIP(SaliencyMethod):
-    """|θ ⊙ g(θ)|, once, on the dense network; SNIP-MB with several batches.
+    """``|θ ⊙ g(θ)|``, once, on the dense network; SNIP-MB with several batches.
 
     Source: Lee et al. 2019 (arXiv 1810.02340), equation 6; the gradient is averaged
     over the batches before the absolute value, as in de Jorge et al. 2021.
@@ -226,7 +226,7 @@ class SNIP(SaliencyMethod):
 
 
 class IterSNIP(SNIP):
-    """|θ ⊙ g(θ ⊙ c)| over the weights still kept, in T steps.
+    """``|θ ⊙ g(θ ⊙ c)|`` over the weights still kept, in T steps.
 
     Source: de Jorge et al. 2021 (arXiv 2006.09081), Algorithm 1.
     """
@@ -235,7 +235,7 @@ class IterSNIP(SNIP):
 
 
 class FORCE(IterSNIP):
-    """|θ ⊙ g(θ ⊙ c)| over all weights, in T steps: pruned weights may come back.
+    """``|θ ⊙ g(θ ⊙ c)|`` over all weights, in T steps: pruned weights may come back.
 
     θ is the dense weight, and the gradient of the pruned network is not masked.
     Source: de Jorge et al. 2021 (arXiv 2006.09081), Algorithm 1.
@@ -245,7 +245,7 @@ class FORCE(IterSNIP):
 
 
 class GraSP(SaliencyMethod):
-    """θ ⊙ Hg, once, on the dense network; GraSP-MB with several batches.
+    """``θ ⊙ Hg``, once, on the dense network; GraSP-MB with several batches.
 
     The paper scores S = −θ ⊙ Hg and removes the highest. Its re-initialisation of
     linear layers is left out: what is scored is what is trained. Source: Wang et al.
@@ -269,7 +269,7 @@ class GraSP(SaliencyMethod):
 
 
 class GraSPIt(SaliencyMethod):
-    """g(θ ⊙ c)² over the weights still kept, in T steps.
+    """``g(θ ⊙ c)²`` over the weights still kept, in T steps.
 
     Source: the public code of de Jorge et al. 2021 ("GRASP-It").
     """
@@ -280,7 +280,7 @@ class GraSPIt(SaliencyMethod):
 
 
 class SynFlow(SaliencyMethod):
-    """|θ ⊙ ∂R/∂θ| over the weights still kept, without data, in T steps.
+    """``|θ ⊙ ∂R/∂θ|`` over the weights still kept, without data, in T steps.
 
     R is the sum of the outputs for an input of ones, with every parameter and buffer
     replaced by its absolute value, in evaluation mode and in float64 (products over
@@ -298,7 +298,7 @@ class SynFlow(SaliencyMethod):
 
 
 class SNIPIt(SNIP):
-    """|θ ⊙ g| / L over the weights still kept, in evaluation mode, in 7 steps.
+    """``|θ ⊙ g| / L`` over the weights still kept, in evaluation mode, in 7 steps.
 
     L is one number, so the ranking within a step is SNIP's. Source: Verdenius et al.
     2020 (arXiv 2006.00896), with its own schedule of sparsities.
@@ -315,7 +315,7 @@ class SNIPIt(SNIP):
 
 
 class Magnitude(SaliencyMethod):
-    """|θ|, without data: the baseline of every comparison."""
+    """``|θ|``, without data: the baseline of every comparison."""
 
     steps = 1
 

@@ -108,7 +108,7 @@ def force_prune(
         )
 
     opened = gates.open_gates(model, weights) if open_gates else {}
-    notes = _Notes()
+    notes = _Notes(len(kept_after))
     masks: dict[str, Tensor] = {}
     bar = tqdm(
         total=len(kept_after), desc=method_name, unit="step", disable=not progress
@@ -121,7 +121,9 @@ def force_prune(
         loss_fn=loss_fn,
         forward=forward,
         opened=opened,
-        on_batch=lambda number: bar.set_postfix_str(f"batch {number}"),
+        on_batch=lambda number: (
+            batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
+        ),
     )
     with bar, probe:
         for step, kept in enumerate(kept_after, start=1):
@@ -162,13 +164,19 @@ class _Notes:
         problems: A sentence each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
         self.problems: list[str] = []
+        self._steps = steps
+        self._alive_at_first = 0
         self._collapsed = False
 
     def on_scores(self, step: int, scores: Mapping[str, Tensor]) -> None:
         """Look for layers that the first step cannot rank."""
-        blind = [name for name, s in scores.items() if not s.any()] if step == 1 else []
+        if step > 1:
+            return
+        alive = {name: int(s.count_nonzero()) for name, s in scores.items()}
+        self._alive_at_first = sum(alive.values())
+        blind = [name for name, count in alive.items() if not count]
         if blind:
             self.problems.append(
                 f"{_layers(blind, len(scores))} had a saliency of exactly 0 everywhere "
@@ -183,17 +191,20 @@ class _Notes:
         # Scores below 0 are GraSP's, and mean something.
         if self._collapsed or threshold != 0:
             return
-        ranked = sum(
+        alive = sum(
             int(((s != 0) & (s != -torch.inf)).count_nonzero()) for s in scores.values()
         )
-        if ranked < kept:
-            self._collapsed = True
-            self.problems.append(
-                f"the network collapsed at step {step}: {ranked:,} weights have a "
-                f"saliency other than 0, and {kept:,} were to stay; the others were "
-                "kept by position, which means nothing. Take more steps, more batches, "
-                "a lower sparsity or another method"
-            )
+        # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
+        # on 1x1 maps) are kept while there is room for them, and do no harm.
+        if alive >= kept or (kept > self._alive_at_first and step < self._steps):
+            return
+        self._collapsed = True
+        self.problems.append(
+            f"the network collapsed at step {step} of {self._steps}: {alive:,} weights "
+            f"have a saliency other than 0, and {kept:,} were to stay; the others were "
+            "kept by position, which means nothing. Take more steps, more batches, a "
+            "lower sparsity or another method"
+        )
 
 
 def _layers(names: Sequence[str], total: int) -> str:

@@ -271,7 +271,7 @@ class Probe:
         }
 
     def synflow_gradients(self) -> dict[str, Tensor]:
-        """|∂R/∂θ| at |θ ⊙ c|, in float64 (float32 on devices that have no other).
+        """``|∂R/∂θ|`` at ``|θ ⊙ c|``, in float64 (float32 where there is none).
 
         R is the sum of the outputs for one input of ones of the shape that the loader
         gives, with all parameters and buffers replaced by their absolute values, in

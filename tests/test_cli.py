@@ -248,7 +248,10 @@ def test_a_wrong_value_is_one_line_and_status_2(
 def test_the_folder_to_write_to_is_checked_before_the_pruning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(force_plugin.cli, "force_prune", lambda *_, **__: pytest.fail())
+    def too_early(*_: object, **__: object) -> None:
+        pytest.fail("pruned before the folder was checked")
+
+    monkeypatch.setattr(force_plugin.cli, "force_prune", too_early)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         main([MODEL, *QUICK, "--out", str(tmp_path / "file")])

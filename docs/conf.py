@@ -1,0 +1,28 @@
+"""Sphinx configuration."""
+
+from importlib.metadata import version as _version
+
+project = "force_plugin"
+author = "The force_plugin authors"
+copyright = "2026, " + author
+release = version = _version("force-plugin")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+add_module_names = False
+
+html_theme = "furo"
+html_title = f"force_plugin {release}"

@@ -1,0 +1,532 @@
+"""Scoring leaves no trace, and a pruning that fails leaves none either."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import prune
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from force_plugin import force_prune, get_masks, saliency
+
+Batch = tuple[Tensor, Tensor]
+
+WITH_LOSS = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it"]
+WITH_FORWARD = [*WITH_LOSS, "synflow"]
+QUIET = [*WITH_FORWARD, "magnitude"]
+"""Every method but "random", which advances the global generator by design."""
+
+
+# What a model and the process around it are, to compare before and after.
+
+
+@dataclass(frozen=True, eq=False)
+class Identical:
+    """An object that equals itself only, kept alive so that its id stays its own."""
+
+    it: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identical) and self.it is other.it
+
+
+def frozen(value: object) -> object:
+    """A value that tells whether an object was replaced or overwritten."""
+    if isinstance(value, Tensor):
+        return (
+            Identical(value),
+            value.requires_grad,
+            tuple(value.shape),
+            value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+            frozen(value.grad) if value.is_leaf else None,
+        )
+    if isinstance(value, dict):
+        return {key: frozen(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return Identical(value)
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Every attribute of every module, entries of dictionaries one by one."""
+    state: dict[str, object] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if not isinstance(value, dict):
+                state[f"{name}/{key}"] = frozen(value)
+                continue
+            # A handle finds its hook by the dictionary's identity and the key.
+            state[f"{name}/{key}"] = Identical(value)
+            if "hooks" in key:
+                state[f"{name}/{key}/order"] = list(value)
+            for item, content in value.items():
+                state[f"{name}/{key}/{item}"] = frozen(content)
+    return state
+
+
+def process_state(generators: Sequence[torch.Generator] = ()) -> dict[str, object]:
+    """Random states and global modes."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "python": random.getstate(),
+        "numpy": (kind, keys.tobytes(), *rest),
+        "generators": [g.get_state().numpy().tobytes() for g in generators],
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "attention": torch.backends.cuda.flash_sdp_enabled(),
+    }
+
+
+def differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
+    """What was added, removed or changed."""
+    missing = object()
+    return [
+        key
+        for key in {**before, **after}
+        if before.get(key, missing) != after.get(key, missing)
+    ]
+
+
+@contextmanager
+def unchanged(model: nn.Module, *generators: torch.Generator) -> Iterator[None]:
+    """Assert that a model and the random states are bit for bit what they were."""
+    before, around = state_of(model), process_state(generators)
+    yield
+    assert differences(before, state_of(model)) == []
+    assert differences(around, process_state(generators)) == []
+
+
+# A model that leaves traces wherever a forward pass can.
+
+
+class Restless(nn.Module):
+    """Counts, remembers, draws random numbers and updates statistics in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.2)
+        self.hidden = nn.Linear(4 * 16, 8)
+        self.head = nn.Linear(8, 3)
+        self.calls = 0
+        self.memory: dict[str, Any] = {"shapes": None}
+        self.register_buffer("average", torch.zeros(()))
+        self.register_buffer("temporary", torch.ones(2), persistent=False)
+        self.register_buffer("nothing", None)
+        self.handle = self.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.memory["shapes"] = x.shape
+        self.memory[f"call {self.calls}"] = x
+        self.last_inputs = x
+        self.average.mul_(0.9).add_(0.1 * x.detach().mean())
+        self.temporary = self.temporary * 2
+        self.head.touched = True
+        self.handle.remove()
+        x = torch.relu(self.bn(self.conv(x))).flatten(1)
+        noise = torch.rand(1) * random.random() * float(np.random.rand())
+        return self.head(torch.relu(self.hidden(self.drop(x)))) + noise
+
+
+def restless(kind: str = "fresh") -> nn.Module:
+    """A model with a past: frozen parts, gradients, mixed modes, hooks, a closed gate.
+
+    Args:
+        kind: ``"fresh"``, or ``"pruned"`` for one that is pruned in part already.
+    """
+    torch.manual_seed(0)
+    model = Restless()
+    inputs = torch.randn(4, 2, 4, 4)
+    model(inputs).sum().backward()
+    model.head.weight.grad = None
+    model.conv.weight.requires_grad_(False)
+    model.bn.bias.requires_grad_(False)
+    nn.init.zeros_(model.bn.weight)
+    model.conv.eval()
+    model.drop.eval()
+    model.hidden.register_forward_pre_hook(lambda *_: None)
+    model.hidden.register_forward_hook(lambda *_: None)
+    model.head.register_full_backward_hook(lambda *_: None)
+    model.bn.register_forward_hook(lambda *_, **__: None, with_kwargs=True)
+    if kind == "pruned":
+        prune.l1_unstructured(model.hidden, "weight", 0.2)
+        prune.random_unstructured(model.hidden, "bias", 2)
+        model(inputs).sum().backward()
+    return model
+
+
+def data(count: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(6, 2, 4, 4, generator=generator),
+            torch.randint(3, (6,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+# Scoring.
+
+
+@pytest.mark.parametrize("kind", ["fresh", "pruned"])
+@pytest.mark.parametrize("batches", [1, 3, None])
+@pytest.mark.parametrize("method", QUIET)
+def test_scoring_leaves_no_trace(method: str, batches: int | None, kind: str) -> None:
+    model = restless(kind)
+    with unchanged(model):
+        saliency(model, data(), method, batches=batches)
+
+
+def test_the_traces_that_are_looked_for_are_made_by_a_plain_forward() -> None:
+    model = restless()
+    before, around = state_of(model), process_state()
+    model(data()[0][0]).sum().backward()
+    changed = differences(before, state_of(model))
+    assert {
+        "/calls",
+        "/memory/shapes",
+        "/memory/call 2",
+        "/last_inputs",
+        "/_buffers/average",
+        "/_buffers/temporary",
+        "bn/_buffers/running_mean",
+        "bn/_buffers/num_batches_tracked",
+        "head/_parameters/weight",
+        "hidden/_parameters/bias",
+    } <= set(changed)
+    assert differences(around, process_state()) == ["torch", "python", "numpy"]
+
+
+def test_scoring_does_not_write_to_weights_that_the_forward_writes_to() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # With max_norm, an embedding rescales its own rows in every forward.
+            self.embedding = nn.Embedding(10, 6, max_norm=0.5)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.head(self.embedding(words).mean(1))
+
+    model = Words()
+    words = torch.arange(10).view(2, 5)
+    with unchanged(model):
+        saliency(model, [(words, torch.tensor([0, 1]))], "snip")
+
+
+def test_a_weight_that_the_forward_clips_keeps_its_value() -> None:
+    class Clipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data.clamp_(-0.01, 0.01)
+            return super().forward(x)
+
+    model = Clipped(6, 4)
+    with unchanged(model):
+        saliency(model, [(torch.randn(5, 6), torch.arange(5) % 4)], "snip")
+
+
+@pytest.mark.parametrize("place", ["loader", "sampler", "batch_sampler"])
+def test_a_loaders_own_generator_is_put_back(place: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    dataset = TensorDataset(torch.randn(12, 2, 4, 4), torch.arange(12) % 3)
+    sampler = RandomSampler(dataset, generator=generator)
+    loaders: dict[str, DataLoader[Any]] = {
+        "loader": DataLoader(dataset, 4, shuffle=True, generator=generator),
+        "sampler": DataLoader(dataset, 4, sampler=sampler),
+        "batch_sampler": DataLoader(
+            dataset, batch_sampler=BatchSampler(sampler, 4, drop_last=False)
+        ),
+    }
+    model = restless()
+    with unchanged(model, generator):
+        saliency(model, loaders[place], "snip", batches=2)
+
+
+# Failures.
+
+
+class Breaking:
+    """A loader that raises in the place of a batch."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.at = at
+        self.error = error
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i, batch in enumerate(data()):
+            if i == self.at:
+                raise self.error
+            yield batch
+
+
+@dataclass
+class Countdown:
+    """A loss that is as usual until its last call."""
+
+    calls: int
+    then: Callable[[Tensor], Tensor]
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls -= 1
+        loss = cross_entropy(outputs, targets)
+        return loss if self.calls > 0 else self.then(loss)
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def expect_no_trace_of_a_failure(
+    error: type[BaseException],
+    method: str,
+    loader: Any,
+    model: nn.Module | None = None,
+    **options: Any,
+) -> None:
+    model = model or restless()
+    with unchanged(model), pytest.raises(error):
+        force_prune(
+            model, loader, 0.7, **{"steps": 3, "method": method, **options}
+        )
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("method", WITH_LOSS)
+def test_a_loader_that_raises_leaves_no_trace(
+    method: str, at: int, error: BaseException
+) -> None:
+    loader = Breaking(at, error)
+    expect_no_trace_of_a_failure(type(error), method, loader, batches=None)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("method", ["force", "iter_snip", "grasp_it", "snip_it"])
+def test_a_loader_that_raises_at_a_later_step_leaves_no_trace(
+    method: str, at: int
+) -> None:
+    loader = Breaking(at, OSError("disk"))
+    expect_no_trace_of_a_failure(OSError, method, loader, restless("pruned"))
+
+
+def test_a_loader_that_raises_before_synflow_leaves_no_trace() -> None:
+    expect_no_trace_of_a_failure(OSError, "synflow", Breaking(0, OSError("disk")))
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize(
+    ("error", "then"),
+    [
+        (ValueError, raising(IndexError("in the loss"))),
+        (KeyboardInterrupt, raising(KeyboardInterrupt())),
+        (RuntimeError, lambda loss: loss * float("nan")),
+        (RuntimeError, lambda loss: loss.detach()),
+        (ValueError, lambda loss: loss.expand(2)),
+    ],
+    ids=["raises", "interrupted", "nan", "detached", "two numbers"],
+)
+@pytest.mark.parametrize("method", WITH_LOSS)
+def test_a_loss_that_fails_leaves_no_trace(
+    method: str,
+    error: type[BaseException],
+    then: Callable[[Tensor], Tensor],
+    calls: int,
+) -> None:
+    loss_fn = Countdown(calls, then)
+    expect_no_trace_of_a_failure(error, method, data(), batches=2, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("method", WITH_FORWARD)
+def test_an_interrupt_inside_of_the_network_leaves_no_trace(
+    method: str, calls: int
+) -> None:
+    model = restless()
+    left = calls
+
+    def interrupt(*_: object) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+
+    model.hidden.register_forward_hook(interrupt)
+    batches = 1 if method == "synflow" else 2
+    expect_no_trace_of_a_failure(
+        KeyboardInterrupt, method, data(), model, batches=batches
+    )
+
+
+@pytest.mark.parametrize("kind", ["fresh", "pruned"])
+def test_an_interrupt_while_the_masks_are_applied_leaves_no_trace(kind: str) -> None:
+    class Stubborn(nn.Linear):
+        def register_forward_pre_hook(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+    model = restless(kind)
+    model.head = Stubborn(8, 3)  # the last one that is pruned
+    expect_no_trace_of_a_failure(KeyboardInterrupt, "snip", data(), model)
+
+
+# Success.
+
+
+@pytest.mark.parametrize("kind", ["fresh", "pruned"])
+@pytest.mark.parametrize("method", QUIET)
+def test_a_pruning_changes_nothing_but_the_masks(method: str, kind: str) -> None:
+    model = restless(kind)
+    pruned_before = get_masks(model)
+    before, around = state_of(model), process_state()
+    force_prune(model, data(), 0.7, method=method, steps=3, progress=False)
+    after = state_of(model)
+    assert differences(around, process_state()) == []
+
+    weights = ["conv", "hidden", "head"]
+    for name in weights:
+        # The very same parameter, with its value and gradient, under PyTorch's name.
+        own = f"{name}/_parameters/weight"
+        old = own if own in before else f"{own}_orig"
+        assert after[f"{own}_orig"] == before[old]
+    expected = {
+        f"{name}/{entry}"
+        for name in weights
+        for entry in (
+            "_parameters/weight",
+            "_parameters/weight_orig",
+            "_buffers/weight_mask",
+            "weight",
+            "_forward_pre_hooks/order",
+        )
+    }
+    others = [key for key in differences(before, after) if key not in expected]
+    hooks = [key for key in others if "/_forward_pre_hooks/" in key]
+    assert set(others) == set(hooks)
+    # One hook more in each module, or one in the place of an earlier pruning's.
+    replaced = sum(name.endswith("hidden.weight") for name in pruned_before)
+    assert len(hooks) == len(weights) + replaced
+    assert {hook.split("/")[0] for hook in hooks} == set(weights)
+
+
+def test_a_hook_can_still_be_removed_by_its_handle() -> None:
+    model = restless()
+    calls: list[int] = []
+    handle = model.hidden.register_forward_hook(lambda *_: calls.append(1))
+    force_prune(model, data(), 0.7, steps=2, progress=False)
+    calls.clear()
+    handle.remove()
+    model(data()[0][0])
+    assert calls == []
+
+
+# Training afterwards.
+
+
+def train(prepare: Callable[[nn.Module, DataLoader[Any]], object]) -> list[float]:
+    """Losses of a training with dropout, batch norm and shuffling."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    model = Restless()
+    # Not that the losses depend on what the forward pass keeps; it is kept, too.
+    dataset = TensorDataset(torch.randn(24, 2, 4, 4), torch.arange(24) % 3)
+    loader = DataLoader(dataset, batch_size=8, shuffle=True)
+    prepare(model, loader)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(3):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("method", QUIET)
+def test_a_training_goes_on_as_if_nothing_had_been_scored(method: str) -> None:
+    assert train(
+        lambda model, loader: saliency(model, loader, method, batches=2)
+    ) == train(lambda model, loader: None)
+
+
+def test_a_training_goes_on_as_if_nothing_had_failed() -> None:
+    def fail(model: nn.Module, loader: DataLoader[Any]) -> None:
+        loss_fn = Countdown(5, raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            force_prune(model, loader, 0.9, batches=2, steps=3, loss_fn=loss_fn)
+
+    assert train(fail) == train(lambda model, loader: None)
+
+
+def test_a_pruning_that_removes_nothing_does_not_change_a_training() -> None:
+    def prune_nothing(model: nn.Module, loader: DataLoader[Any]) -> None:
+        force_prune(model, loader, 0.0, steps=2, progress=False)
+
+    assert train(prune_nothing) == train(lambda model, loader: None)
+
+
+# Whatever the mode around it.
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", QUIET)
+def test_scoring_works_without_grad_mode_around_it(
+    method: str, mode: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    model = restless()
+    model.bn.reset_parameters()
+    batches = data()
+    expected = saliency(model, batches, method, batches=2)
+    with mode(), unchanged(model):
+        scores = saliency(model, batches, method, batches=2)
+    assert all(torch.equal(scores[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("gate", ["bn", "head"])
+def test_gates_are_opened_without_grad_mode_around_it(
+    gate: str, mode: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    model = restless()
+    model.bn.reset_parameters()
+    nn.init.zeros_(model.get_submodule(gate).weight)
+    batches = data()
+    expected = saliency(model, batches, "snip")
+    with mode():
+        scores = saliency(model, batches, "snip")
+    assert all(torch.equal(scores[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_pruned_without_grad_mode_can_be_trained_saved_and_loaded(
+    mode: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    model = restless()
+    model.bn.reset_parameters()
+    batches = data()
+    with mode():
+        force_prune(model, batches, 0.5, steps=2, progress=False)
+    inputs, targets = batches[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    model.load_state_dict(model.state_dict())

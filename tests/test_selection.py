@@ -1,0 +1,401 @@
+"""The k largest of all scores: exactly k, exactly those, and always in the end."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from force_plugin import selection
+from force_plugin.selection import kth_largest, top_k_masks
+
+INF = math.inf
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+# Inputs this small are not worth a second thread, least of all on busy cores.
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def naive_top_k(scores: Sequence[Tensor], k: int) -> tuple[list[bool], float]:
+    """The first k after a stable sort in descending order, and the last of them."""
+    values = [value for score in scores for value in score.flatten().tolist()]
+    order = sorted(range(len(values)), key=lambda at: -values[at])
+    chosen = set(order[:k])
+    mask = [at in chosen for at in range(len(values))]
+    return mask, values[order[k - 1]] if k else INF
+
+
+def as_list(masks: Sequence[Tensor]) -> list[bool]:
+    return [kept for mask in masks for kept in mask.flatten().tolist()]
+
+
+def assert_as_naive(scores: Sequence[Tensor], k: int) -> None:
+    masks, threshold = top_k_masks(scores, k)
+    expected, value = naive_top_k(scores, k)
+    assert [mask.shape for mask in masks] == [score.shape for score in scores]
+    assert {mask.dtype for mask in masks} == {torch.bool}
+    assert as_list(masks) == expected
+    assert threshold == value
+
+
+# Small tensors, any values: duplicates, zeros of both signs, infinities, denormals
+
+VALUES = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, INF, -INF, 5e-324, -5e-324, 1e-40, 1e-42]),
+    st.integers(-3, 3).map(float),
+    st.floats(allow_nan=False),
+    st.floats(allow_nan=False, width=32),
+)
+
+
+@st.composite
+def scores_and_k(draw: st.DrawFn) -> tuple[list[Tensor], int]:
+    dtype = draw(st.sampled_from(DTYPES))
+    scores = []
+    for _ in range(draw(st.integers(1, 4))):
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+        size = math.prod(shape)
+        values = draw(st.lists(VALUES, min_size=size, max_size=size))
+        scores.append(torch.tensor(values, dtype=dtype).reshape(shape))
+    return scores, draw(st.integers(0, sum(score.numel() for score in scores)))
+
+
+@given(scores_and_k())
+@settings(max_examples=300, deadline=None)
+def test_any_scores_give_the_first_k_of_a_stable_sort(
+    case: tuple[list[Tensor], int],
+) -> None:
+    assert_as_naive(*case)
+
+
+@given(scores_and_k(), st.integers(0, 6), st.integers(1, 6))
+@settings(max_examples=300, deadline=None)
+def test_narrowing_down_to_a_handful_gives_the_same(
+    case: tuple[list[Tensor], int], small: int, sample: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_SMALL", small)
+        patch.setattr(selection, "_SAMPLE", sample)
+        assert_as_naive(*case)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_a_tie_goes_to_the_earlier_tensor_then_to_the_lower_index(
+    dtype: torch.dtype,
+) -> None:
+    first = torch.tensor([[1, 2], [2, 3]], dtype=dtype)
+    second = torch.tensor([2, 2, 9], dtype=dtype)
+    kept = {
+        2: ([[0, 0], [0, 1]], [0, 0, 1]),
+        3: ([[0, 1], [0, 1]], [0, 0, 1]),
+        4: ([[0, 1], [1, 1]], [0, 0, 1]),
+        5: ([[0, 1], [1, 1]], [1, 0, 1]),
+        6: ([[0, 1], [1, 1]], [1, 1, 1]),
+        7: ([[1, 1], [1, 1]], [1, 1, 1]),
+    }
+    for k, expected in kept.items():
+        masks, threshold = top_k_masks([first, second], k)
+        assert tuple(mask.int().tolist() for mask in masks) == expected
+        assert threshold == {2: 3, 7: 1}.get(k, 2)
+
+
+def test_zeros_of_both_signs_are_one_value() -> None:
+    (mask,), threshold = top_k_masks([torch.tensor([-0.0, 0.0, -0.0, -1.0])], 2)
+    assert mask.tolist() == [True, True, False, False]
+    assert threshold == 0
+
+
+def test_minus_infinity_is_taken_last_but_is_taken() -> None:
+    (mask,), threshold = top_k_masks([torch.tensor([-INF, -3e38, -INF, INF])], 3)
+    assert mask.tolist() == [True, True, False, True]
+    assert threshold == -INF
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(0, 3),
+    "permuted": lambda t: t.permute(2, 0, 3, 1),
+    "every_second": lambda t: t[:, ::2, :, 1:],
+    "flipped": lambda t: t.flip(1),
+    "expanded": lambda t: t[:1].expand(4, -1, -1, -1),
+    "needs_gradient": lambda t: t.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [1, 7, 40, 71])
+def test_ties_are_resolved_in_row_major_order_however_a_tensor_lies_in_memory(
+    layout: str, k: int
+) -> None:
+    generator = torch.Generator().manual_seed(k)
+    values = torch.randint(3, (4, 5, 3, 2), generator=generator).double()
+    score = LAYOUTS[layout](values)
+    assert_as_naive([score, values], min(k, score.numel()))
+    assert_as_naive([score], min(k, score.numel()))
+
+
+def test_the_scores_are_left_as_they_were() -> None:
+    score = torch.tensor([3.0, 1.0, 3.0, 2.0])
+    before = score.clone()
+    top_k_masks([score], 1)
+    assert torch.equal(score, before)
+
+
+def test_masks_are_those_of_pytorchs_global_magnitude_pruning() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(9, 50))
+    weights = [module.weight.detach().abs() for module in model]
+    masks, _ = top_k_masks(weights, 123)
+    total = sum(weight.numel() for weight in weights)
+    prune.global_unstructured(
+        [(module, "weight") for module in model],
+        prune.L1Unstructured,
+        amount=total - 123,
+    )
+    for mask, module in zip(masks, model, strict=True):
+        assert torch.equal(mask, module.weight_mask.bool())
+
+
+# k
+
+
+def test_none_of_the_scores_is_above_an_infinite_threshold() -> None:
+    masks, threshold = top_k_masks([torch.full((2, 3), INF), torch.ones(())], 0)
+    assert [mask.shape for mask in masks] == [(2, 3), ()]
+    assert not any(as_list(masks))
+    assert threshold == INF
+    assert top_k_masks([], 0) == ([], INF)
+
+
+@pytest.mark.parametrize("k", [-1, 7, 10**9])
+def test_a_k_that_does_not_fit_is_named_with_the_number_of_scores(k: int) -> None:
+    scores = [torch.ones(2, 2), torch.ones(2)]
+    with pytest.raises(ValueError, match=rf"k: expected 0 <= k <= 6 .*got {k}$"):
+        top_k_masks(scores, k)
+    with pytest.raises(ValueError, match=r"0 <= k <= 0 scores, got 1"):
+        top_k_masks([], 1)
+
+
+# Larger than the limit below which everything is simply sorted
+
+SIZES = (50_001, 3, 80_000, 0, 9_996)
+TOTAL = sum(SIZES)
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def _sparse(values: np.ndarray) -> np.ndarray:
+    return np.where(_rng().random(TOTAL) < 0.01, values, 0)
+
+
+HARD: dict[str, Callable[[], np.ndarray]] = {
+    "normal": lambda: _rng().standard_normal(TOTAL),
+    "all_equal": lambda: np.full(TOTAL, 0.7),
+    "two_values": lambda: (_rng().random(TOTAL) < 0.3).astype(float),
+    "many_zeros": lambda: _sparse(_rng().random(TOTAL) + 0.5),
+    "zeros_of_both_signs": lambda: (
+        _sparse(np.ones(TOTAL)) * _rng().choice([-1, 1], TOTAL)
+    ),
+    "denormals": lambda: _rng().integers(0, 1000, TOTAL) * 5e-324,
+    "heavy_tails": lambda: _rng().standard_cauchy(TOTAL) ** 5,
+    "mostly_minus_infinity": lambda: np.where(
+        _rng().random(TOTAL) < 0.98, -INF, _rng().standard_normal(TOTAL)
+    ),
+    "both_infinities": lambda: _rng().choice([-INF, 0, INF], TOTAL),
+    "ascending": lambda: np.arange(TOTAL, dtype=float),
+    "descending": lambda: -np.arange(TOTAL, dtype=float),
+    "one_large": lambda: np.eye(1, TOTAL, TOTAL - 1)[0],
+    "neighbours": lambda: 1 + _rng().integers(0, 5, TOTAL) * 2.0**-52,
+}
+
+
+def ranks(values: np.ndarray) -> list[int]:
+    """The ends, the middle, and around the number of values above 0 and above -inf."""
+    edges = {1, 2, TOTAL // 100, TOTAL // 2, TOTAL - 1, TOTAL}
+    for number in ((values > 0).sum(), (values != 0).sum(), (values > -INF).sum()):
+        edges |= {int(number) + step for step in (-1, 0, 1)}
+    return sorted(k for k in edges if 1 <= k <= TOTAL)
+
+
+def in_order(values: np.ndarray) -> np.ndarray:
+    """Indices by descending value, the first of equal ones first."""
+    return np.argsort(-values, kind="stable")
+
+
+def split(values: np.ndarray, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return list(torch.from_numpy(values).to(dtype).split(SIZES))
+
+
+def assert_as_sorted(values: np.ndarray, scores: Sequence[Tensor], k: int) -> None:
+    order = in_order(values)
+    masks, threshold = top_k_masks(scores, k)
+    found = torch.cat([mask.flatten() for mask in masks]).numpy()
+    expected = np.zeros(len(values), dtype=bool)
+    expected[order[:k]] = True
+    assert found.sum() == k
+    np.testing.assert_array_equal(found, expected)
+    assert threshold == values[order[k - 1]]
+
+
+def test_the_hard_cases_are_large_enough_to_be_sampled() -> None:
+    assert TOTAL > selection._SMALL
+    assert (HARD["denormals"]() > 0).any()
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_scores_are_selected_exactly(name: str) -> None:
+    values = HARD[name]()
+    scores = split(values)
+    for k in ranks(values):
+        assert_as_sorted(values, scores, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["normal", "many_zeros", "mostly_minus_infinity"])
+def test_narrow_types_with_all_their_ties_are_selected_exactly(
+    name: str, dtype: torch.dtype
+) -> None:
+    scores = split(HARD[name](), dtype)
+    values = torch.cat(scores).double().numpy()
+    for k in (1, 1_000, TOTAL // 2, TOTAL - 1):
+        assert_as_sorted(values, scores, k)
+
+
+def test_float32_denormals_are_told_apart() -> None:
+    values = _rng().integers(0, 200_000, TOTAL) * 2.0**-149
+    scores = split(values, torch.float32)
+    for k in (1, 999, TOTAL // 2, TOTAL):
+        assert_as_sorted(values, scores, k)
+
+
+def test_a_large_channels_last_tensor_of_ties_is_cut_in_row_major_order() -> None:
+    values = _rng().integers(0, 2, 64 * 40 * 6 * 6).astype(float)
+    score = torch.from_numpy(values).reshape(64, 40, 6, 6)
+    score = score.to(memory_format=torch.channels_last)
+    assert score.numel() > selection._SMALL
+    for k in (5, int(values.sum()) + 5):
+        assert_as_sorted(values, [score], k)
+
+
+def test_many_small_tensors_are_ranked_together() -> None:
+    values = _rng().integers(0, 100, 90_000).astype(float)
+    scores = list(torch.from_numpy(values).reshape(300, 20, 15).unbind())
+    for k in (1, 450, 45_678):
+        assert_as_sorted(values, scores, k)
+
+
+def test_every_rank_of_the_threshold_is_the_value_of_that_rank() -> None:
+    values = _rng().standard_normal(TOTAL)
+    descending = np.sort(values)[::-1]
+    scores = split(values)
+    for k in _rng().integers(1, TOTAL + 1, 25):
+        assert kth_largest(scores, int(k)) == descending[k - 1]
+
+
+# Chance
+
+
+def test_no_random_state_is_consumed_and_none_is_needed() -> None:
+    scores = split(HARD["normal"]())
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
+        results.append(as_list(top_k_masks(scores, 12_345)[0]))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert str(np.random.get_state()) == before[1]
+        assert random.getstate() == before[2]
+    assert results[0] == results[1]
+
+
+MAXIMUM_OF_ROUNDS = 100
+
+
+@pytest.fixture
+def brackets(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, float]]]:
+    """Brackets to be handed out before the sampled ones."""
+    unlucky: list[tuple[float, float]] = []
+    sampled = selection._bracket
+    rounds = 0
+
+    def bracket(
+        candidates: Sequence[Tensor], rank: float, generator: torch.Generator
+    ) -> tuple[float, float]:
+        nonlocal rounds
+        rounds += 1
+        assert rounds <= MAXIMUM_OF_ROUNDS, "the selection does not come to an end"
+        return unlucky.pop(0) if unlucky else sampled(candidates, rank, generator)
+
+    monkeypatch.setattr(selection, "_bracket", bracket)
+    yield unlucky
+    assert rounds
+
+
+UNLUCKY = {
+    "far_too_high": [(0.99, 0.999), (0.98, 0.99)],
+    "far_too_low": [(-0.9, -0.8), (-0.7, -0.6)],
+    "one_wrong_value_too_high": [(0.9, 0.9)],
+    "one_wrong_value_too_low": [(-0.9, -0.9)],
+    "one_value_again_and_again": [(0.25, 0.25)] * 5,
+    "above_everything": [(7.0, 8.0), (7.0, 7.0), (INF, INF)],
+    "below_everything": [(-8.0, -7.0), (-7.0, -7.0), (-INF, -INF)],
+    "everything": [(-INF, INF)] * 3,
+    "high_then_low": [(0.9, 0.95), (-0.95, -0.9), (0.5, 0.5), (-0.5, 0.5)],
+}
+
+
+@pytest.mark.parametrize("case", UNLUCKY)
+@pytest.mark.parametrize("k", [1, 300, 70_000, 139_999, TOTAL])
+def test_an_unlucky_sample_costs_rounds_and_never_exactness(
+    brackets: list[tuple[float, float]], case: str, k: int
+) -> None:
+    # Eighths tie by the ten thousand, and the brackets hit and miss them.
+    values = np.round(_rng().uniform(-1, 1, TOTAL) * 8) / 8
+    brackets += UNLUCKY[case]
+    assert_as_sorted(values, split(values), k)
+
+
+@given(
+    values=st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=30),
+    unlucky=st.lists(
+        st.tuples(st.integers(-5, 5), st.integers(-5, 5)).map(sorted), max_size=8
+    ),
+    share=st.floats(0, 1),
+)
+@example(values=[0.0] * 9 + [1.0], unlucky=[[0, 0]], share=0.2)
+@settings(max_examples=300, deadline=None)
+def test_any_brackets_lead_to_the_same_value(
+    values: list[float], unlucky: list[list[int]], share: float
+) -> None:
+    k = max(1, math.ceil(share * len(values)))
+    pending = [(float(low), float(high)) for low, high in unlucky]
+    sampled = selection._bracket
+    rounds = iter(range(MAXIMUM_OF_ROUNDS))
+
+    def bracket(*args: object) -> tuple[float, float]:
+        assert next(rounds, None) is not None, "the selection does not come to an end"
+        return pending.pop(0) if pending else sampled(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_SMALL", 0)
+        patch.setattr(selection, "_bracket", bracket)
+        found = kth_largest([torch.tensor(values).double()], k)
+    assert found == sorted(values, reverse=True)[k - 1]
