@@ -9,7 +9,7 @@ where none is closed, nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ def open_gates(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]
 
     A closed gate is a parameter whose values are all exactly 0 and that multiplies what
     passes: a one-dimensional ``weight`` (of any normalisation), opened to 1, and a
-    prunable weight, opened to the values that PyTorch initialises it with
-    (:func:`torch.nn.init.kaiming_uniform_` with a = √5), drawn from a generator of its
-    own with seed 0.
+    prunable weight of more dimensions, opened to the values that PyTorch initialises
+    it with (:func:`torch.nn.init.kaiming_uniform_` with a = √5), drawn from a generator
+    of its own with seed 0.
 
     Args:
         model: The network; it is not changed.
@@ -38,28 +38,24 @@ def open_gates(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]
     opened = {}
     for name, weight in named_parameters(model).items():
         values = weight.dense.detach()
-        gate = values.dim() == 1 and any(t == "weight" for _, t in weight.owners)
-        if not (gate or name in prunable) or values.any():
+        if not values.numel() or values.any():
             continue
-        if name in prunable and values.dim() > 1:
+        if values.dim() == 1 and any(tensor == "weight" for _, tensor in weight.owners):
+            opened[name] = torch.ones_like(values)
+        elif values.dim() > 1 and name in prunable:
             fresh = torch.empty(values.shape, dtype=torch.float32)
             nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
             opened[name] = fresh.to(values)
-        else:
-            opened[name] = torch.ones_like(values)
     return opened
 
 
-def describe(opened: dict[str, Tensor], weights: Sequence[Weight]) -> list[str]:
+def describe(opened: Mapping[str, Tensor]) -> list[str]:
     """One sentence for each kind of gate that was opened, for the report."""
-    prunable = {weight.name for weight in weights}
+    norms = [name for name, values in opened.items() if values.dim() == 1]
+    weights = [name for name, values in opened.items() if values.dim() > 1]
     kinds = {
-        "normalisation weights of 0, set to 1": [
-            n for n in opened if n not in prunable
-        ],
-        "prunable weights of 0, set to a random initialisation": [
-            n for n in opened if n in prunable
-        ],
+        "normalisation weights of 0, set to 1": norms,
+        "prunable weights of 0, set to a random initialisation": weights,
     }
     return [
         f"gates opened while scoring: {len(names)} {kind} ({', '.join(names[:3])}"

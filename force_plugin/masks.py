@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from force_plugin.methods import SaliencyMethod
-from force_plugin.parameters import Weight, named_parameters
+from force_plugin.parameters import Weight, mask_of, named_parameters
 from force_plugin.snapshot import restored
 
 _FORMAT = "force_plugin masks"
@@ -36,24 +36,14 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}"
-        )
-    pruned = {
-        (id(module), hook._tensor_name)
-        for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, prune.BasePruningMethod)
-    }
     return {
         name: weight.mask.clone()
         for name, weight in named_parameters(model).items()
         if weight.mask is not None
-        and any((id(module), tensor) in pruned for module, tensor in weight.owners)
     }
 
 
+@torch.inference_mode(False)
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Prune a model in place with given masks.
 
@@ -92,24 +82,55 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def prune_with(
     masks: Iterable[tuple[Weight, Tensor]],
     method: type[SaliencyMethod] = SaliencyMethod,
+    readers: Iterable[tuple[nn.Module, nn.Module]] = (),
 ) -> None:
     """Prune weights with bool masks, all of them or, after an error, none.
 
     Args:
         masks: Weights and their masks, of the same shapes.
         method: Class of the hook that PyTorch's reparametrisation gets.
+        readers: ``(reader, owner)`` pairs of modules of which the first takes weights
+            from the second without calling it.
     """
-    pairs = list(masks)
-    owners = [module for weight, _ in pairs for module, _ in weight.owners]
-    with restored(owners, only_on_error=True):
+    pairs, readers = list(masks), list(readers)
+    touched = [module for weight, _ in pairs for module, _ in weight.owners]
+    touched += [reader for reader, _ in readers]
+    with restored(touched, only_on_error=True):
+        for reader, owner in readers:
+            _Refresh.register(reader, owner)
         for weight, mask in pairs:
             mask = mask.to(weight.dense.device)
-            if weight.mask is not None:
-                mask = mask & weight.mask
-            left = weight.dense.numel() if weight.mask is None else weight.mask.sum()
-            removed = int(left) - int(mask.count_nonzero())
             for module, name in weight.owners:
-                method.apply(module, name, amount=removed, importance_scores=mask)
+                # Owners of a shared weight may have been pruned one by one before.
+                earlier = mask_of(module, name)
+                left = torch.ones_like(mask) if earlier is None else earlier.bool()
+                removed = int((left & ~mask).count_nonzero())
+                method.apply(
+                    module, name, amount=removed, importance_scores=left & mask
+                )
+
+
+class _Refresh:
+    """Masks the weights of a module again when another one is about to read them.
+
+    PyTorch's pruning hook runs when the owner of a weight is called. Some attention
+    layers never call their projections, they only read the weight:
+    :class:`torch.nn.MultiheadAttention`, timm's BEiT and Swin V2.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+
+    def __call__(self, reader: nn.Module, inputs: object) -> None:
+        for hook in self.owner._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                hook(self.owner, inputs)
+
+    @classmethod
+    def register(cls, reader: nn.Module, owner: nn.Module) -> None:
+        hooks = reader._forward_pre_hooks.values()
+        if not any(isinstance(hook, cls) and hook.owner is owner for hook in hooks):
+            reader.register_forward_pre_hook(cls(owner))
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
@@ -120,19 +141,19 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
         path: File to write; its folder must exist.
 
     Raises:
-        TypeError: ``masks`` is no mapping of tensors.
+        TypeError: ``masks`` is no mapping of names to tensors.
         ValueError: It is empty, or a mask holds other values than 0 and 1.
-        FileNotFoundError: The folder does not exist.
+        OSError: The file cannot be written, because the folder does not exist, say.
     """
     checked = _checked(masks)
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder does not exist; create it first")
     bits = {
         name: torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
         for name, mask in checked.items()
     }
     shapes = {name: list(mask.shape) for name, mask in checked.items()}
-    save_file(bits, path, {"format": _FORMAT, "shapes": json.dumps(shapes)})
+    metadata = {"format": _FORMAT, "shapes": json.dumps(shapes)}
+    # save_file makes files that only their owner may read.
+    Path(path).write_bytes(save(bits, metadata))
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -153,22 +174,28 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{path}: a safetensors file, but not one that save_masks wrote"
-                )
-            shapes: dict[str, list[int]] = json.loads(metadata["shapes"])
-            bits = {name: file.get_tensor(name).numpy() for name in shapes}
-    except SafetensorError as error:
+            ours = metadata.get("format") == _FORMAT
+            shapes = dict(json.loads(metadata["shapes"])) if ours else {}
+            masks = {
+                name: _unpack(file.get_tensor(name), torch.Size(shape))
+                for name, shape in shapes.items()
+            }
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: not a masks file, or one that is cut short ({error})"
         ) from error
-    return {
-        name: torch.from_numpy(
-            np.unpackbits(bits[name], count=int(np.prod(shape))).astype(bool)
-        ).reshape(shape)
-        for name, shape in shapes.items()
-    }
+    if not ours:
+        raise ValueError(
+            f"{path}: a safetensors file, but not one that save_masks wrote"
+        )
+    return masks
+
+
+def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    if min(shape, default=0) < 0 or len(bits) != -(-shape.numel() // 8):
+        raise ValueError(f"{len(bits)} bytes for a mask of shape {tuple(shape)}")
+    flat = np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool)
+    return torch.from_numpy(flat).reshape(shape)
 
 
 def _checked(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,6 +208,10 @@ def _checked(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not masks:
         raise ValueError("masks: expected at least one mask, got an empty mapping")
     for name, mask in masks.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"masks: expected parameter names, got a {type(name).__name__}"
+            )
         if not isinstance(mask, Tensor):
             raise TypeError(
                 f"masks: expected a tensor for {name!r}, got {type(mask).__name__}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from copy import copy
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from force_plugin.parameters import mask_of, parameter_key
 from force_plugin.schedules import count_kept
 from force_plugin.selection import top_k_masks
 
@@ -63,7 +65,7 @@ class SaliencyMethod(prune.BasePruningMethod):
                 f"amount: expected a float or an int, got {type(amount).__name__}"
             )
         integral = isinstance(amount, Integral)
-        if amount < 0 or (amount > 1 and not integral):
+        if not amount >= 0 or (amount > 1 and not integral):
             raise ValueError(
                 "amount: expected a fraction in [0, 1] as a float, or a number of "
                 f"weights as an int, got {amount!r}"
@@ -152,8 +154,9 @@ class SaliencyMethod(prune.BasePruningMethod):
         scores = scores if scores.is_floating_point() else scores.double()
         if scores.isnan().any():
             raise ValueError("importance_scores: expected numbers, got NaN")
-        scores = scores.masked_fill(~eligible, -torch.inf)
-        return top_k_masks([scores], kept)[0][0] & eligible
+        mask = eligible.clone()
+        mask[eligible] = top_k_masks([scores[eligible]], kept)[0][0]
+        return mask
 
     @classmethod
     def apply(  # type: ignore[override]
@@ -187,27 +190,32 @@ class SaliencyMethod(prune.BasePruningMethod):
         # PyTorch unhooks an earlier pruning before it looks at the arguments, and an
         # error would then leave the module half-pruned: try them out first.
         trial = cls(amount)
-        tensor = getattr(module, name, None)
-        if not isinstance(tensor, Tensor):
+        parameter = module._parameters.get(parameter_key(module, name))
+        if parameter is None:
             raise ValueError(f"{type(module).__name__} has no parameter {name!r}")
-        if importance_scores is not None and importance_scores.shape != tensor.shape:
-            raise ValueError(
-                f"importance_scores: expected the shape of {name}, "
-                f"{tuple(tensor.shape)}, got {tuple(importance_scores.shape)}"
-            )
         scores = importance_scores
         if scores is None:
-            scores = tensor.detach().requires_grad_()
-        mask = getattr(module, f"{name}_mask", None)
-        left = tensor.numel() if mask is None else int(mask.count_nonzero())
-        mask = trial.compute_mask(
-            scores, torch.ones_like(tensor) if mask is None else mask
-        )
+            scores = parameter.detach().requires_grad_()
+        if not isinstance(scores, Tensor):
+            raise TypeError(
+                f"importance_scores: expected a tensor, got {type(scores).__name__}"
+            )
+        if scores.shape != parameter.shape:
+            raise ValueError(
+                f"importance_scores: expected the shape of {name}, "
+                f"{tuple(parameter.shape)}, got {tuple(scores.shape)}"
+            )
+        earlier = mask_of(module, name)
+        if earlier is None:
+            earlier = torch.ones_like(parameter, dtype=torch.bool)
+        mask = trial.compute_mask(scores, earlier)
+        removed = int(earlier.count_nonzero()) - int(mask.count_nonzero())
+        for key, hook in module._forward_pre_hooks.items():
+            # PyTorch adds to the container it finds; a copy leaves the way back open.
+            if isinstance(hook, prune.PruningContainer) and hook._tensor_name == name:
+                module._forward_pre_hooks[key] = copy(hook)
         return super().apply(  # type: ignore[no-any-return, no-untyped-call]
-            module,
-            name,
-            amount=left - int(mask.count_nonzero()),
-            importance_scores=mask,
+            module, name, amount=removed, importance_scores=mask
         )
 
 

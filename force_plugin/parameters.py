@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 """Modules whose ``weight`` is pruned unless the caller chooses: every
@@ -26,8 +27,8 @@ class Weight:
             that several modules share is one weight with several owners.
         dense: The parameter with all its values (``weight_orig`` where the model is
             pruned already).
-        mask: Bool tensor of the same shape, True = kept; ``None`` where the weight
-            is not pruned yet.
+        mask: Bool tensor of the same shape, True = kept, of the first owner that is
+            pruned; ``None`` where none is.
     """
 
     name: str
@@ -48,9 +49,20 @@ class Weight:
         return [(module, parameter_key(module, name)) for module, name in self.owners]
 
 
+def mask_of(module: nn.Module, name: str) -> Tensor | None:
+    """Mask of a tensor that :mod:`torch.nn.utils.prune` has pruned, else ``None``.
+
+    It is the hook that tells: other modules have buffers called ``weight_mask`` too.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+            return module._buffers[f"{name}_mask"]
+    return None
+
+
 def parameter_key(module: nn.Module, name: str) -> str:
     """Key of the tensor ``name`` in ``module._parameters``, pruned or not."""
-    return f"{name}_orig" if f"{name}_orig" in module._parameters else name
+    return name if mask_of(module, name) is None else f"{name}_orig"
 
 
 def find_weights(
@@ -74,16 +86,23 @@ def find_weights(
         ValueError: Nothing is left to prune, a pair names no parameter of the
             model, or a weight has no values yet (lazy modules).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}"
-        )
     known = _parameters(model)
+    for weight in known.values():
+        if is_lazy(weight.dense):
+            raise ValueError(
+                f"{weight.name} has no shape yet (a lazy module): run one batch "
+                "through the model before pruning it"
+            )
     if parameters is None:
         # A parametrised weight (weight_norm, spectral_norm) is computed, not stored:
         # there is no parameter that a mask could be put on, and none is listed here.
         chosen = [weight for weight in known.values() if weight.prunable]
     else:
+        if not isinstance(parameters, Iterable):
+            raise TypeError(
+                'parameters: expected pairs [(module, "weight"), ...], got '
+                f"{type(parameters).__name__}"
+            )
         chosen = [_chosen(pair, known) for pair in parameters]
     for weight in chosen:
         _check(weight)
@@ -99,31 +118,65 @@ def find_weights(
 
 
 def named_parameters(model: nn.Module) -> dict[str, Weight]:
-    """Every parameter of a model by its name, shared ones once, pruned or not."""
+    """Every parameter of a model by its name, shared ones once, pruned or not.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
     return {weight.name: weight for weight in _parameters(model).values()}
 
 
 def _parameters(model: nn.Module) -> dict[int, Weight]:
     """Every parameter of a model by its identity, in the order of the modules."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}"
+        )
     found: dict[int, Weight] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
             tensor = key.removesuffix("_orig")
-            mask = module._buffers.get(f"{tensor}_mask")
+            mask = mask_of(module, tensor)
             if mask is None:
                 tensor = key
             weight = found.setdefault(
                 id(parameter),
                 Weight(
-                    name=f"{prefix}.{tensor}" if prefix else tensor,
-                    dense=parameter,
-                    mask=None if mask is None else mask.bool(),
+                    name=f"{prefix}.{tensor}" if prefix else tensor, dense=parameter
                 ),
             )
             weight.owners.append((module, tensor))
+            if mask is not None and weight.mask is None:
+                weight.mask = mask.bool()
     return found
+
+
+def find_readers(
+    model: nn.Module, weights: Iterable[Weight], called: Collection[nn.Module]
+) -> list[tuple[nn.Module, nn.Module]]:
+    """Modules that take the weight of another one without calling it.
+
+    Args:
+        model: The network.
+        weights: Its prunable weights.
+        called: The modules whose forward ran.
+
+    Returns:
+        ``(reader, owner)`` pairs: the reader is the closest called module around an
+        owner that was not called.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    readers = {}
+    for weight in weights:
+        for owner, _ in weight.owners:
+            path = names[owner]
+            while path and owner not in called and owner not in readers:
+                path = path.rpartition(".")[0]
+                if (around := model.get_submodule(path)) in called:
+                    readers[owner] = around
+    return [(reader, owner) for owner, reader in readers.items()]
 
 
 def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
@@ -155,11 +208,6 @@ def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
 
 def _check(weight: Weight) -> None:
     name, parameter = weight.name, weight.dense
-    if is_lazy(parameter):
-        raise ValueError(
-            f"{name} has no shape yet (a lazy module): run one batch through the "
-            "model before pruning it"
-        )
     if not parameter.is_floating_point():
         raise ValueError(
             f"{name} has dtype {parameter.dtype}; only floating-point weights can be "

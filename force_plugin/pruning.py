@@ -12,13 +12,14 @@ from tqdm import tqdm
 from force_plugin import gates
 from force_plugin.masks import prune_with
 from force_plugin.methods import SaliencyMethod, find_method
-from force_plugin.parameters import find_weights
+from force_plugin.parameters import find_readers, find_weights
 from force_plugin.report import SparsityReport, report_of
 from force_plugin.schedules import Schedule, check_count, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
 
 
+@torch.inference_mode(False)
 def force_prune(
     model: nn.Module,
     loader: Loader,
@@ -110,9 +111,6 @@ def force_prune(
     opened = gates.open_gates(model, weights) if open_gates else {}
     notes = _Notes(len(kept_after))
     masks: dict[str, Tensor] = {}
-    bar = tqdm(
-        total=len(kept_after), desc=method_name, unit="step", disable=not progress
-    )
     probe = Probe(
         model,
         weights,
@@ -124,6 +122,9 @@ def force_prune(
         on_batch=lambda number: (
             batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
         ),
+    )
+    bar = tqdm(
+        total=len(kept_after), desc=method_name, unit="step", disable=not progress
     )
     with bar, probe:
         for step, kept in enumerate(kept_after, start=1):
@@ -139,10 +140,14 @@ def force_prune(
             bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
             bar.update()
 
-    prune_with(((weight, masks[weight.name]) for weight in weights), criterion)
+    prune_with(
+        ((weight, masks[weight.name]) for weight in weights),
+        criterion,
+        find_readers(model, weights, probe.called),
+    )
     for problem in notes.problems:
         warnings.warn(problem, stacklevel=2)
-    remarks = [*gates.describe(opened, weights), *notes.problems, *_emptied(masks)]
+    remarks = [*gates.describe(opened), *notes.problems, *_emptied(masks)]
     return report_of(weights, masks, remarks, method_name)
 
 

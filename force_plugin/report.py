@@ -365,7 +365,8 @@ def _draw(figure: Figure, curves: Sequence[tuple[str, SparsityReport]]) -> None:
 
 def _scale_density(axes: Axes, reports: Sequence[SparsityReport]) -> None:
     """A log axis up to 100 %, and a line at the network's density where all agree."""
-    densities = [100 * layer.density for report in reports for layer in report.layers]
+    densities = [100 * report.density for report in reports]
+    densities += [100 * layer.density for report in reports for layer in report.layers]
     # From 10 % at the latest: a log axis cannot be read with a single label.
     lowest = min([10.0, *(density for density in densities if density)])
     axes.set_yscale("log")
@@ -387,6 +388,8 @@ def _scale_density(axes: Axes, reports: Sequence[SparsityReport]) -> None:
 
 def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
     """Name up to 20 layers; number more of them and mark the network's stages."""
+    from matplotlib.ticker import MaxNLocator
+
     main, bottom = axes[0], axes[-1]
     main.set_xlim(-0.8, len(names) - 0.2)
     if len(names) <= 20:
@@ -395,6 +398,7 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
         bottom.tick_params(axis="x", labelsize=8)
         return
     bottom.set_xlabel("layer, by depth")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     stages = [(stage, len(list(run))) for stage, run in groupby(names, _stage)]
     # More stages than this (a transformer's blocks) say no more than the indices.
     if len(stages) > 10:
@@ -446,14 +450,10 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         TypeError: ``model`` is no module.
         ValueError: It has no such weight.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}"
-        )
     weights = [
         weight
         for weight in named_parameters(model).values()
-        if (weight.prunable and weight.dense.numel()) or weight.mask is not None
+        if (weight.prunable or weight.mask is not None) and weight.dense.numel()
     ]
     if not weights:
         raise ValueError("model: it has no convolution or linear weight to report on")

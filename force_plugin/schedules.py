@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from numbers import Integral, Real
 
 Schedule = Callable[[int, int, float], float]
@@ -88,7 +89,7 @@ def kept_per_step(
         raise ValueError(
             "sparsity: expected the fraction of weights to remove, 0 <= sparsity < 1, "
             f"got {sparsity}"
-            + (f"; {sparsity} % is {sparsity / 100}" if 1 < sparsity < 100 else "")
+            + (f"; {sparsity} % is {sparsity / 100:.12g}" if 1 < sparsity < 100 else "")
         )
     check_count("steps", steps)
     if isinstance(schedule, str) and schedule not in SCHEDULES:
@@ -103,17 +104,22 @@ def kept_per_step(
         )
     density_at = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
 
-    density = 1 - float(sparsity)
+    # 1 - 0.9999 in floating point is 3e-13 off 0.0001, which a root would carry into
+    # the earlier steps: subtract the decimals that were written.
+    density = float(1 - Decimal(repr(float(sparsity))))
     last = count_kept(total, density)
     if last < 1:
         raise ValueError(
             f"sparsity: {sparsity} leaves none of the {total} prunable weights; at "
             f"most {1 - 1 / total} leaves one"
         )
-    densities = [
-        float(density_at(step, steps, density)) for step in range(1, steps + 1)
-    ]
-    if abs(densities[-1] - density) > 1e-6 * density:
+    densities = [density_at(step, steps, density) for step in range(1, steps + 1)]
+    try:
+        densities = [float(d) for d in densities]
+    except (TypeError, ValueError):
+        came = ", ".join(sorted({type(d).__name__ for d in densities}))
+        raise TypeError(f"schedule: expected a density, a number, got {came}") from None
+    if not abs(densities[-1] - density) <= 1e-6 * density:
         raise ValueError(
             f"schedule: the density after the last step must be {density:.6g}, "
             f"got {densities[-1]:.6g}"

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import DataLoader
 
 from force_plugin import gates
 from force_plugin.methods import SaliencyMethod, find_method
@@ -30,6 +32,7 @@ LossFn = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
 
 
+@torch.inference_mode(False)
 def saliency(
     model: nn.Module,
     loader: Loader,
@@ -104,6 +107,7 @@ class Probe:
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         step: The step being measured, from 1.
         loss: Mean loss of the last measurement that needed one.
+        called: The modules whose forward the measurements have run.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -133,7 +137,7 @@ class Probe:
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
         self.loss = float("nan")
-        self._slots = {weight.name: weight.slots() for weight in weights}
+        self.called: set[nn.Module] = set()
         self._device = next(iter(self.weights.values())).device
         self._opened = opened
         self._loader = loader
@@ -147,7 +151,6 @@ class Probe:
         self._exit = ExitStack()
 
     def __enter__(self) -> Probe:
-        self._exit.enter_context(torch.inference_mode(False))
         self._exit.enter_context(torch.enable_grad())
         return self
 
@@ -211,13 +214,13 @@ class Probe:
         Raises:
             RuntimeError: A weight got no gradient from any batch.
         """
-        losses, totals = [], None
+        losses, totals = [], _Sums(self._stand_ins)
         for batch in self._batches():
             loss = self._loss(batch)
-            totals = _add(totals, self._grad(loss))
+            totals.add_gradients(loss)
             losses.append(loss.item())
         self.loss = sum(losses) / len(losses)
-        gradients = self._by_name(totals)
+        gradients = self._complete(totals)
         if len(losses) > 1:
             for gradient in gradients.values():
                 gradient.div_(len(losses))
@@ -240,34 +243,37 @@ class Probe:
             RuntimeError: A weight got no gradient from any batch.
         """
         batches = list(self._batches())
-        g: list[Tensor | None] | None = None
+        g = _Sums(self._stand_ins)
         if len(batches) > 1:
             for batch in batches:
-                g = _add(g, self._grad(self._loss(batch, temperature)))
-            self._by_name(g)
-        totals, losses = None, []
+                g.add_gradients(self._loss(batch, temperature))
+            self._complete(g)
+        losses, totals = [], _Sums(self._stand_ins)
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
             for batch in batches:
                 loss = self._loss(batch, temperature)
-                slope = self._grad(loss, create_graph=True)
-                constant = [None if s is None else s.detach() for s in slope]
-                if g is None:
-                    self._by_name(constant)
-                product = sum(
-                    (a * b).sum()
-                    for a, b in zip(g or constant, slope, strict=True)
-                    if a is not None and b is not None and b.requires_grad
+                slopes = torch.autograd.grad(
+                    loss,
+                    list(self._stand_ins.values()),
+                    allow_unused=True,
+                    create_graph=True,
                 )
+                pairs = dict(zip(self._stand_ins, slopes, strict=True))
+                slope = {name: s for name, s in pairs.items() if s is not None}
+                if len(batches) == 1:
+                    g.update((name, s.detach()) for name, s in slope.items())
+                    self._complete(g)
                 # A weight that no gradient depends on has no curvature.
-                if isinstance(product, Tensor):
-                    totals = _add(totals, self._grad(product))
+                curved = [name for name, s in slope.items() if s.requires_grad]
+                if curved:
+                    product = torch.stack([(g[n] * slope[n]).sum() for n in curved])
+                    totals.add_gradients(product.sum())
                 losses.append(loss.item())
         self.loss = sum(losses) / len(losses)
-        totals = totals or [None] * len(self.weights)
         return {
-            name: torch.zeros_like(weight) if total is None else total
-            for (name, weight), total in zip(self.weights.items(), totals, strict=True)
+            name: totals.get(name, torch.zeros_like(weight))
+            for name, weight in self.weights.items()
         }
 
     def synflow_gradients(self) -> dict[str, Tensor]:
@@ -284,11 +290,12 @@ class Probe:
             RuntimeError: A weight got no gradient.
         """
         if self._input_shape is None:
-            reason = "SynFlow takes the shape of its input from a batch. "
-            inputs, _ = _pair(next(self._batches(count=1)), reason)
+            batch = next(self._batches(count=1))
+            inputs = batch[0] if _is_pair(batch) else batch
             if not isinstance(inputs, Tensor):
                 raise ValueError(
-                    f"SynFlow: expected inputs of one tensor, got {_describe(inputs)}"
+                    "SynFlow takes the shape of its input from a batch: expected "
+                    f"(inputs, targets) or inputs, one tensor, got {_describe(inputs)}"
                 )
             self._input_shape = (1, *inputs.shape[1:])
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
@@ -298,11 +305,13 @@ class Probe:
             ones = torch.ones(self._input_shape, dtype=dtype, device=self._device)
             with torch.autocast(self._device.type, enabled=False):
                 outputs = self.model(ones)
-            flow = torch.stack([output.sum() for output in _tensors(outputs)]).sum()
-            gradients = torch.autograd.grad(flow, twins, allow_unused=True)
-        return self._by_name(list(gradients))
+            totals = _Sums(twins)
+            totals.add_gradients(
+                torch.stack([output.sum() for output in _tensors(outputs)]).sum()
+            )
+        return self._complete(totals)
 
-    def _make_positive(self, dtype: torch.dtype) -> list[Tensor]:
+    def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Absolute values in the place of all parameters and buffers; prunable ones."""
         twins: dict[int, Tensor] = {}
 
@@ -323,7 +332,7 @@ class Probe:
                             twin(parameter), parameter.requires_grad
                         )
                     module._parameters[key] = twins[id(parameter)]  # type: ignore[assignment]
-        return [twins[id(stand_in)] for stand_in in self._stand_ins.values()]
+        return {name: twins[id(s)] for name, s in self._stand_ins.items()}
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -339,6 +348,12 @@ class Probe:
         if self._stand_ins:
             return
         self._exit.enter_context(_without_trace(self.model, self._loader))
+        self._exit.callback(torch.clear_autocast_cache)
+        self._exit.callback(
+            register_module_forward_pre_hook(
+                lambda module, inputs: self.called.add(module)
+            ).remove
+        )
         copies: dict[int, Tensor] = {}
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
@@ -347,26 +362,24 @@ class Probe:
                         copies[id(buffer)] = buffer.detach().clone()
                     module._buffers[key] = copies[id(buffer)]
         for name, parameter in named_parameters(self.model).items():
-            if name in self._opened and name not in self.weights:
-                gate = nn.Parameter(self._opened[name], requires_grad=False)
-                for module, key in parameter.slots():
-                    module._parameters[key] = gate
-        for name, weight in self.weights.items():
-            self._stand_ins[name] = nn.Parameter(weight)
-            for module, key in self._slots[name]:
-                module._parameters[key] = self._stand_ins[name]
+            scored = name in self.weights
+            values = self._opened.get(name, parameter.dense.detach()).clone()
+            stand_in = nn.Parameter(values, scored or parameter.dense.requires_grad)
+            for module, key in parameter.slots():
+                module._parameters[key] = stand_in
+            if scored:
+                self._stand_ins[name] = stand_in
+        # In the order of the weights, which is the caller's.
+        self._stand_ins = {name: self._stand_ins[name] for name in self.weights}
         self._mask_stand_ins()
 
     def _mask_stand_ins(self) -> None:
         if self.masks is None:
             return
         for name, stand_in in self._stand_ins.items():
-            weight = self.weights[name]
-            # The first stand-in is the dense weight's own memory; it needs its own.
-            if stand_in.data_ptr() == weight.data_ptr():
-                stand_in.data = weight * self.masks[name]
-            else:
-                torch.mul(weight, self.masks[name], out=stand_in.data)
+            torch.mul(self.weights[name], self.masks[name], out=stand_in.data)
+        # Autocast keeps a copy of each weight that it has cast once.
+        torch.clear_autocast_cache()
 
     def _batches(self, count: int | None = None) -> Iterator[Any]:
         """The batches of one step, moved to the model's device."""
@@ -415,7 +428,13 @@ class Probe:
             loss = self._forward(self.model, batch)
         else:
             source = "loss_fn"
-            inputs, targets = _pair(batch)
+            if not _is_pair(batch):
+                raise ValueError(
+                    "loader: expected batches (inputs, targets), got "
+                    f"{_describe(batch)}; for other batches pass forward=, a callable "
+                    "(model, batch) -> loss"
+                )
+            inputs, targets = batch
             outputs = self.model(inputs)
             if temperature != 1.0:
                 outputs = outputs / temperature
@@ -426,8 +445,8 @@ class Probe:
             except Exception as error:
                 raise ValueError(
                     f"loss_fn failed on outputs {_describe(outputs)} and targets "
-                    f"{_describe(targets)}: {error}. Make the targets what loss_fn "
-                    "expects, or pass loss_fn= or forward="
+                    f"{_describe(targets)}: {str(error).rstrip('.')}. Make the targets "
+                    "what loss_fn expects, or pass loss_fn= or forward="
                 ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(
@@ -439,34 +458,27 @@ class Probe:
                 "compute it from the model's outputs, without detach or no_grad"
             )
         if not torch.isfinite(loss):
+            values = self.model.named_parameters()
+            broken = [name for name, value in values if not value.isfinite().all()]
+            cause = "a NaN or inf in the batch, or an overflow in the network"
+            if broken:
+                cause = f"a NaN or inf in {_some(broken)}"
             raise RuntimeError(
-                f"the loss is {loss.item()} at step {self.step}: a NaN or inf in the "
-                "batch, or an overflow in the network; look at the data, or score in "
-                "float32"
+                f"the loss is {loss.item()} at step {self.step}: {cause}; look at the "
+                "data and the initialisation, or score in float32"
             )
         return loss.reshape(())
 
-    def _grad(self, loss: Tensor, create_graph: bool = False) -> list[Tensor | None]:
-        return list(
-            torch.autograd.grad(
-                loss,
-                list(self._stand_ins.values()),
-                allow_unused=True,
-                create_graph=create_graph,
-            )
-        )
-
-    def _by_name(self, gradients: Sequence[Tensor | None] | None) -> dict[str, Tensor]:
-        assert gradients is not None  # a step has at least one batch
-        found = dict(zip(self.weights, gradients, strict=True))
-        missing = [name for name, gradient in found.items() if gradient is None]
+    def _complete(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums, in the order of the weights, if none is missing."""
+        missing = [name for name in self.weights if name not in sums]
         if missing:
             raise RuntimeError(
                 f"no gradient reached {_some(missing)} at step {self.step}: the loss "
                 "does not use it. Leave it out with parameters=, or pass a forward= "
                 "whose loss uses it"
             )
-        return {name: g for name, g in found.items() if g is not None}
+        return {name: sums[name] for name in self.weights}
 
     def _require_finite(self, scores: Mapping[str, Tensor]) -> None:
         # A sum is one fast pass; it may overflow where every score is finite.
@@ -485,11 +497,17 @@ class Probe:
 @contextmanager
 def _without_trace(model: nn.Module, loader: Loader) -> Iterator[None]:
     """Restore what scoring may change: attributes of modules and random states."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = (
+        getattr(loader, "sampler", None),
+        getattr(batch_sampler, "sampler", None),
+    )
     generators = [
         (generator, generator.get_state())
-        for part in (loader, getattr(loader, "sampler", None))
+        for part in (loader, batch_sampler, *samplers)
         if isinstance(generator := getattr(part, "generator", None), torch.Generator)
     ]
+    loader_state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
     devices: dict[str, set[int]] = {}
     for tensor in model.parameters():
         if tensor.device.index is not None:
@@ -509,27 +527,34 @@ def _without_trace(model: nn.Module, loader: Loader) -> Iterator[None]:
             np.random.set_state(numpy_state)
             for generator, saved in generators:
                 generator.set_state(saved)
+            if isinstance(loader, DataLoader):
+                # Workers that persist would draw no new seed for the first epoch.
+                vars(loader).update(loader_state)
 
 
-def _add(
-    totals: list[Tensor | None] | None, parts: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Sum up gradients, 16-bit ones in float32."""
-    if totals is None:
-        return [p.float() if p is not None and p.itemsize < 4 else p for p in parts]
-    return [
-        part if total is None else total if part is None else total.add_(part)
-        for total, part in zip(totals, parts, strict=True)
-    ]
+class _Sums(dict[str, Tensor]):
+    """Gradients summed over batches, by parameter name; 16-bit ones in float32."""
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._leaves = leaves
+
+    def add_gradients(self, loss: Tensor) -> None:
+        # Not torch.autograd.grad, whose results can share memory (two weights that
+        # are added up have one gradient) and would be overwritten twice by a score.
+        torch.autograd.backward(loss, inputs=list(self._leaves.values()))
+        for name, leaf in self._leaves.items():
+            gradient, leaf.grad = leaf.grad, None
+            if gradient is None:
+                continue
+            if name in self:
+                self[name].add_(gradient)
+            else:
+                self[name] = gradient.float() if gradient.itemsize < 4 else gradient
 
 
-def _pair(batch: Any, reason: str = "") -> tuple[Any, Any]:
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise ValueError(
-        f"{reason}loader: expected batches (inputs, targets), got {_describe(batch)}; "
-        "for other batches pass forward=, a callable (model, batch) -> loss"
-    )
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, tuple | list) and len(batch) == 2
 
 
 def _to(batch: Any, device: torch.device) -> Any:

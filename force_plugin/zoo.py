@@ -96,7 +96,7 @@ def digits(
     images = torch.from_numpy(bunch.images).float().unsqueeze(1)
     targets = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(
-        torch.arange(len(targets)).numpy(),
+        list(range(len(targets))),
         test_size=test_fraction,
         stratify=bunch.target,
         random_state=seed,
@@ -127,7 +127,8 @@ def load_dataset(
         download: Whether to download a named data set that is not in ``data`` yet.
 
     Returns:
-        The data set, without transforms; ``load_data`` gives it a model's own.
+        The data set; images are untransformed until ``load_data`` gives them a model's
+        own transforms.
 
     Raises:
         FileNotFoundError: If ``data`` does not exist.
@@ -258,7 +259,8 @@ def load_data(
     Images get the model's own size, crop, interpolation and normalisation, and timm's
     training augmentation; ``digits`` are only resized, to 32x32 where the model takes
     any size and to the model's own size otherwise. The order comes from torch's global
-    generator, so ``torch.manual_seed`` fixes it.
+    generator, which ``torch.manual_seed`` fixes; the augmentation draws from Python's
+    too, and ``timm.utils.random_seed`` fixes both.
 
     Args:
         model: A timm model.

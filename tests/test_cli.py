@@ -93,12 +93,15 @@ def test_the_report_holds_the_options_of_the_run(tmp_path: Path) -> None:
 
 
 def test_a_quiet_run_prints_nothing_but_the_reports_warnings(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     prune(tmp_path, "--sparsity", "0.999", "--no-open-gates")
     printed = capfd.readouterr()
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert warnings
+    assert not [w for w in recwarn if w.category is UserWarning]
     assert printed.out == ""
     assert printed.err.splitlines() == [
         f"force-prune: warning: {warning}" for warning in warnings
@@ -210,7 +213,7 @@ def test_a_vit_is_built_for_the_image_size(tmp_path: Path) -> None:
         ([MODEL, *QUICK, "--method", "forse"], "--method"),
         ([MODEL, *QUICK, "--schedule", "cosine"], "--schedule"),
         ([MODEL, *QUICK, "--device", "abacus"], "abacus"),
-        ([MODEL, *QUICK, "--device", "cpu:x"], "cpu:x"),
+        ([MODEL, *QUICK, "--device", "two\nlines"], "two lines"),
         ([MODEL, *QUICK, "--model-kwargs", "drop_rate"], "KEY=VALUE"),
         ([MODEL, *QUICK, "--model-kwargs", "depths=3"], "depths"),
         (["test_resnett", *QUICK], "test_resnet"),

@@ -10,7 +10,7 @@ import torch
 from test_no_trace import unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from force_plugin import SaliencyMethod, force_prune, saliency
 
@@ -19,9 +19,7 @@ NAN, INF = float("nan"), float("inf")
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
-    )
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
 
 
 def batch(value: float | None = None) -> tuple[Tensor, Tensor]:
@@ -177,6 +175,7 @@ def lazy_norm() -> nn.Module:
     ],
     ids=["no weights", "none by default", "empty", "meta", "lazy", "lazy norm"],
 )
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_a_model_that_cannot_be_pruned(
     build: Callable[[], nn.Module], message: str
 ) -> None:
@@ -232,8 +231,8 @@ def test_a_pruned_model_cannot_be_pruned_to_less() -> None:
 # Loaders.
 
 
-class Endless(IterableDataset[Any]):
-    """A data set of no samples, of a length that nobody knows."""
+class Empty(IterableDataset[Any]):
+    """A data set of no samples, of which nobody knows the length."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -241,7 +240,7 @@ class Endless(IterableDataset[Any]):
 
 @pytest.mark.parametrize("method", ["force", "synflow", "grasp"])
 @pytest.mark.parametrize("batches", [1, None])
-@pytest.mark.parametrize("loader", [[], (), DataLoader(Endless())], ids=str)
+@pytest.mark.parametrize("loader", [[], (), DataLoader(Empty())], ids=str)
 def test_an_empty_loader(loader: Any, batches: int | None, method: str) -> None:
     message = r"loader: expected at least one batch, got none"
     expect(ValueError, message, loader=loader, batches=batches, method=method)
@@ -263,12 +262,6 @@ def test_a_generator_that_runs_dry(
 def test_a_loader_that_is_not_iterable(loader: Any) -> None:
     name = type(loader).__name__
     expect(TypeError, rf"loader: expected an iterable .*got {name}", loader=loader)
-
-
-def test_a_data_set_in_the_place_of_its_loader_is_answered_with_what_came() -> None:
-    # Its items are samples, without the dimension of the batch.
-    dataset = TensorDataset(*batch())
-    expect(ValueError, r"float32\(.*4\).*int64\(\)", nn.Linear(6, 4), loader=dataset)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +418,7 @@ def test_a_wrong_number_in_the_inputs_names_the_step(method: str, value: float) 
     )
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("method", ["force", "grasp", "synflow", "magnitude"])
 def test_a_wrong_number_in_a_weight_names_the_layer(method: str, value: float) -> None:
     model = network()
@@ -450,8 +443,14 @@ def test_a_gradient_that_is_not_finite_names_the_layer_and_the_step() -> None:
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        (lambda weight, signal: weight.sum(), r"shape \(8, 6\) for 0\.weight, got \(\)"),
-        (lambda weight, signal: weight.T, r"shape \(8, 6\) for 0\.weight, got \(6, 8\)"),
+        (
+            lambda weight, signal: weight.sum(),
+            r"shape \(8, 6\) for 0\.weight, got \(\)",
+        ),
+        (
+            lambda weight, signal: weight.T,
+            r"shape \(8, 6\) for 0\.weight, got \(6, 8\)",
+        ),
         (lambda weight, signal: 1.0, r"expected a tensor .*, got 1\.0"),
         (lambda weight, signal: None, r"expected a tensor .*, got None"),
     ],

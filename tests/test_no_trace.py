@@ -255,6 +255,20 @@ def test_a_loaders_own_generator_is_put_back(place: str) -> None:
         saliency(model, loaders[place], "snip", batches=2)
 
 
+def test_a_loader_that_keeps_its_workers_shuffles_as_if_it_had_not_been_read() -> None:
+    def order(score: bool) -> list[int]:
+        torch.manual_seed(0)
+        dataset = TensorDataset(torch.randn(12, 6), torch.arange(12))
+        loader = DataLoader(
+            dataset, 3, shuffle=True, num_workers=1, persistent_workers=True
+        )
+        if score:
+            saliency(nn.Linear(6, 12), loader, "snip")
+        return [int(target) for _, targets in loader for target in targets]
+
+    assert order(score=True) == order(score=False)
+
+
 # Failures.
 
 
@@ -301,9 +315,7 @@ def expect_no_trace_of_a_failure(
 ) -> None:
     model = model or restless()
     with unchanged(model), pytest.raises(error):
-        force_prune(
-            model, loader, 0.7, **{"steps": 3, "method": method, **options}
-        )
+        force_prune(model, loader, 0.7, **{"steps": 3, "method": method, **options})
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()], ids=repr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,6 +267,26 @@ def test_hard_scores_are_selected_exactly(name: str) -> None:
         assert_as_sorted(values, scores, k)
 
 
+@pytest.mark.parametrize("name", HARD)
+def test_hard_scores_take_two_rounds_at_most(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = selection._bracket
+    rounds = 0
+
+    def bracket(*args: Any) -> tuple[float, float]:
+        nonlocal rounds
+        rounds += 1
+        return sampled(*args)
+
+    monkeypatch.setattr(selection, "_bracket", bracket)
+    values = HARD[name]()
+    for k in ranks(values):
+        rounds = 0
+        kth_largest(split(values), k)
+        assert 1 <= rounds <= 2, k
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["normal", "many_zeros", "mostly_minus_infinity"])
 def test_narrow_types_with_all_their_ties_are_selected_exactly(
@@ -336,13 +357,11 @@ def brackets(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, floa
     sampled = selection._bracket
     rounds = 0
 
-    def bracket(
-        candidates: Sequence[Tensor], rank: float, generator: torch.Generator
-    ) -> tuple[float, float]:
+    def bracket(*args: Any) -> tuple[float, float]:
         nonlocal rounds
         rounds += 1
         assert rounds <= MAXIMUM_OF_ROUNDS, "the selection does not come to an end"
-        return unlucky.pop(0) if unlucky else sampled(candidates, rank, generator)
+        return unlucky.pop(0) if unlucky else sampled(*args)
 
     monkeypatch.setattr(selection, "_bracket", bracket)
     yield unlucky
@@ -390,7 +409,7 @@ def test_any_brackets_lead_to_the_same_value(
     sampled = selection._bracket
     rounds = iter(range(MAXIMUM_OF_ROUNDS))
 
-    def bracket(*args: object) -> tuple[float, float]:
+    def bracket(*args: Any) -> tuple[float, float]:
         assert next(rounds, None) is not None, "the selection does not come to an end"
         return pending.pop(0) if pending else sampled(*args)
 
