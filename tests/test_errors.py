@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_no_trace import unchanged
+from test_no_trace import one_thread, unchanged  # noqa: F401
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, IterableDataset
@@ -281,12 +281,10 @@ def test_a_batch_that_is_no_pair(wrong: Any, came: str, method: str) -> None:
     expect(ValueError, message, loader=[batch(), wrong], batches=2, method=method)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "came"),
-    [(batch()[0], r"float32\(5, 6\)"), (({"x": batch()[0]}, 0), "a dict")],
-)
-def test_a_batch_of_which_synflow_cannot_tell_the_shape(wrong: Any, came: str) -> None:
-    expect(ValueError, rf"SynFlow.*{came}", loader=[wrong], method="synflow")
+@pytest.mark.parametrize("wrong", [({"x": batch()[0]}, 0), {"x": batch()[0]}])
+def test_a_batch_of_which_synflow_cannot_tell_the_shape(wrong: Any) -> None:
+    message = r"SynFlow takes the shape of its input .*, got a dict"
+    expect(ValueError, message, loader=[wrong], method="synflow")
 
 
 def test_synflow_does_not_ask_for_the_forward_that_it_was_given() -> None:

@@ -26,6 +26,15 @@ QUIET = [*WITH_FORWARD, "magnitude"]
 """Every method but "random", which advances the global generator by design."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread: for tensors this small, threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # What a model and the process around it are, to compare before and after.
 
 
@@ -51,6 +60,8 @@ def frozen(value: object) -> object:
         )
     if isinstance(value, dict):
         return {key: frozen(item) for key, item in value.items()}
+    if isinstance(value, prune.PruningContainer):
+        return (Identical(value), [Identical(part) for part in value])
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return Identical(value)
@@ -84,6 +95,7 @@ def process_state(generators: Sequence[torch.Generator] = ()) -> dict[str, objec
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "attention": torch.backends.cuda.flash_sdp_enabled(),
+        "hooks": list(torch.nn.modules.module._global_forward_pre_hooks),
     }
 
 
@@ -144,7 +156,8 @@ def restless(kind: str = "fresh") -> nn.Module:
     """A model with a past: frozen parts, gradients, mixed modes, hooks, a closed gate.
 
     Args:
-        kind: ``"fresh"``, or ``"pruned"`` for one that is pruned in part already.
+        kind: ``"fresh"``; ``"pruned"`` or ``"pruned twice"`` for one that is pruned in
+            part already.
     """
     torch.manual_seed(0)
     model = Restless()
@@ -160,9 +173,11 @@ def restless(kind: str = "fresh") -> nn.Module:
     model.hidden.register_forward_hook(lambda *_: None)
     model.head.register_full_backward_hook(lambda *_: None)
     model.bn.register_forward_hook(lambda *_, **__: None, with_kwargs=True)
-    if kind == "pruned":
+    if kind.startswith("pruned"):
         prune.l1_unstructured(model.hidden, "weight", 0.2)
         prune.random_unstructured(model.hidden, "bias", 2)
+        if kind == "pruned twice":
+            prune.l1_unstructured(model.hidden, "weight", 0.2)
         model(inputs).sum().backward()
     return model
 
@@ -233,9 +248,9 @@ def test_a_weight_that_the_forward_clips_keeps_its_value() -> None:
             self.weight.data.clamp_(-0.01, 0.01)
             return super().forward(x)
 
-    model = Clipped(6, 4)
+    model, batch = Clipped(6, 4), (torch.randn(5, 6), torch.arange(5) % 4)
     with unchanged(model):
-        saliency(model, [(torch.randn(5, 6), torch.arange(5) % 4)], "snip")
+        saliency(model, [batch], "snip")
 
 
 @pytest.mark.parametrize("place", ["loader", "sampler", "batch_sampler"])
@@ -262,8 +277,9 @@ def test_a_loader_that_keeps_its_workers_shuffles_as_if_it_had_not_been_read() -
         loader = DataLoader(
             dataset, 3, shuffle=True, num_workers=1, persistent_workers=True
         )
+        model = nn.Linear(6, 12)
         if score:
-            saliency(nn.Linear(6, 12), loader, "snip")
+            saliency(model, loader, "snip")
         return [int(target) for _, targets in loader for target in targets]
 
     assert order(score=True) == order(score=False)
@@ -385,15 +401,32 @@ def test_an_interrupt_inside_of_the_network_leaves_no_trace(
     )
 
 
-@pytest.mark.parametrize("kind", ["fresh", "pruned"])
-def test_an_interrupt_while_the_masks_are_applied_leaves_no_trace(kind: str) -> None:
-    class Stubborn(nn.Linear):
-        def register_forward_pre_hook(self, *_: Any, **__: Any) -> Any:
-            raise KeyboardInterrupt
+class Stubborn(nn.Linear):
+    """A layer that cannot be pruned, the last one of a network."""
 
+    def register_forward_pre_hook(self, *_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["fresh", "pruned", "pruned twice"])
+def test_an_interrupt_while_the_masks_are_applied_leaves_no_trace(kind: str) -> None:
     model = restless(kind)
-    model.head = Stubborn(8, 3)  # the last one that is pruned
+    model.head = Stubborn(8, 3)
     expect_no_trace_of_a_failure(KeyboardInterrupt, "snip", data(), model)
+
+
+def test_an_interrupt_while_attention_is_pruned_leaves_no_trace() -> None:
+    class Attentive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.head = Stubborn(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(2).mean(1, keepdim=True).unflatten(2, (4, 4)).mean(2)
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    expect_no_trace_of_a_failure(KeyboardInterrupt, "snip", data(), Attentive())
 
 
 # Success.

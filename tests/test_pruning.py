@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from sklearn.datasets import load_digits
+from test_no_trace import one_thread  # noqa: F401
 from timm.layers import ScaledStdConv2d, StdConv2d
 from timm.models.beit import Beit
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from force_plugin import (
     METHODS,
     IterSNIP,
     SaliencyMethod,
+    apply_masks,
     force_prune,
     get_masks,
     saliency,
@@ -873,26 +875,29 @@ def beit() -> tuple[nn.Module, Batch]:
     return model, (torch.randn(6, 3, 8, 8), torch.arange(6) % 3)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("build", [multihead_attention, encoder_layer, beit])
 def test_a_model_that_reads_the_weight_of_another_module_can_be_trained(
-    build: Callable[[], tuple[nn.Module, Batch]],
+    build: Callable[[], tuple[nn.Module, Batch]], method: str
 ) -> None:
     torch.manual_seed(0)
     model, batch = build()
-    force_prune(model, [batch], 0.6, steps=2, progress=False)
+    force_prune(model, [batch], 0.6, method=method, steps=2, progress=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         cross_entropy(model(batch[0]), batch[1]).backward()
         optimizer.step()
-    # What the forward pass uses is what the optimizer trains.
-    expected = model(batch[0])
-    for module in model.modules():
-        if hasattr(module, "weight_mask"):
-            prune.remove(module, "weight")
-    model.train()
-    if build is not encoder_layer:  # it has dropout
-        assert torch.allclose(model(batch[0]), expected, atol=1e-6)
+    # What the forward pass uses is what the optimizer has trained.
+    outputs = []
+    model.eval()
+    with torch.no_grad():
+        outputs.append(model(batch[0]))
+        for module in model.modules():
+            if hasattr(module, "weight_mask"):
+                prune.remove(module, "weight")
+        outputs.append(model(batch[0]))
+    assert torch.allclose(*outputs, atol=1e-6)
 
 
 @pytest.mark.parametrize("build", [multihead_attention, encoder_layer, beit])
@@ -905,6 +910,32 @@ def test_a_model_that_reads_the_weight_of_another_module_can_be_pruned_again(
     second = pruned(model, [batch], 0.75, steps=2)
     assert int(second.sum()) == len(second) // 4
     assert not (second & ~first).any()
+
+
+@pytest.mark.parametrize("build", [multihead_attention, encoder_layer, beit])
+def test_a_model_that_reads_the_weight_of_another_module_can_be_given_masks(
+    build: Callable[[], tuple[nn.Module, Batch]],
+) -> None:
+    (source, batch), (model, _) = build(), build()
+    force_prune(source, [batch], 0.6, steps=2, progress=False)
+    apply_masks(model, get_masks(source))
+    for _ in range(2):
+        cross_entropy(model(batch[0]), batch[1]).backward()
+    assert get_masks(model).keys() == get_masks(source).keys()
+
+
+def test_grasp_passes_unchanged_batches_twice() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(0.5)
+
+    layers = mlp(5, 6, 3)
+    halved = [(inputs / 2, targets) for inputs, targets in vectors(5, 3)]
+    expected = saliency(layers, halved, "grasp", batches=2)
+    scores = saliency(
+        nn.Sequential(InPlace(), layers), vectors(5, 3), "grasp", batches=2
+    )
+    assert agree(dict(zip(expected, scores.values(), strict=True)), expected)
 
 
 # Pruning again.
@@ -922,6 +953,26 @@ def test_pruning_again_only_removes_more(method: str) -> None:
     assert not (second & ~first).any()
     with pytest.raises(ValueError, match=r"pruned to 0\.90.* already.*got 0\.8"):
         force_prune(model, images(), 0.8, **options)
+
+
+@pytest.mark.parametrize("method", WITH_LOSS)
+@pytest.mark.filterwarnings("ignore:.*saliency of exactly 0")
+def test_what_was_pruned_stays_pruned_where_every_saliency_is_0(method: str) -> None:
+    model = convnet()
+    scores = {(model[i], "weight"): model[i].weight.detach() for i in (0, 3, 6)}
+    scores[model[0], "weight"] = torch.full((6, 2, 3, 3), -9.0)  # goes first
+    prune.global_unstructured(scores, METHODS[method], scores, amount=200)
+    before = row(get_masks(model))
+    after = pruned(
+        model,
+        images(),
+        0.75,
+        method=method,
+        steps=3,
+        loss_fn=lambda outputs, targets: 1 + outputs.sum() * 0,
+    )
+    assert int(after.sum()) == 93
+    assert not (after & ~before).any()
 
 
 @pytest.mark.parametrize("method", ["force", "iter_snip", "grasp", "synflow"])

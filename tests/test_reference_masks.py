@@ -65,5 +65,9 @@ def test_masks_are_those_of_the_authors_code(case: str) -> None:
         ]
     )
     overlap = (ours & theirs).sum() / (ours | theirs).sum()
-    # GraSP's authors keep one weight more than ⌊density · m⌋.
-    assert overlap == 1.0 if method != "grasp" else overlap >= 0.998
+    if method == "grasp":
+        # Its authors remove ⌊sparsity · m⌋ - 1 weights, so they keep one or two more
+        # than ⌊density · m⌋; all of ours are among theirs.
+        assert (ours & theirs).sum() == ours.sum() >= theirs.sum() - 2
+    else:
+        assert overlap == 1.0
