@@ -3,9 +3,9 @@
     python examples/digits.py
 
 Prunes 99 % of the weights with FORCE, with SNIP and at random, on scikit-learn's
-handwritten digits (real data, no download), prints the table of the FORCE network, draws
-all three, and trains each beside the dense network with a plain PyTorch loop: the same
-seed, data order and number of epochs for all. Two to three minutes on two cores.
+handwritten digits (real data, no download), prints the table of the FORCE network,
+draws all three, and trains each beside the dense network with a plain PyTorch loop: the
+same seed, data order and number of epochs for all. About two minutes on two cores.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def open_gates(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]
     """Values to score with, for the parameters that are closed gates.
 
     A closed gate is a parameter whose values are all exactly 0 and that multiplies what
-    passes: a one-dimensional ``weight`` (of any normalisation), opened to 1, and a
+    passes: a one-dimensional ``weight`` (of any normalisation; the slope of a PReLU is
+    none), opened to 1, and a
     prunable weight of more dimensions, opened to the values that PyTorch initialises
     it with (:func:`torch.nn.init.kaiming_uniform_` with a = √5), drawn from a generator
     of its own with seed 0.
@@ -40,7 +41,10 @@ def open_gates(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]
         values = weight.dense.detach()
         if not values.numel() or values.any():
             continue
-        if values.dim() == 1 and any(tensor == "weight" for _, tensor in weight.owners):
+        if values.dim() == 1 and any(
+            tensor == "weight" and not isinstance(module, nn.PReLU)
+            for module, tensor in weight.owners
+        ):
             opened[name] = torch.ones_like(values)
         elif values.dim() > 1 and name in prunable:
             fresh = torch.empty(values.shape, dtype=torch.float32)

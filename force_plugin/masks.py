@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from force_plugin.methods import SaliencyMethod
-from force_plugin.parameters import Weight, mask_of, named_parameters
+from force_plugin.parameters import Weight, find_readers, mask_of, named_parameters
 from force_plugin.snapshot import restored
 
 _FORMAT = "force_plugin masks"
@@ -76,7 +76,9 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
                 f"masks: {name} has shape {tuple(expected)} in the model, its mask "
                 f"{tuple(mask.shape)}"
             )
-    prune_with((parameters[name], mask) for name, mask in checked.items())
+    pairs = [(parameters[name], mask) for name, mask in checked.items()]
+    readers = find_readers(model, [weight for weight, _ in pairs], called=())
+    prune_with(pairs, readers=readers)
 
 
 def prune_with(

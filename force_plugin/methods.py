@@ -319,7 +319,8 @@ class SNIPIt(SNIP):
     def measure(cls, probe: Probe) -> Mapping[str, Tensor]:  # noqa: D102
         with probe.evaluation_mode():
             gradients = probe.gradients()
-        return {name: g.div_(probe.loss) for name, g in gradients.items()}
+        # A loss of 0 has no elasticity; the ranking does not depend on it.
+        return {name: g.div_(probe.loss or 1.0) for name, g in gradients.items()}
 
 
 class Magnitude(SaliencyMethod):

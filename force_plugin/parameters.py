@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -132,6 +133,11 @@ def _parameters(model: nn.Module) -> dict[int, Weight]:
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model: expected a torch.nn.Module in Python, got a TorchScript module; "
+            "prune it before torch.jit.script or torch.jit.trace"
+        )
     found: dict[int, Weight] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -161,22 +167,32 @@ def find_readers(
     Args:
         model: The network.
         weights: Its prunable weights.
-        called: The modules whose forward ran.
+        called: The modules whose forward ran in a pass of the network; empty if there
+            was none. Then the code of the module around an owner is what tells: a
+            ``self.qkv.weight`` in its forward.
 
     Returns:
-        ``(reader, owner)`` pairs: the reader is the closest called module around an
-        owner that was not called.
+        ``(reader, owner)`` pairs.
     """
     names = {module: name for name, module in model.named_modules()}
-    readers = {}
+    readers = []
     for weight in weights:
-        for owner, _ in weight.owners:
+        for owner, tensor in weight.owners:
             path = names[owner]
-            while path and owner not in called and owner not in readers:
-                path = path.rpartition(".")[0]
-                if (around := model.get_submodule(path)) in called:
-                    readers[owner] = around
-    return [(reader, owner) for owner, reader in readers.items()]
+            while path and owner not in called:
+                path, _, child = path.rpartition(".")
+                around = model.get_submodule(path)
+                if around in called or _reads(around, f"self.{child}.{tensor}"):
+                    readers.append((around, owner))
+                    break
+    return readers
+
+
+def _reads(module: nn.Module, expression: str) -> bool:
+    try:
+        return expression in inspect.getsource(type(module).forward)
+    except (OSError, TypeError):  # no source, as in an interactive session
+        return False
 
 
 def _chosen(pair: object, known: dict[int, Weight]) -> Weight:

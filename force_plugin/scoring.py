@@ -305,10 +305,14 @@ class Probe:
             ones = torch.ones(self._input_shape, dtype=dtype, device=self._device)
             with torch.autocast(self._device.type, enabled=False):
                 outputs = self.model(ones)
+            flow = [output.sum() for output in _tensors(outputs)]
+            if not flow:
+                raise ValueError(
+                    "SynFlow: expected a model whose outputs are tensors, got "
+                    f"{_describe(outputs)}"
+                )
             totals = _Sums(twins)
-            totals.add_gradients(
-                torch.stack([output.sum() for output in _tensors(outputs)]).sum()
-            )
+            totals.add_gradients(torch.stack(flow).sum())
         return self._complete(totals)
 
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -382,7 +386,7 @@ class Probe:
         torch.clear_autocast_cache()
 
     def _batches(self, count: int | None = None) -> Iterator[Any]:
-        """The batches of one step, moved to the model's device."""
+        """The batches of one step, as they come."""
         self._open()
         wanted = count or self._per_step
         number = 0
@@ -400,7 +404,7 @@ class Probe:
                 except StopIteration:
                     raise ValueError(self._dry(number)) from None
             number += 1
-            yield _to(batch, self._device)
+            yield batch
             self._on_batch(number)
 
     def _start(self) -> Iterator[Any]:
@@ -423,6 +427,7 @@ class Probe:
 
     def _loss(self, batch: Any, temperature: float = 1.0) -> Tensor:
         """The loss of one batch, checked."""
+        batch = _to(batch, self._device)
         if self._forward is not None:
             source = "forward"
             loss = self._forward(self.model, batch)
@@ -436,9 +441,9 @@ class Probe:
                 )
             inputs, targets = batch
             outputs = self.model(inputs)
-            if temperature != 1.0:
-                outputs = outputs / temperature
             try:
+                if temperature != 1.0:
+                    outputs = outputs / temperature
                 loss = self._loss_fn(outputs, targets)
             except torch.cuda.OutOfMemoryError:
                 raise
@@ -558,7 +563,9 @@ def _is_pair(batch: Any) -> bool:
 
 
 def _to(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch to a device, whatever holds them."""
+    """Copies of a batch's tensors on a device: a network may work on them in place."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, copy=True)
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):

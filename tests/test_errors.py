@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_no_trace import one_thread, unchanged  # noqa: F401
+from state import unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, IterableDataset

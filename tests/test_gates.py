@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
-from test_no_trace import one_thread, unchanged  # noqa: F401
+from state import unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

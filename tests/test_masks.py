@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import tiny_resnet
 from safetensors.torch import load_file, save_file
+from state import unchanged
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -79,33 +79,6 @@ def assert_same(masks: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 def the_hook(module: nn.Module) -> prune.BasePruningMethod:
     (hook,) = module._forward_pre_hooks.values()
     return hook
-
-
-def attributes(model: nn.Module) -> dict[str, Any]:
-    """Every object that hangs on the modules, by its place, in order."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            found[f"{name}.{key}"] = value
-            if isinstance(value, dict):
-                found |= {f"{name}.{key}[{k}]": v for k, v in value.items()}
-        for index, hook in enumerate(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.PruningContainer):
-                found |= {f"{name}/{index}/{i}": one for i, one in enumerate(hook)}
-    return found
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """The same objects at the same places in the same order, with the same bits."""
-    before = attributes(model)
-    values = {k: v.detach().clone() for k, v in before.items() if isinstance(v, Tensor)}
-    yield
-    after = attributes(model)
-    assert list(after) == list(before)
-    assert [place for place in before if after[place] is not before[place]] == []
-    for place, value in values.items():
-        assert torch.equal(after[place], value), place
 
 
 # Reading

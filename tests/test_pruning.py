@@ -14,7 +14,6 @@ import pytest
 import timm
 import torch
 from sklearn.datasets import load_digits
-from test_no_trace import one_thread  # noqa: F401
 from timm.layers import ScaledStdConv2d, StdConv2d
 from timm.models.beit import Beit
 from torch import Tensor, nn

@@ -22,15 +22,6 @@ INF = math.inf
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-# Inputs this small are not worth a second thread, least of all on busy cores.
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def naive_top_k(scores: Sequence[Tensor], k: int) -> tuple[list[bool], float]:
     """The first k after a stable sort in descending order, and the last of them."""
     values = [value for score in scores for value in score.flatten().tolist()]

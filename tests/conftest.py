@@ -1,0 +1,13 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # For tensors this small threads only wait for each other, and with more test runs
+    # than cores they wait for a hundred times the work.
+    torch.set_num_threads(1)
