@@ -14,9 +14,8 @@ from force_plugin.methods import (
     SNIPIt,
     SynFlow,
 )
-from force_plugin.pruning import force_prune
+from force_plugin.pruning import force_prune, saliency
 from force_plugin.report import LayerReport, SparsityReport, sparsity_report
-from force_plugin.scoring import saliency
 
 __version__ = "0.1.0"
 

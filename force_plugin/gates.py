@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from force_plugin.parameters import Weight, named_parameters
+from force_plugin.parameters import Weight, name_some, named_parameters
 
 
 def open_gates(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]:
@@ -62,8 +62,7 @@ def describe(opened: Mapping[str, Tensor]) -> list[str]:
         "prunable weights of 0, set to a random initialisation": weights,
     }
     return [
-        f"gates opened while scoring: {len(names)} {kind} ({', '.join(names[:3])}"
-        + (", ...)" if len(names) > 3 else ")")
+        f"gates opened while scoring: {len(names)} {kind} ({name_some(names)})"
         for kind, names in kinds.items()
         if names
     ]

@@ -14,19 +14,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from copy import copy
+from functools import reduce
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from force_plugin.parameters import mask_of, parameter_key
+from force_plugin.parameters import mask_of, name_some, parameter_key
 from force_plugin.schedules import count_kept
+from force_plugin.scoring import Probe
 from force_plugin.selection import top_k_masks
-
-if TYPE_CHECKING:
-    from force_plugin.scoring import Probe
 
 
 class SaliencyMethod(prune.BasePruningMethod):
@@ -99,6 +98,52 @@ class SaliencyMethod(prune.BasePruningMethod):
             A floating-point tensor of the weight's shape.
         """
         raise NotImplementedError
+
+    @classmethod
+    def scores(cls, probe: Probe) -> dict[str, Tensor]:
+        """Measure and score every weight, pruned ones included.
+
+        Args:
+            probe: The network as it is pruned so far.
+
+        Returns:
+            Scores by parameter name, each of its weight's shape, all of one dtype; the
+            caller's to overwrite.
+
+        Raises:
+            ValueError: A score has another shape than its weight.
+            RuntimeError: A weight got no gradient, or a score is not finite.
+        """
+        signal = dict(cls.measure(probe))
+        scores = {}
+        for name, weight in probe.weights.items():
+            score = cls.score(weight, signal.pop(name, None))
+            if not isinstance(score, Tensor) or score.shape != weight.shape:
+                came = tuple(score.shape) if isinstance(score, Tensor) else score
+                raise ValueError(
+                    f"{cls.__name__}.score: expected a tensor of the weight's shape "
+                    f"{tuple(weight.shape)} for {name}, got {came}"
+                )
+            if (
+                score.untyped_storage().data_ptr()
+                == weight.untyped_storage().data_ptr()
+            ):
+                score = score.clone()
+            scores[name] = score if score.is_floating_point() else score.double()
+        dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
+        scores = {name: score.to(dtype) for name, score in scores.items()}
+        # A sum is one fast pass; it may overflow where every score is finite.
+        sums = torch.stack([s.sum().cpu() for s in scores.values()])
+        if not sums.isfinite().all():
+            broken = [name for name, s in scores.items() if not s.isfinite().all()]
+            if broken:
+                raise RuntimeError(
+                    f"the saliency of {name_some(broken)} is not finite at step "
+                    f"{probe.step}: its gradient (or the weight itself) is NaN or inf. "
+                    "Look at the data and the initialisation, or score in float32 "
+                    "instead of 16 bits"
+                )
+        return scores
 
     def ranking(self, t: Tensor) -> Tensor:
         """Scores to rank by, from what PyTorch hands over; default: ``t`` itself.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -234,3 +234,9 @@ def _check(weight: Weight) -> None:
             f"{name} is on the meta device and has no values: materialise and "
             "initialise the model before pruning it"
         )
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are, for a message."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from force_plugin import gates
 from force_plugin.masks import prune_with
 from force_plugin.methods import SaliencyMethod, find_method
-from force_plugin.parameters import find_readers, find_weights
+from force_plugin.parameters import find_readers, find_weights, name_some
 from force_plugin.report import SparsityReport, report_of
 from force_plugin.schedules import Schedule, check_count, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
@@ -130,7 +130,7 @@ def force_prune(
         for step, kept in enumerate(kept_after, start=1):
             if masks:
                 probe.prune(masks)
-            scores = probe.scores(criterion)
+            scores = criterion.scores(probe)
             notes.on_scores(step, scores)
             _exclude(scores, earlier if criterion.regrows else masks or earlier)
             kept = min(kept, available)
@@ -148,7 +148,64 @@ def force_prune(
     for problem in notes.problems:
         warnings.warn(problem, stacklevel=2)
     remarks = [*gates.describe(opened), *notes.problems, *_emptied(masks)]
+    if steps not in (60, len(kept_after)):
+        remarks.append(
+            f"{method_name} takes {len(kept_after)} steps, not steps={steps}"
+        )
     return report_of(weights, masks, remarks, method_name)
+
+
+@torch.inference_mode(False)
+def saliency(
+    model: nn.Module,
+    loader: Loader,
+    method: str | type[SaliencyMethod] = "force",
+    *,
+    batches: int | None = 1,
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    forward: Forward | None = None,
+    parameters: Iterable[tuple[nn.Module, str]] | None = None,
+    open_gates: bool = True,
+) -> dict[str, Tensor]:
+    """Scores of the prunable weights of a model as it stands, without pruning it.
+
+    These are the scores of the first step of :func:`force_plugin.force_prune` with the
+    same arguments. The model, its gradients and modes and the global random state are
+    afterwards what they were.
+
+    Args:
+        model: Any module, pruned before or not.
+        loader: Batches, as in :func:`force_plugin.force_prune`.
+        method: A name of ``force_plugin.METHODS``, or a class.
+        batches: Number of batches; ``None``: the whole loader.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
+            ``(inputs, targets)`` pair.
+        parameters: ``[(module, "weight"), ...]``; default: the weight of every
+            convolution and linear layer.
+        open_gates: Score with closed gates opened, as :mod:`force_plugin.gates` says.
+
+    Returns:
+        By parameter name (``"layer1.0.conv1.weight"``), a tensor of the weight's shape
+        on its device; higher = keep. ``float64`` for SynFlow, at least ``float32`` for
+        the methods that need gradients.
+
+    Raises:
+        TypeError, ValueError: An argument, a batch or the loss is not as expected.
+        RuntimeError: A weight got no gradient, or a score is not finite.
+    """
+    criterion = find_method(method)
+    weights = find_weights(model, parameters)
+    with Probe(
+        model,
+        weights,
+        loader,
+        batches=batches,
+        loss_fn=loss_fn,
+        forward=forward,
+        opened=gates.open_gates(model, weights) if open_gates else {},
+    ) as probe:
+        return criterion.scores(probe)
 
 
 def _exclude(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
@@ -213,5 +270,4 @@ class _Notes:
 
 
 def _layers(names: Sequence[str], total: int) -> str:
-    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} of {total} layers ({first})"
+    return f"{len(names)} of {total} layers ({name_some(names)})"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import reduce
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -21,68 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
-from force_plugin import gates
-from force_plugin.methods import SaliencyMethod, find_method
-from force_plugin.parameters import Weight, find_weights, named_parameters
+from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.snapshot import restored
 
 Loader = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
-
-
-@torch.inference_mode(False)
-def saliency(
-    model: nn.Module,
-    loader: Loader,
-    method: str | type[SaliencyMethod] = "force",
-    *,
-    batches: int | None = 1,
-    loss_fn: LossFn = nn.functional.cross_entropy,
-    forward: Forward | None = None,
-    parameters: Iterable[tuple[nn.Module, str]] | None = None,
-    open_gates: bool = True,
-) -> dict[str, Tensor]:
-    """Scores of the prunable weights of a model as it stands, without pruning it.
-
-    These are the scores of the first step of :func:`force_plugin.force_prune` with the
-    same arguments. The model, its gradients and modes and the global random state are
-    afterwards what they were.
-
-    Args:
-        model: Any module, pruned before or not.
-        loader: Batches, as in :func:`force_plugin.force_prune`.
-        method: A name of ``force_plugin.METHODS``, or a class.
-        batches: Number of batches; ``None``: the whole loader.
-        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
-        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
-            ``(inputs, targets)`` pair.
-        parameters: ``[(module, "weight"), ...]``; default: the weight of every
-            convolution and linear layer.
-        open_gates: Score with closed gates opened, as :mod:`force_plugin.gates` says.
-
-    Returns:
-        By parameter name (``"layer1.0.conv1.weight"``), a tensor of the weight's shape
-        on its device; higher = keep. ``float64`` for SynFlow, at least ``float32`` for
-        the methods that need gradients.
-
-    Raises:
-        TypeError, ValueError: An argument, a batch or the loss is not as expected.
-        RuntimeError: A weight got no gradient, or a score is not finite.
-    """
-    criterion = find_method(method)
-    weights = find_weights(model, parameters)
-    with Probe(
-        model,
-        weights,
-        loader,
-        batches=batches,
-        loss_fn=loss_fn,
-        forward=forward,
-        opened=gates.open_gates(model, weights) if open_gates else {},
-    ) as probe:
-        return probe.scores(criterion)
 
 
 class Probe:
@@ -163,38 +107,6 @@ class Probe:
         self._iterator = None
         self._exit.close()
 
-    def scores(self, criterion: type[SaliencyMethod]) -> dict[str, Tensor]:
-        """Score every weight, pruned ones included, by the method's criterion.
-
-        Returns:
-            Scores by parameter name, each of its weight's shape, all of one dtype; the
-            caller's to overwrite.
-
-        Raises:
-            ValueError: A score has another shape than its weight.
-            RuntimeError: A weight got no gradient, or a score is not finite.
-        """
-        signal = dict(criterion.measure(self))
-        scores = {}
-        for name, weight in self.weights.items():
-            score = criterion.score(weight, signal.pop(name, None))
-            if not isinstance(score, Tensor) or score.shape != weight.shape:
-                came = tuple(score.shape) if isinstance(score, Tensor) else score
-                raise ValueError(
-                    f"{criterion.__name__}.score: expected a tensor of the weight's "
-                    f"shape {tuple(weight.shape)} for {name}, got {came}"
-                )
-            if (
-                score.untyped_storage().data_ptr()
-                == weight.untyped_storage().data_ptr()
-            ):
-                score = score.clone()
-            scores[name] = score if score.is_floating_point() else score.double()
-        dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
-        scores = {name: score.to(dtype) for name, score in scores.items()}
-        self._require_finite(scores)
-        return scores
-
     def prune(self, masks: Mapping[str, Tensor]) -> None:
         """Measure the network with these masks from now on, as the next step.
 
@@ -268,7 +180,15 @@ class Probe:
                 curved = [name for name, s in slope.items() if s.requires_grad]
                 if curved:
                     product = torch.stack([(g[n] * slope[n]).sum() for n in curved])
-                    totals.add_gradients(product.sum())
+                    try:
+                        totals.add_gradients(product.sum())
+                    except RuntimeError as error:
+                        if "is not implemented" not in str(error):
+                            raise
+                        raise RuntimeError(
+                            "GraSP needs second derivatives, and PyTorch lacks one: "
+                            f"{error}. Take another activation or another method"
+                        ) from error
                 losses.append(loss.item())
         self.loss = sum(losses) / len(losses)
         return {
@@ -467,7 +387,7 @@ class Probe:
             broken = [name for name, value in values if not value.isfinite().all()]
             cause = "a NaN or inf in the batch, or an overflow in the network"
             if broken:
-                cause = f"a NaN or inf in {_some(broken)}"
+                cause = f"a NaN or inf in {name_some(broken)}"
             raise RuntimeError(
                 f"the loss is {loss.item()} at step {self.step}: {cause}; look at the "
                 "data and the initialisation, or score in float32"
@@ -479,24 +399,11 @@ class Probe:
         missing = [name for name in self.weights if name not in sums]
         if missing:
             raise RuntimeError(
-                f"no gradient reached {_some(missing)} at step {self.step}: the loss "
-                "does not use it. Leave it out with parameters=, or pass a forward= "
-                "whose loss uses it"
+                f"no gradient reached {name_some(missing)} at step {self.step}: the "
+                "loss does not use it. Leave it out with parameters=, or pass a "
+                "forward= whose loss uses it"
             )
         return {name: sums[name] for name in self.weights}
-
-    def _require_finite(self, scores: Mapping[str, Tensor]) -> None:
-        # A sum is one fast pass; it may overflow where every score is finite.
-        sums = torch.stack([s.sum().to(self._device) for s in scores.values()])
-        if sums.isfinite().all():
-            return
-        broken = [name for name, s in scores.items() if not s.isfinite().all()]
-        if broken:
-            raise RuntimeError(
-                f"the saliency of {_some(broken)} is not finite at step {self.step}: "
-                "its gradient (or the weight itself) is NaN or inf. Look at the data "
-                "and the initialisation, or score in float32 instead of 16 bits"
-            )
 
 
 @contextmanager
@@ -594,9 +501,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names of a list, and how many there are."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more weights"

@@ -466,3 +466,22 @@ def test_a_score_that_is_not_a_number_names_the_layer() -> None:
 
     message = r"saliency of 0\.weight, 3\.weight is not finite at step 1"
     expect(RuntimeError, message, method=Logarithm)
+
+
+def test_a_second_derivative_that_pytorch_lacks_is_said_to_be_lacking() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Hardsigmoid(), nn.Linear(8, 3))
+    batch = (torch.randn(5, 6), torch.arange(5) % 3)
+    with (
+        unchanged(model),
+        pytest.raises(RuntimeError, match="GraSP needs second deriv"),
+    ):
+        force_prune(model, [batch], 0.5, method="grasp", progress=False)
+
+
+def test_steps_that_a_method_does_not_take_are_said_not_to_be_used() -> None:
+    model = nn.Linear(6, 3)
+    batch = (torch.randn(5, 6), torch.arange(5) % 3)
+    options = {"method": "snip", "progress": False}
+    assert force_prune(model, [batch], 0.1, **options).warnings == ()
+    report = force_prune(model, [batch], 0.5, steps=10, **options)
+    assert report.warnings == ("steps=10 was not used: snip has its own number",)
