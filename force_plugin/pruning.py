@@ -146,7 +146,7 @@ def force_prune(
         find_readers(model, weights, probe.called),
     )
     for problem in notes.problems:
-        warnings.warn(problem, stacklevel=2)
+        warnings.warn(problem, stacklevel=3)  # past inference_mode
     remarks = [*gates.describe(opened), *notes.problems, *_emptied(masks)]
     # 60 is what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
