@@ -126,6 +126,7 @@ class Probe:
         Raises:
             RuntimeError: A weight got no gradient from any batch.
         """
+        self._open()
         losses, totals = [], _Sums(self._stand_ins)
         for batch in self._batches():
             loss = self._loss(batch)
@@ -154,6 +155,7 @@ class Probe:
         Raises:
             RuntimeError: A weight got no gradient from any batch.
         """
+        self._open()
         batches = list(self._batches())
         g = _Sums(self._stand_ins)
         if len(batches) > 1:
@@ -209,6 +211,7 @@ class Probe:
         Raises:
             RuntimeError: A weight got no gradient.
         """
+        self._open()
         if self._input_shape is None:
             batch = next(self._batches(count=1))
             inputs = batch[0] if _is_pair(batch) else batch
@@ -279,6 +282,7 @@ class Probe:
             ).remove
         )
         copies: dict[int, Tensor] = {}
+        stand_ins: dict[str, nn.Parameter] = {}
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
@@ -292,9 +296,8 @@ class Probe:
             for module, key in parameter.slots():
                 module._parameters[key] = stand_in
             if scored:
-                self._stand_ins[name] = stand_in
-        # In the order of the weights, which is the caller's.
-        self._stand_ins = {name: self._stand_ins[name] for name in self.weights}
+                stand_ins[name] = stand_in
+        self._stand_ins = {name: stand_ins[name] for name in self.weights}
         self._mask_stand_ins()
 
     def _mask_stand_ins(self) -> None:

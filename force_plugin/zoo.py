@@ -308,6 +308,7 @@ def load_data(
         batch_size=batch_size,
         is_training=True,
         num_workers=workers,
+        persistent_workers=workers > 0,  # older timm asks for them without any
         use_prefetcher=False,
     )
     # MNIST and other data sets of torchvision are grey.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -270,6 +271,9 @@ def test_an_unknown_model_is_answered_with_close_names() -> None:
         load_model("resnet_50", num_classes=10)
 
 
+@pytest.mark.skipif(
+    not timm.list_models("test_maxvit"), reason="this timm has no test_maxvit"
+)
 @pytest.mark.parametrize(
     ("image_size", "kwargs"), [(None, {"depths": 3}), (33, {}), (32, {"name": "other"})]
 )
