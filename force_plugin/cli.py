@@ -190,8 +190,8 @@ def _make_parser() -> _Parser:
         "--open-gates",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="while scoring, open the gates that timm initialises closed, such as "
-        "LayerScale and the last batch norm of a block (default: open)",
+        help="while scoring, open the gates that timm initialises to 0, such as the "
+        "last batch norm of a block (default: open)",
     )
     pruning.add_argument(
         "--seed",

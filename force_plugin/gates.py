@@ -22,10 +22,9 @@ def open_gates(model: nn.Module, weights: Sequence[Weight]) -> dict[str, Tensor]
 
     A closed gate is a parameter whose values are all exactly 0 and that multiplies what
     passes: a one-dimensional ``weight`` (of any normalisation; the slope of a PReLU is
-    none), opened to 1, and a
-    prunable weight of more dimensions, opened to the values that PyTorch initialises
-    it with (:func:`torch.nn.init.kaiming_uniform_` with a = √5), drawn from a generator
-    of its own with seed 0.
+    none), opened to 1, and a prunable weight of more dimensions, opened to the values
+    that PyTorch initialises it with (:func:`torch.nn.init.kaiming_uniform_` with
+    a = √5), drawn from a generator of its own with seed 0.
 
     Args:
         model: The network; it is not changed.

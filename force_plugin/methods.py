@@ -229,7 +229,7 @@ class SaliencyMethod(prune.BasePruningMethod):
             where the tensor was pruned before.
 
         Raises:
-            TypeError: ``amount`` is no number.
+            TypeError: ``amount`` is no number, or ``importance_scores`` no tensor.
             ValueError: An argument does not fit; the module is unchanged.
         """
         # PyTorch unhooks an earlier pruning before it looks at the arguments, and an

@@ -8,6 +8,7 @@ raises half-way, they are bit for bit what they were.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType, TracebackType
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
 from force_plugin.parameters import Weight, name_some, named_parameters
@@ -276,14 +276,14 @@ class Probe:
             return
         self._exit.enter_context(_without_trace(self.model, self._loader))
         self._exit.callback(torch.clear_autocast_cache)
-        self._exit.callback(
-            register_module_forward_pre_hook(
-                lambda module, inputs: self.called.add(module)
-            ).remove
-        )
+        if "torch._dynamo" in sys.modules:
+            # A model that was compiled is measured as it is written: compiling it anew
+            # for stand-ins would cost more, and has no second derivatives.
+            self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}
         stand_ins: dict[str, nn.Parameter] = {}
         for module in self.model.modules():
+            module.register_forward_pre_hook(self._note_call)
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     if id(buffer) not in copies:
@@ -299,6 +299,9 @@ class Probe:
                 stand_ins[name] = stand_in
         self._stand_ins = {name: stand_ins[name] for name in self.weights}
         self._mask_stand_ins()
+
+    def _note_call(self, module: nn.Module, inputs: object) -> None:
+        self.called.add(module)
 
     def _mask_stand_ins(self) -> None:
         if self.masks is None:

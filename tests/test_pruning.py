@@ -1210,3 +1210,31 @@ def test_a_model_of_timm_is_pruned_and_trains(name: str, method: str) -> None:
         loss.backward()
         optimizer.step()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("method", ["force", "grasp", "synflow"])
+def test_a_compiled_model_gets_the_masks_of_the_plain_one_and_trains(
+    method: str,
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+    plain, inner = build(), build()
+    compiled = torch.compile(inner, backend="eager")
+    batch = (torch.randn(5, 6).double(), torch.arange(5) % 3)
+    compiled(batch[0])
+    for model in (plain, compiled):
+        force_prune(model, [batch], 0.5, method=method, steps=3, progress=False)
+    expected = get_masks(plain)
+    masks = get_masks(inner)
+    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
+    assert not compiled._forward_pre_hooks
+    optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(cross_entropy(compiled(batch[0]), batch[1]))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > losses[1] > losses[2]
