@@ -190,8 +190,15 @@ def _make_parser() -> _Parser:
         "--open-gates",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="while scoring, open the gates that timm initialises to 0, such as the "
-        "last batch norm of a block (default: open)",
+        help="while scoring, open the gates that timm initialises to (nearly) 0, such "
+        "as the last batch norm of a block or LayerScale (default: open)",
+    )
+    pruning.add_argument(
+        "--on-collapse",
+        choices=["raise", "warn"],
+        default="raise",
+        help="fail where the mask disconnects the network, or warn and write it all "
+        "the same (default: %(default)s)",
     )
     pruning.add_argument(
         "--seed",
@@ -255,6 +262,7 @@ def _prune(args: argparse.Namespace) -> None:
             schedule=args.schedule,
             batches=args.batches,
             open_gates=args.open_gates,
+            on_collapse=args.on_collapse,
             progress=not args.quiet,
         )
     save_masks(get_masks(model), out / "masks.safetensors")

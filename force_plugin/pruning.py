@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ def force_prune(
     forward: Forward | None = None,
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
     open_gates: bool = True,
+    on_collapse: Literal["raise", "warn"] = "raise",
     progress: bool = True,
 ) -> SparsityReport:
     """Prune a model in place, before it is trained.
@@ -71,22 +73,28 @@ def force_prune(
         parameters: ``[(module, "weight"), ...]`` as in
             :func:`torch.nn.utils.prune.global_unstructured`; default: the weight of
             every convolution and linear layer. A shared weight counts once.
-        open_gates: Score with closed gates opened (normalisation weights of 0, as
-            timm's ``zero_init_last`` leaves them, and prunable weights that are all 0);
-            ``False`` gives the papers' scores there. The model keeps its own values.
+        open_gates: Score with closed gates opened: what multiplies a branch by 0 or
+            nearly 0 (``zero_init_last``, LayerScale, ReZero, skip-init gains) and hides
+            its weights from the gradient, and weights that are all (nearly) 0. See
+            :mod:`force_plugin.gates`. ``False`` gives the papers' scores there. The
+            model keeps its own values.
+        on_collapse: What to do where the mask disconnects the network, so that its
+            outputs no longer depend on its inputs: ``"raise"`` an error, with the model
+            untouched, or ``"warn"`` and prune it all the same. ``"magnitude"`` and
+            ``"random"`` read no data and do not see it.
         progress: Show a progress bar with step and density on standard error.
 
     Returns:
         The sparsity of every prunable layer. Its ``warnings`` name gates that were
-        opened, layers that were emptied, and what makes the mask doubtful: layers
-        without any saliency, and the step at which the network collapsed (fewer
-        non-zero saliencies than weights to keep).
+        opened, layers that were emptied (and since which step), and what makes the
+        mask doubtful: layers without any saliency, and the step at which the network
+        collapsed (fewer non-zero saliencies than weights to keep).
 
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected; the
             message says what was, what came and what to do.
-        RuntimeError: A weight got no gradient, or a loss or score is not finite; the
-            message names the layer and the step.
+        RuntimeError: A weight got no gradient, a loss or score is not finite, or the
+            mask disconnects the network; the message names the layer and the step.
 
     Warns:
         UserWarning: The mask is doubtful, as above.
@@ -95,6 +103,10 @@ def force_prune(
     method_name = method if isinstance(method, str) else method.__name__
     weights = find_weights(model, parameters)
     check_count("steps", steps)
+    if on_collapse not in ("raise", "warn"):
+        raise ValueError(
+            f'on_collapse: expected "raise" or "warn", got {on_collapse!r}'
+        )
     total = sum(weight.dense.numel() for weight in weights)
     kept_after = kept_per_step(
         criterion.schedule or schedule, criterion.steps or steps, sparsity, total
@@ -108,8 +120,7 @@ def force_prune(
             f"and pruning it again only removes more; got {sparsity}"
         )
 
-    opened = gates.open_gates(model, weights) if open_gates else {}
-    notes = _Notes(len(kept_after))
+    notes = _Notes(len(kept_after), on_collapse)
     masks: dict[str, Tensor] = {}
     probe = Probe(
         model,
@@ -118,7 +129,7 @@ def force_prune(
         batches=batches,
         loss_fn=loss_fn,
         forward=forward,
-        opened=opened,
+        open_gates=open_gates,
         on_batch=lambda number: (
             batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
         ),
@@ -128,17 +139,18 @@ def force_prune(
     )
     with bar, probe:
         for step, kept in enumerate(kept_after, start=1):
-            if masks:
-                probe.prune(masks)
             scores = criterion.scores(probe)
             notes.on_scores(step, scores)
             _exclude(scores, earlier if criterion.regrows else masks or earlier)
             kept = min(kept, available)
             selected, threshold = top_k_masks(list(scores.values()), kept)
             masks = dict(zip(scores, selected, strict=True))
-            notes.on_selection(step, scores, kept, threshold)
+            notes.on_selection(step, scores, masks, threshold)
+            probe.prune(masks)
             bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
             bar.update()
+        if kept_after[-1] < total and probe.connected() is False:
+            notes.on_disconnection()
 
     prune_with(
         ((weight, masks[weight.name]) for weight in weights),
@@ -147,7 +159,7 @@ def force_prune(
     )
     for problem in notes.problems:
         warnings.warn(problem, stacklevel=3)  # past inference_mode
-    remarks = [*gates.describe(opened), *notes.problems, *_emptied(masks)]
+    remarks = [*gates.describe(probe.gates), *notes.problems, *notes.emptied()]
     # 60 is what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
@@ -202,7 +214,7 @@ def saliency(
         batches=batches,
         loss_fn=loss_fn,
         forward=forward,
-        opened=gates.open_gates(model, weights) if open_gates else {},
+        open_gates=open_gates,
     ) as probe:
         return criterion.scores(probe)
 
@@ -213,23 +225,27 @@ def _exclude(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
         scores[name].masked_fill_(~mask, -torch.inf)
 
 
-def _emptied(masks: Mapping[str, Tensor]) -> list[str]:
-    empty = [name for name, mask in masks.items() if not mask.any()]
-    return [f"{_layers(empty, len(masks))} lost every weight"] if empty else []
-
-
 class _Notes:
     """What makes a mask doubtful, noticed on the way.
+
+    Args:
+        steps: T.
+        on_collapse: ``"raise"`` an error where the network is disconnected, or
+            ``"warn"``.
 
     Attributes:
         problems: A sentence each.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, on_collapse: str) -> None:
         self.problems: list[str] = []
         self._steps = steps
+        self._raise = on_collapse == "raise"
         self._alive_at_first = 0
-        self._collapsed = False
+        self._collapsed = self._disconnected = False
+        # The step at which a layer lost its last weight, until one comes back.
+        self._empty: dict[str, int] = {}
+        self._layers = 0
 
     def on_scores(self, step: int, scores: Mapping[str, Tensor]) -> None:
         """Look for layers that the first step cannot rank."""
@@ -246,15 +262,34 @@ class _Notes:
             )
 
     def on_selection(
-        self, step: int, scores: Mapping[str, Tensor], kept: int, threshold: float
+        self,
+        step: int,
+        scores: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        threshold: float,
     ) -> None:
-        """Look for a selection that had to take weights of saliency 0."""
+        """Look for emptied layers, and for weights of saliency 0 that were taken."""
+        self._layers = len(masks)
+        for name, mask in masks.items():
+            if mask.any():
+                self._empty.pop(name, None)
+            else:
+                self._empty.setdefault(name, step)
         # Scores below 0 are GraSP's, and mean something.
         if self._collapsed or threshold != 0:
             return
         alive = sum(
             int(((s != 0) & (s != -torch.inf)).count_nonzero()) for s in scores.values()
         )
+        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+        if not alive and kept < sum(mask.numel() for mask in masks.values()):
+            self._disconnect(
+                "every saliency is exactly 0 at the first step: there is nothing to "
+                "rank by"
+                if step == 1
+                else f"the network was disconnected at step {step - 1} of "
+                f"{self._steps}: no gradient reaches any weight through the mask"
+            )
         # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
         # on 1x1 maps) are kept while there is room for them, and do no harm.
         if alive >= kept or (kept > self._alive_at_first and step < self._steps):
@@ -263,9 +298,38 @@ class _Notes:
         self.problems.append(
             f"the network collapsed at step {step} of {self._steps}: {alive:,} weights "
             f"have a saliency other than 0, and {kept:,} were to stay; the others were "
-            "kept by position, which means nothing. Take more steps, more batches, a "
-            "lower sparsity or another method"
+            f"kept by position, which means nothing. {_ADVICE}"
         )
+
+    def on_disconnection(self) -> None:
+        """The last mask lets nothing through."""
+        if not self._disconnected:
+            self._disconnect(
+                "the pruned network is disconnected: its outputs do not depend on its "
+                "inputs"
+            )
+
+    def _disconnect(self, what: str) -> None:
+        self._disconnected = True
+        if self._raise:
+            raise RuntimeError(
+                "; ".join([what, *self.emptied()])
+                + f'. {_ADVICE}, or on_collapse="warn" to prune all the same'
+            )
+        self.problems.append(f"{what}. {_ADVICE}")
+
+    def emptied(self) -> list[str]:
+        """A sentence about the layers without any weight, if there are any."""
+        if not self._empty:
+            return []
+        names = sorted(self._empty, key=self._empty.__getitem__)
+        since = (
+            f", the first at step {self._empty[names[0]]}" if self._steps > 1 else ""
+        )
+        return [f"{_layers(names, self._layers)} lost every weight{since}"]
+
+
+_ADVICE = "Take more steps, more batches, a lower sparsity or another method"
 
 
 def _layers(names: Sequence[str], total: int) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from types import MappingProxyType, TracebackType
+from contextlib import ExitStack, contextmanager, suppress
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
+from force_plugin import gates
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
-from force_plugin.snapshot import restored
+from force_plugin.snapshot import restored, snapshot
 
 Loader = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
@@ -43,7 +44,7 @@ class Probe:
         batches: Batches a step, ``None`` for a whole pass of the loader a step.
         loss_fn: ``loss_fn(model(inputs), targets)``.
         forward: ``forward(model, batch)``, a loss; replaces ``loss_fn``.
-        opened: Values to measure with instead of the model's own, by parameter name.
+        open_gates: Measure with closed gates opened.
         on_batch: Called after each batch with its number within the step, from 1.
 
     Attributes:
@@ -51,6 +52,8 @@ class Probe:
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         step: The step being measured, from 1.
         loss: Mean loss of the last measurement that needed one.
+        gates: The closed gates that were opened, by parameter name. Weights that are 0
+            are there from the beginning, other gates from the first measurement on.
         called: The modules whose forward the measurements have run.
     """
 
@@ -63,7 +66,7 @@ class Probe:
         batches: int | None = 1,
         loss_fn: LossFn = nn.functional.cross_entropy,
         forward: Forward | None = None,
-        opened: Mapping[str, Tensor] = MappingProxyType({}),
+        open_gates: bool = False,
         on_batch: Callable[[int], object] = lambda number: None,
     ) -> None:
         if batches is not None:
@@ -74,16 +77,22 @@ class Probe:
                     f"{name}: expected a callable, got {type(function).__name__}"
                 )
         self.model = model
-        self.weights = {
-            weight.name: opened.get(weight.name, weight.dense.detach())
-            for weight in weights
-        }
+        self._parameters = named_parameters(model)
+        self.gates: dict[str, gates.Gate] = {}
+        # Parameters that may turn out to be gates when a graph is there to look at.
+        self._candidates: set[str] = set()
+        if open_gates:
+            closed = {w.name: w for w in weights}
+            closed |= {n: w for n, w in self._parameters.items() if w.prunable}
+            self.gates = gates.closed_weights(closed.values())
+            self._candidates = gates.small(self._dense()) - set(self.gates)
+        opened = gates.open_values(self.gates, self._dense())
+        self.weights = {w.name: opened.get(w.name, w.dense.detach()) for w in weights}
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
         self.loss = float("nan")
         self.called: set[nn.Module] = set()
         self._device = next(iter(self.weights.values())).device
-        self._opened = opened
         self._loader = loader
         self._per_step = batches
         self._iterator: Iterator[Any] | None = None
@@ -91,7 +100,10 @@ class Probe:
         self._forward = forward
         self._on_batch = on_batch
         self._input_shape: tuple[int, ...] | None = None
+        # Stand-ins of all parameters, and of those that are scored.
+        self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
+        self._last_batch: Any = None
         self._exit = ExitStack()
 
     def __enter__(self) -> Probe:
@@ -104,7 +116,7 @@ class Probe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._iterator = None
+        self._iterator = self._last_batch = None
         self._exit.close()
 
     def prune(self, masks: Mapping[str, Tensor]) -> None:
@@ -222,24 +234,132 @@ class Probe:
                 )
             self._input_shape = (1, *inputs.shape[1:])
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        ones = torch.ones(self._input_shape, dtype=dtype, device=self._device)
 
-        with restored(self.model.modules()):
+        def measure() -> tuple[Tensor, Mapping[str, Tensor]]:
             twins = self._make_positive(dtype)
-            ones = torch.ones(self._input_shape, dtype=dtype, device=self._device)
             with torch.autocast(self._device.type, enabled=False):
-                outputs = self.model(ones)
+                outputs = self.model(ones.clone())
             flow = [output.sum() for output in _tensors(outputs)]
             if not flow:
                 raise ValueError(
                     "SynFlow: expected a model whose outputs are tensors, got "
                     f"{_describe(outputs)}"
                 )
-            totals = _Sums(twins)
-            totals.add_gradients(torch.stack(flow).sum())
+            return torch.stack(flow).sum(), twins
+
+        with restored(self.model.modules()):
+            flow, twins = self._revealed(measure)
+            totals = _Sums({name: twins[name] for name in self.weights})
+            totals.add_gradients(flow)
         return self._complete(totals)
 
+    def connected(self) -> bool | None:
+        """Whether the outputs of the network, as it is pruned, depend on its inputs.
+
+        They do if a gradient that is not exactly 0 reaches the inputs of the last batch
+        that was measured. A few of its samples are tried first, and cost next to
+        nothing. Where no gradient reaches the inputs of the dense network either (they
+        are integers, the stem is detached) or the loss comes from ``forward``, a
+        gradient that reaches any of the kept weights is what counts.
+
+        Returns:
+            ``None`` where nothing was measured with data before.
+        """
+        if self._last_batch is None:
+            return None
+        batch, inputs = self._last_batch, None
+        if self._forward is None:
+            inputs = _to(batch[0] if _is_pair(batch) else batch, self._device)
+        if isinstance(inputs, Tensor) and inputs.is_floating_point():
+            # Fewer samples may be too few: for a batch norm, or to wake a sparse unit.
+            with suppress(Exception):
+                if self._reaches(inputs[:8]):
+                    return True
+            if self._reaches(inputs):
+                return True
+            masks, self.masks = self.masks, None
+            try:
+                self._mask_stand_ins()
+                seen = self._reaches(inputs)
+            finally:
+                self.masks = masks
+                self._mask_stand_ins()
+            if seen:
+                return False
+        if self._forward is None and not _is_pair(batch):
+            return None
+        sums = _Sums(self._stand_ins)
+        sums.add_gradients(self._loss(batch))
+        kept = self.masks or {}
+        return any(
+            bool((g[kept[n]] if n in kept else g).any()) for n, g in sums.items()
+        )
+
+    def _reaches(self, inputs: Tensor) -> bool:
+        """Whether a gradient of the outputs reaches the inputs."""
+        leaf = inputs.detach().clone().requires_grad_()
+        outputs = [o for o in _tensors(self.model(leaf.clone())) if o.requires_grad]
+        # A plain sum would have no gradient behind a softmax or a normalisation.
+        weighted = [
+            (o * torch.arange(o.numel(), device=o.device).cos().view_as(o)).sum()
+            for o in outputs
+        ]
+        if not weighted:
+            return False
+        (gradient,) = torch.autograd.grad(
+            torch.stack(weighted).sum(), [leaf], allow_unused=True
+        )
+        return gradient is not None and bool(gradient.any())
+
+    def _revealed(
+        self, measure: Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """A result and the leaves of its graph, once no closed gate hides a weight.
+
+        The first graph that there is shows the gates. If it has none that is closed it
+        serves; if it has, they are opened and it is made again, as if nothing had been.
+        """
+        if not self._candidates:
+            return measure()
+        rewind = self._remember()
+        result, leaves = measure()
+        found = gates.closed_gates(
+            result, leaves, candidates=self._candidates, scored=self.weights
+        )
+        self._candidates = set()
+        if not found:
+            return result, leaves
+        del result, leaves
+        rewind()
+        opened = gates.open_values(found, self._leaves)
+        for name, values in opened.items():
+            self._leaves[name].data.copy_(values)
+            if name in self.weights:
+                self.weights[name] = values
+        self.gates |= found
+        return measure()
+
+    def _remember(self) -> Callable[[], None]:
+        """What a forward pass may change, and the way back."""
+        restore = snapshot(self.model.modules())
+        randomness = _random_states(self.model)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+        def rewind() -> None:
+            restore()
+            randomness()
+            for buffer, values in buffers:
+                buffer.copy_(values)
+
+        return rewind
+
+    def _dense(self) -> dict[str, Tensor]:
+        """The model's own parameters by name."""
+        return {n: weight.dense.detach() for n, weight in self._parameters.items()}
+
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Absolute values in the place of all parameters and buffers; prunable ones."""
+        """Absolute values in the place of all parameters and buffers; parameters."""
         twins: dict[int, Tensor] = {}
 
         def twin(tensor: Tensor) -> Tensor:
@@ -259,7 +379,7 @@ class Probe:
                             twin(parameter), parameter.requires_grad
                         )
                     module._parameters[key] = twins[id(parameter)]  # type: ignore[assignment]
-        return {name: twins[id(s)] for name, s in self._stand_ins.items()}
+        return {name: twins[id(s)] for name, s in self._leaves.items()}
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -281,7 +401,6 @@ class Probe:
             # for stand-ins would cost more, and has no second derivatives.
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}
-        stand_ins: dict[str, nn.Parameter] = {}
         for module in self.model.modules():
             module.register_forward_pre_hook(self._note_call)
             for key, buffer in module._buffers.items():
@@ -289,25 +408,26 @@ class Probe:
                     if id(buffer) not in copies:
                         copies[id(buffer)] = buffer.detach().clone()
                     module._buffers[key] = copies[id(buffer)]
-        for name, parameter in named_parameters(self.model).items():
-            scored = name in self.weights
-            values = self._opened.get(name, parameter.dense.detach()).clone()
-            stand_in = nn.Parameter(values, scored or parameter.dense.requires_grad)
+        opened = gates.open_values(self.gates, self._dense())
+        for name, parameter in self._parameters.items():
+            needed = name in self.weights or name in self._candidates
+            values = opened.get(name, parameter.dense.detach()).clone()
+            stand_in = nn.Parameter(values, needed or parameter.dense.requires_grad)
             for module, key in parameter.slots():
                 module._parameters[key] = stand_in
-            if scored:
-                stand_ins[name] = stand_in
-        self._stand_ins = {name: stand_ins[name] for name in self.weights}
+            self._leaves[name] = stand_in
+        self._stand_ins = {name: self._leaves[name] for name in self.weights}
         self._mask_stand_ins()
 
     def _note_call(self, module: nn.Module, inputs: object) -> None:
         self.called.add(module)
 
     def _mask_stand_ins(self) -> None:
-        if self.masks is None:
-            return
         for name, stand_in in self._stand_ins.items():
-            torch.mul(self.weights[name], self.masks[name], out=stand_in.data)
+            if self.masks is None:
+                stand_in.data.copy_(self.weights[name])
+            else:
+                torch.mul(self.weights[name], self.masks[name], out=stand_in.data)
         # Autocast keeps a copy of each weight that it has cast once.
         torch.clear_autocast_cache()
 
@@ -330,6 +450,7 @@ class Probe:
                 except StopIteration:
                     raise ValueError(self._dry(number)) from None
             number += 1
+            self._last_batch = batch
             yield batch
             self._on_batch(number)
 
@@ -352,7 +473,13 @@ class Probe:
         return "loader: expected at least one batch, got none"
 
     def _loss(self, batch: Any, temperature: float = 1.0) -> Tensor:
-        """The loss of one batch, checked."""
+        """The loss of one batch, with gates open."""
+        loss, _ = self._revealed(
+            lambda: (self._checked_loss(batch, temperature), self._leaves)
+        )
+        return loss
+
+    def _checked_loss(self, batch: Any, temperature: float) -> Tensor:
         batch = _to(batch, self._device)
         if self._forward is not None:
             source = "forward"
@@ -426,28 +553,38 @@ def _without_trace(model: nn.Module, loader: Loader) -> Iterator[None]:
         if isinstance(generator := getattr(part, "generator", None), torch.Generator)
     ]
     loader_state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
-    devices: dict[str, set[int]] = {}
-    for tensor in model.parameters():
-        if tensor.device.index is not None:
-            devices.setdefault(tensor.device.type, set()).add(tensor.device.index)
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with ExitStack() as stack:
-        stack.enter_context(restored(model.modules()))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind, indices in devices.items():
-            stack.enter_context(
-                torch.random.fork_rng(devices=sorted(indices), device_type=kind)
-            )
+    restore_randomness = _random_states(model)
+    with restored(model.modules()):
         try:
             yield
         finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            restore_randomness()
             for generator, saved in generators:
                 generator.set_state(saved)
             if isinstance(loader, DataLoader):
                 # Workers that persist would draw no new seed for the first epoch.
                 vars(loader).update(loader_state)
+
+
+def _random_states(model: nn.Module) -> Callable[[], None]:
+    """The states of all global random generators, and the way back."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    states: list[tuple[Callable[..., None], Tensor, tuple[int, ...]]]
+    states = [(torch.set_rng_state, torch.get_rng_state(), ())]
+    for device in {tensor.device for tensor in model.parameters()}:
+        if device.index is not None:
+            backend = torch.get_device_module(device)
+            # There is one MPS device, and its functions take no index.
+            which = () if device.type == "mps" else (device.index,)
+            states.append((backend.set_rng_state, backend.get_rng_state(*which), which))
+
+    def restore() -> None:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for set_state, state, which in states:
+            set_state(state, *which)
+
+    return restore
 
 
 class _Sums(dict[str, Tensor]):

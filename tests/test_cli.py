@@ -97,7 +97,8 @@ def test_a_quiet_run_prints_nothing_but_the_reports_warnings(
     capfd: pytest.CaptureFixture[str],
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    prune(tmp_path, "--sparsity", "0.999", "--no-open-gates")
+    options = ["--sparsity", "0.999", "--no-open-gates", "--on-collapse", "warn"]
+    prune(tmp_path, *options)
     printed = capfd.readouterr()
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert warnings
@@ -293,7 +294,7 @@ def test_help_names_every_option_with_its_default() -> None:
     assert run.stdout.startswith("usage: force-prune")
     assert "examples:" in run.stdout
     _, *options = run.stdout.partition("examples:")[0].split("\n  --")
-    assert len(options) == 18
+    assert len(options) == 19
     without_default = ("download", "quiet", "sparsity")
     for option in options:
         assert "(default:" in option or option.startswith(without_default)
