@@ -1,5 +1,6 @@
 """Prune a network before it is trained: a plugin for :mod:`torch.nn.utils.prune`."""
 
+from force_plugin.diagnosis import Diagnosis, StageDiagnosis, diagnose
 from force_plugin.masks import apply_masks, get_masks, load_masks, save_masks
 from force_plugin.methods import (
     FORCE,
@@ -14,6 +15,7 @@ from force_plugin.methods import (
     SNIPIt,
     SynFlow,
 )
+from force_plugin.permanent import make_permanent
 from force_plugin.pruning import force_prune, saliency
 from force_plugin.report import LayerReport, SparsityReport, sparsity_report
 
@@ -23,6 +25,7 @@ __all__ = [
     "FORCE",
     "METHODS",
     "SNIP",
+    "Diagnosis",
     "GraSP",
     "GraSPIt",
     "IterSNIP",
@@ -32,11 +35,14 @@ __all__ = [
     "SNIPIt",
     "SaliencyMethod",
     "SparsityReport",
+    "StageDiagnosis",
     "SynFlow",
     "apply_masks",
+    "diagnose",
     "force_prune",
     "get_masks",
     "load_masks",
+    "make_permanent",
     "saliency",
     "save_masks",
     "sparsity_report",

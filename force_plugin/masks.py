@@ -128,11 +128,28 @@ class _Refresh:
             if isinstance(hook, prune.BasePruningMethod):
                 hook(self.owner, inputs)
 
+    def needed(self) -> bool:
+        hooks = self.owner._forward_pre_hooks.values()
+        return any(isinstance(hook, prune.BasePruningMethod) for hook in hooks)
+
     @classmethod
     def register(cls, reader: nn.Module, owner: nn.Module) -> None:
         hooks = reader._forward_pre_hooks.values()
         if not any(isinstance(hook, cls) and hook.owner is owner for hook in hooks):
             reader.register_forward_pre_hook(cls(owner))
+
+
+def forget_readers(model: nn.Module) -> None:
+    """Take off the hooks for readers whose owners are not pruned any more."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Refresh) and not hook.needed():
+                # The other dictionaries say how the hook is called.
+                for hooks in (
+                    module._forward_pre_hooks,
+                    module._forward_pre_hooks_with_kwargs,
+                ):
+                    hooks.pop(key, None)
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:

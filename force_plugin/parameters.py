@@ -240,3 +240,8 @@ def name_some(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are, for a message."""
     more = len(names) - 3
     return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def name_layers(names: Sequence[str], total: int) -> str:
+    """The first names of some layers, and how many of all they are."""
+    return f"{len(names)} of {total} layers ({name_some(names)})"

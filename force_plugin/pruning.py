@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from force_plugin import gates
+from force_plugin import gates, silence
 from force_plugin.masks import prune_with
 from force_plugin.methods import SaliencyMethod, find_method
-from force_plugin.parameters import find_readers, find_weights, name_some
+from force_plugin.parameters import find_readers, find_weights, name_layers
 from force_plugin.report import SparsityReport, report_of
 from force_plugin.schedules import Schedule, check_count, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
@@ -140,7 +140,8 @@ def force_prune(
     with bar, probe:
         for step, kept in enumerate(kept_after, start=1):
             scores = criterion.scores(probe)
-            notes.on_scores(step, scores)
+            if step == 1:
+                notes.on_first_scores(scores, probe)
             _exclude(scores, earlier if criterion.regrows else masks or earlier)
             kept = min(kept, available)
             selected, threshold = top_k_masks(list(scores.values()), kept)
@@ -247,19 +248,12 @@ class _Notes:
         self._empty: dict[str, int] = {}
         self._layers = 0
 
-    def on_scores(self, step: int, scores: Mapping[str, Tensor]) -> None:
-        """Look for layers that the first step cannot rank."""
-        if step > 1:
-            return
+    def on_first_scores(self, scores: Mapping[str, Tensor], probe: Probe) -> None:
+        """Look for layers that the dense network cannot rank."""
         alive = {name: int(s.count_nonzero()) for name, s in scores.items()}
         self._alive_at_first = sum(alive.values())
         blind = [name for name, count in alive.items() if not count]
-        if blind:
-            self.problems.append(
-                f"{_layers(blind, len(scores))} had a saliency of exactly 0 everywhere "
-                "at the first step: no gradient passes there, and what is kept of them "
-                "is not a choice of the method"
-            )
+        self.problems += silence.describe(probe.explain_silence(blind), len(scores))
 
     def on_selection(
         self,
@@ -326,11 +320,7 @@ class _Notes:
         since = (
             f", the first at step {self._empty[names[0]]}" if self._steps > 1 else ""
         )
-        return [f"{_layers(names, self._layers)} lost every weight{since}"]
+        return [f"{name_layers(names, self._layers)} lost every weight{since}"]
 
 
 _ADVICE = "Take more steps, more batches, a lower sparsity or another method"
-
-
-def _layers(names: Sequence[str], total: int) -> str:
-    return f"{len(names)} of {total} layers ({name_some(names)})"

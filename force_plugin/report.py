@@ -399,7 +399,7 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
         return
     bottom.set_xlabel("layer, by depth")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    stages = [(stage, len(list(run))) for stage, run in groupby(names, _stage)]
+    stages = [(stage, len(list(run))) for stage, run in groupby(names, stage_of)]
     # More stages than this (a transformer's blocks) say no more than the indices.
     if len(stages) > 10:
         return
@@ -424,7 +424,7 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
         start += length
 
 
-def _stage(name: str) -> str:
+def stage_of(name: str) -> str:
     """Part of the network: "layer1" of "layer1.0.conv1.weight", "stages.0" likewise."""
     first, second, *_ = [*name.split("."), ""]
     if second.isdigit() and not first[-1:].isdigit():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from force_plugin import gates
+from force_plugin import gates, silence
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.snapshot import restored, snapshot
@@ -28,6 +28,22 @@ from force_plugin.snapshot import restored, snapshot
 Loader = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
+
+
+class NoGradientError(RuntimeError):
+    """The loss does not use some of the weights.
+
+    Attributes:
+        names: Their names.
+    """
+
+    def __init__(self, names: Sequence[str], step: int) -> None:  # noqa: D107
+        super().__init__(
+            f"no gradient reached {name_some(names)} at step {step}: the loss does not "
+            "use it. Leave it out with parameters=, or pass a forward= whose loss uses "
+            "it"
+        )
+        self.names = tuple(names)
 
 
 class Probe:
@@ -50,6 +66,7 @@ class Probe:
     Attributes:
         weights: The dense weights θ by parameter name, without gradient.
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
+        parameters: Every parameter of the model, by name.
         step: The step being measured, from 1.
         loss: Mean loss of the last measurement that needed one.
         gates: The closed gates that were opened, by parameter name. Weights that are 0
@@ -77,13 +94,13 @@ class Probe:
                     f"{name}: expected a callable, got {type(function).__name__}"
                 )
         self.model = model
-        self._parameters = named_parameters(model)
+        self.parameters = named_parameters(model)
         self.gates: dict[str, gates.Gate] = {}
         # Parameters that may turn out to be gates when a graph is there to look at.
         self._candidates: set[str] = set()
         if open_gates:
             closed = {w.name: w for w in weights}
-            closed |= {n: w for n, w in self._parameters.items() if w.prunable}
+            closed |= {n: w for n, w in self.parameters.items() if w.prunable}
             self.gates = gates.closed_weights(closed.values())
             self._candidates = gates.small(self._dense()) - set(self.gates)
         opened = gates.open_values(self.gates, self._dense())
@@ -104,6 +121,7 @@ class Probe:
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
         self._last_batch: Any = None
+        self._measure: Callable[[], tuple[Tensor, Mapping[str, Tensor]]] | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> Probe:
@@ -116,7 +134,7 @@ class Probe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._iterator = self._last_batch = None
+        self._iterator = self._last_batch = self._measure = None
         self._exit.close()
 
     def prune(self, masks: Mapping[str, Tensor]) -> None:
@@ -136,7 +154,7 @@ class Probe:
             By parameter name; the caller's to overwrite. 16-bit weights give float32.
 
         Raises:
-            RuntimeError: A weight got no gradient from any batch.
+            NoGradientError: A weight got no gradient from any batch.
         """
         self._open()
         losses, totals = [], _Sums(self._stand_ins)
@@ -165,7 +183,7 @@ class Probe:
             By parameter name; the caller's to overwrite.
 
         Raises:
-            RuntimeError: A weight got no gradient from any batch.
+            NoGradientError: A weight got no gradient from any batch.
         """
         self._open()
         batches = list(self._batches())
@@ -221,7 +239,7 @@ class Probe:
             By parameter name, float64; the caller's to overwrite.
 
         Raises:
-            RuntimeError: A weight got no gradient.
+            NoGradientError: A weight got no gradient.
         """
         self._open()
         if self._input_shape is None:
@@ -253,6 +271,21 @@ class Probe:
             totals = _Sums({name: twins[name] for name in self.weights})
             totals.add_gradients(flow)
         return self._complete(totals)
+
+    def explain_silence(self, names: Sequence[str]) -> dict[str, str]:
+        """Why weights have a saliency of exactly 0, by parameter name.
+
+        Costs one more pass of the last batch, where there is any such weight.
+        """
+        causes = {n: "its weights are 0" for n in names if not self.weights[n].any()}
+        asked = [name for name in names if name not in causes]
+        if asked and self._measure is not None:
+            with restored(self.model.modules()):
+                output, leaves = self._measure()
+                found = silence.find_ends(output, {n: leaves[n] for n in asked})
+            causes |= {name: cause for name, cause in found.items() if cause}
+        unknown = "the method gives it none"
+        return {name: causes.get(name, unknown) for name in names}
 
     def connected(self) -> bool | None:
         """Whether the outputs of the network, as it is pruned, depend on its inputs.
@@ -320,6 +353,7 @@ class Probe:
         The first graph that there is shows the gates. If it has none that is closed it
         serves; if it has, they are opened and it is made again, as if nothing had been.
         """
+        self._measure = measure
         if not self._candidates:
             return measure()
         rewind = self._remember()
@@ -356,7 +390,7 @@ class Probe:
 
     def _dense(self) -> dict[str, Tensor]:
         """The model's own parameters by name."""
-        return {n: weight.dense.detach() for n, weight in self._parameters.items()}
+        return {n: weight.dense.detach() for n, weight in self.parameters.items()}
 
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Absolute values in the place of all parameters and buffers; parameters."""
@@ -409,7 +443,7 @@ class Probe:
                         copies[id(buffer)] = buffer.detach().clone()
                     module._buffers[key] = copies[id(buffer)]
         opened = gates.open_values(self.gates, self._dense())
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             needed = name in self.weights or name in self._candidates
             values = opened.get(name, parameter.dense.detach()).clone()
             stand_in = nn.Parameter(values, needed or parameter.dense.requires_grad)
@@ -531,11 +565,7 @@ class Probe:
         """The sums, in the order of the weights, if none is missing."""
         missing = [name for name in self.weights if name not in sums]
         if missing:
-            raise RuntimeError(
-                f"no gradient reached {name_some(missing)} at step {self.step}: the "
-                "loss does not use it. Leave it out with parameters=, or pass a "
-                "forward= whose loss uses it"
-            )
+            raise NoGradientError(missing, self.step)
         return {name: sums[name] for name in self.weights}
 
 

@@ -1,0 +1,291 @@
+"""Every family of timm through FORCE: what is emptied, and does it train.
+
+    python benchmarks/families.py                 # all, resumes where it stopped
+    python benchmarks/families.py --models resnet50 convnext_tiny
+    python benchmarks/families.py --table docs/families-table.md
+
+The smallest model of every module of timm (where that is one of timm's test models,
+the smallest of the others too) and some larger classics, at timm's own initialisation,
+on scikit-learn's digits. Each goes through FORCE at 90 % in 60 steps and at 99 % in 10;
+the pruned model takes two training steps; its masks are saved, loaded and applied; its
+pruning is made permanent, and the outputs must stay what they were. SNIP without opened
+gates says what the papers' scores would have done. Each model is a line of JSON in
+``--out``.
+
+The whole run takes some hours on two cores. Processes can share it: ``--share 0/2`` and
+``--share 1/2``, small models first, write to the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from force_plugin import (
+    SparsityReport,
+    apply_masks,
+    force_prune,
+    get_masks,
+    load_masks,
+    make_permanent,
+    save_masks,
+)
+from force_plugin.zoo import digits, load_data, load_model
+
+CLASSICS = {
+    "resnet50": "resnet",
+    "vit_base_patch16_224": "vision_transformer",
+    "convnext_tiny": "convnext",
+    "efficientnet_b0": "efficientnet",
+    "vgg16_bn": "vgg",
+    "swin_tiny_patch4_window7_224": "swin_transformer",
+}
+HERE = Path(__file__).parent
+
+
+def models_to_run(path: Path) -> dict[str, str]:
+    """Family of each model by its name, small ones first; kept in a file."""
+    if path.exists():
+        known = json.loads(path.read_text())
+        if known["timm"] == timm.__version__:
+            return known["models"]
+    sizes, families = {}, {}
+    for family in timm.list_modules():
+        print(f"measuring the models of {family}", file=sys.stderr)
+        names = timm.list_models(module=family)
+        for name in names:
+            with torch.device("meta"):
+                model = timm.create_model(name, num_classes=10)
+            sizes[name] = sum(p.numel() for p in model.parameters())
+        names.sort(key=sizes.__getitem__)
+        real = [name for name in names if not name.startswith("test_")]
+        families |= dict.fromkeys([names[0], real[0]], family)
+    families |= CLASSICS
+    models = {name: families[name] for name in sorted(families, key=sizes.__getitem__)}
+    path.write_text(json.dumps({"timm": timm.__version__, "models": models}, indent=1))
+    return models
+
+
+def image_size(name: str, smallest: int) -> int:
+    """Height and width to run at: the model's own where it is fixed."""
+    cfg = timm.get_pretrained_cfg(name)
+    own = cfg.input_size[-1]
+    if cfg.fixed_input_size or own < smallest:
+        return own
+    return max(smallest, *(cfg.min_input_size or (0,)))
+
+
+def prepare(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any, int]:
+    """A model at its own initialisation, and batches of digits in its size."""
+    size = image_size(name, args.size)
+    try:
+        load_model(name, num_classes=10, image_size=size)
+    except ValueError:
+        # Some take no other size than their own, and do not say so.
+        size = timm.get_pretrained_cfg(name).input_size[-1]
+    torch.manual_seed(0)
+    model = load_model(name, num_classes=10)
+    batch = args.batch if size < 192 else args.batch // 2
+    loader = load_data(model, digits()[0], image_size=size, batch_size=batch)
+    return model, loader, size
+
+
+def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
+    """Cross entropy, of each head where there are several.
+
+    An encoder without a classifier (Gemma's) has tokens for outputs; the first channels
+    of their mean serve as its classes.
+    """
+    heads = outputs if isinstance(outputs, tuple | list) else [outputs]
+    logits = [head.mean(1) if head.dim() == 3 else head for head in heads]
+    return sum((cross_entropy(one, targets) for one in logits), torch.zeros(()))
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The outputs in evaluation mode, of the first head where there are several."""
+    with torch.no_grad():
+        outputs = model.eval()(inputs)
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+
+
+def try_out(model: nn.Module, loader: Any) -> None:
+    """Train a pruned model, and take its masks through a file and into the weights."""
+    masks = get_masks(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    batches = iter(loader)
+    for _ in range(2):
+        inputs, targets = next(batches)
+        optimizer.zero_grad()
+        loss = loss_fn(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        if not loss.isfinite():
+            raise RuntimeError("the loss of the pruned model is not finite")
+    with tempfile.TemporaryDirectory() as folder:
+        save_masks(masks, Path(folder) / "masks.safetensors")
+        loaded = load_masks(Path(folder) / "masks.safetensors")
+    if not all(torch.equal(loaded[name], mask) for name, mask in masks.items()):
+        raise RuntimeError("the loaded masks are not the saved ones")
+
+    before = outputs_of(model, inputs)
+    make_permanent(model)
+    if not torch.equal(outputs_of(model, inputs), before):
+        raise RuntimeError("make_permanent changed the outputs")
+    parameters = dict(model.named_parameters())
+    if any(parameters[name].detach()[~mask].any() for name, mask in masks.items()):
+        raise RuntimeError("a pruned weight is not 0 after make_permanent")
+    apply_masks(model, loaded)
+    if not torch.equal(outputs_of(model, inputs), before):
+        raise RuntimeError("the loaded masks changed the outputs")
+
+
+def summary(report: SparsityReport) -> dict[str, Any]:
+    """What is kept of a report."""
+    return {
+        "layers": len(report.layers),
+        "weights": report.total,
+        "kept": report.kept,
+        "empty": [layer.name for layer in report.empty_layers],
+        "warnings": list(report.warnings),
+    }
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything for one model."""
+    start = time.perf_counter()
+    model, loader, size = prepare(name, args)
+    options = {"loss_fn": loss_fn, "on_collapse": "warn", "progress": False}
+
+    def prune(model: nn.Module, sparsity: float, **more: Any) -> dict[str, Any]:
+        torch.manual_seed(1)
+        return summary(force_prune(model, loader, sparsity, **options, **more))
+
+    result: dict[str, Any] = {
+        "image_size": size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "snip_closed": prune(deepcopy(model), 0.9, method="snip", open_gates=False),
+        "force": {},
+    }
+    for sparsity, steps in args.runs:
+        pruned = deepcopy(model)
+        report = prune(pruned, sparsity, steps=steps)
+        result["force"][str(sparsity)] = report | {"steps": steps}
+        try_out(pruned, loader)
+    return result | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a table in Markdown: how many layers lost every weight."""
+    lines = [
+        "| family | model | layers | gates opened | SNIP, gates closed, 90 % | "
+        "FORCE, 90 % | FORCE, 99 % |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for result in sorted(results, key=lambda r: (r["family"], r["model"])):
+        cells = [result["family"], f"`{result['model']}`"]
+        if "error" in result:
+            lines.append(f"| {' | '.join(cells)} | {result['error']} | | | | |")
+            continue
+        runs = [result["snip_closed"], *map(result["force"].get, ("0.9", "0.99"))]
+        gates = [w for w in runs[1]["warnings"] if w.startswith("gates opened")]
+        opened = sum(int(w.split(": ")[1].split()[0]) for w in gates)
+        cells += [str(runs[1]["layers"]), str(opened)]
+        for one in runs:
+            cut = any("disconnected" in w for w in one["warnings"]) if one else False
+            cells.append(f"{len(one['empty'])}{', cut' if cut else ''}" if one else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The results so far."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def sparsity_and_steps(text: str) -> tuple[float, int]:
+    """Of "0.9:60"."""
+    sparsity, _, steps = text.partition(":")
+    return float(sparsity), int(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", help="only these (default: all)")
+    parser.add_argument(
+        "--runs",
+        type=sparsity_and_steps,
+        nargs="+",
+        default=[(0.9, 60), (0.99, 10)],
+        metavar="SPARSITY:STEPS",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="half of it from 192x192")
+    parser.add_argument("--size", type=int, default=64, help="where a model takes any")
+    parser.add_argument("--share", default="0/1", metavar="K/N")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
+    parser.add_argument("--out", type=Path, default=HERE / "families.jsonl")
+    parser.add_argument("--table", type=Path, help="only write a table of the results")
+    args = parser.parse_args()
+    if args.table:
+        args.table.write_text(table(read(args.out)))
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.models:
+        modules = [timm.models.model_entrypoint(m).__module__ for m in args.models]
+        families = {
+            name: module.rpartition(".")[2]
+            for name, module in zip(args.models, modules, strict=True)
+        }
+    else:
+        families = models_to_run(HERE / "families-models.json")
+
+    share, shares = map(int, args.share.split("/"))
+    done = {result["model"] for result in read(args.out)}
+    todo = [name for name in list(families)[share::shares] if name not in done]
+    warnings.simplefilter("ignore", UserWarning)
+    for number, name in enumerate(todo, start=1):
+        result = {
+            "model": name,
+            "family": families[name],
+            "batch": args.batch,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "machine": platform.machine(),
+        }
+        try:
+            result |= run(name, args)
+        except Exception as error:
+            traceback.print_exc()
+            result["error"] = f"{type(error).__name__}: {error}"
+        with args.out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        found = [
+            f"{len(one['empty'])} of {one['layers']} empty at {sparsity}"
+            for sparsity, one in result.get("force", {}).items()
+        ]
+        print(
+            f"[{number}/{len(todo)}] {name}: "
+            f"{result.get('error') or ', '.join(found)}, {result.get('seconds', 0)} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

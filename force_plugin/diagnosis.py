@@ -1,0 +1,256 @@
+"""What pruning will find in a network, before it is pruned."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from force_plugin import gates, silence
+from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.parameters import Weight, find_weights, name_layers, name_some
+from force_plugin.report import COLUMNS, stage_of
+from force_plugin.schedules import count_kept
+from force_plugin.scoring import Forward, Loader, LossFn, NoGradientError, Probe
+from force_plugin.selection import top_k_masks
+
+
+@dataclass(frozen=True)
+class StageDiagnosis:
+    """What one part of a network holds.
+
+    Attributes:
+        name: Its name, e.g. ``"layer1"`` or ``"stages.0"``.
+        layers: Number of prunable layers.
+        weights: Number of their weights.
+        saliency: Its share of the network's saliency (of the magnitudes, where scores
+            have a sign) with gates open, in [0, 1].
+        closed: The same with gates as they are.
+    """
+
+    name: str
+    layers: int
+    weights: int
+    saliency: float
+    closed: float
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What pruning will find in a network; ``print`` shows it in 80 columns.
+
+    Attributes:
+        parameters: Number of the network's parameters.
+        prunable: Number of its prunable weights that get a gradient.
+        method: The method that was asked.
+        stages: The parts of the network, in its order.
+        gates: The closed gates that would be opened while scoring.
+        silent: Layers whose saliency is exactly 0 everywhere with gates open, and why.
+        hidden: Layers whose saliency is exactly 0 everywhere with gates as they are.
+        unused: Layers that the loss does not use.
+        emptied: By sparsity, how many layers lose every weight when the weights are
+            ranked once, with gates open and with gates as they are.
+    """
+
+    parameters: int
+    prunable: int
+    method: str
+    stages: tuple[StageDiagnosis, ...]
+    gates: tuple[gates.Gate, ...]
+    silent: Mapping[str, str]
+    hidden: tuple[str, ...]
+    unused: tuple[str, ...]
+    emptied: Mapping[float, tuple[int, int]]
+
+    @property
+    def layers(self) -> int:
+        """Number of prunable layers that get a gradient."""
+        return sum(stage.layers for stage in self.stages)
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What the user should know, a sentence each; empty where all is well."""
+        found = gates.describe({gate.name: gate for gate in self.gates})
+        if len(self.hidden) > len(self.silent):
+            found.append(
+                f"{name_layers(self.hidden, self.layers)} have no saliency as long as "
+                "the gates are closed: keep open_gates=True"
+            )
+        found += silence.describe(self.silent, self.layers)
+        if self.unused:
+            found.append(
+                f"the loss does not use {name_some(self.unused)}: leave such layers "
+                "out with parameters=, or pass a forward= whose loss uses them"
+            )
+        return tuple(found)
+
+    def __str__(self) -> str:
+        """Table of the stages, emptied layers by sparsity, and the findings."""
+        share = 100 * self.prunable / self.parameters
+        lines = [
+            f"{self.parameters:,} parameters, {self.prunable:,} of them "
+            f"({share:.1f} %) prunable in {self.layers} layers",
+            "",
+            *self._table(),
+            "",
+            f"layers that lose every weight, ranked once by {self.method}",
+        ]
+        for sparsity, (opened, closed) in self.emptied.items():
+            at = f"at {100 * sparsity:g} %"
+            also = f" ({closed} with gates closed)" if self.gates else ""
+            lines.append(f"  {at:<12}{opened} of {self.layers}{also}")
+        lines.append("")
+        for finding in self.findings:
+            lines += textwrap.wrap(f"- {finding}", COLUMNS, subsequent_indent="  ")
+        if not self.findings:
+            lines.append("nothing stands in the way")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _table(self) -> list[str]:
+        rows = [
+            (
+                stage.name,
+                str(stage.layers),
+                f"{stage.weights:,}",
+                f"{100 * stage.weights / self.prunable:.2f} %",
+                f"{100 * stage.saliency:.2f} %",
+                f"{100 * stage.closed:.2f} %",
+            )
+            for stage in self.stages
+        ]
+        header = ("stage", "layers", "weights", "share", "saliency", "gates closed")
+        table = [row[: None if self.gates else -1] for row in (header, *rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        room = COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1)
+        widths[0] = min(widths[0], room)
+        lines = [
+            "  ".join(
+                cell[:width].ljust(width) if not number else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
+        ]
+        rule = "-" * len(lines[0])
+        return [lines[0], rule, *lines[1:], rule]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as plain types that :func:`json.dumps` takes."""
+        plain = asdict(self)
+        plain["silent"] = dict(self.silent)
+        plain["emptied"] = {str(key): value for key, value in self.emptied.items()}
+        return plain | {"layers": self.layers, "findings": list(self.findings)}
+
+
+@torch.inference_mode(False)
+def diagnose(
+    model: nn.Module,
+    loader: Loader,
+    method: str | type[SaliencyMethod] = "force",
+    *,
+    batches: int | None = 1,
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    forward: Forward | None = None,
+    parameters: Iterable[tuple[nn.Module, str]] | None = None,
+    sparsities: Sequence[float] = (0.9, 0.95, 0.99),
+) -> Diagnosis:
+    """Say what pruning will find in a network, without pruning it.
+
+    The network is scored once as :func:`force_plugin.saliency` scores it and, where
+    gates are closed, once more as it is. It is afterwards bit for bit what it was.
+
+    Args:
+        model: Any module, pruned before or not.
+        loader: Batches, as in :func:`force_plugin.force_prune`.
+        method: A name of ``force_plugin.METHODS``, or a class.
+        batches: Number of batches; ``None``: the whole loader.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
+            ``(inputs, targets)`` pair.
+        parameters: ``[(module, "weight"), ...]``; default: the weight of every
+            convolution and linear layer.
+        sparsities: Fractions of the weights removed, for which the layers that would
+            be emptied are counted.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        TypeError, ValueError: An argument, a batch or the loss is not as expected.
+        RuntimeError: No weight gets a gradient, or a score is not finite.
+    """
+    criterion = find_method(method)
+    weights = find_weights(model, parameters)
+    for sparsity in sparsities:
+        if not 0 <= sparsity < 1:
+            raise ValueError(
+                f"sparsities: expected fractions, 0 <= sparsity < 1, got {sparsity}"
+            )
+
+    def score(
+        chosen: Sequence[Weight], open_gates: bool
+    ) -> tuple[dict[str, Tensor], Probe, dict[str, str]]:
+        with Probe(
+            model,
+            chosen,
+            loader,
+            batches=batches,
+            loss_fn=loss_fn,
+            forward=forward,
+            open_gates=open_gates,
+        ) as probe:
+            scores = criterion.scores(probe)
+            blind = [name for name, s in scores.items() if not s.any()]
+            return scores, probe, probe.explain_silence(blind) if open_gates else {}
+
+    unused: tuple[str, ...] = ()
+    try:
+        scores, probe, silent = score(weights, True)
+    except NoGradientError as error:
+        unused = tuple(error.names)
+        weights = [weight for weight in weights if weight.name not in unused]
+        if not weights:
+            raise
+        scores, probe, silent = score(weights, True)
+    closed = score(weights, False)[0] if probe.gates else scores
+
+    totals = [
+        {name: float(s.double().abs().sum()) for name, s in one.items()}
+        for one in (scores, closed)
+    ]
+    stages = []
+    for stage, members in groupby(weights, lambda weight: stage_of(weight.name)):
+        names = [weight.name for weight in members]
+        shares = [
+            sum(total[name] for name in names) / (sum(total.values()) or 1.0)
+            for total in totals
+        ]
+        count = sum(scores[name].numel() for name in names)
+        stages.append(StageDiagnosis(stage, len(names), count, *shares))
+    prunable = sum(s.numel() for s in scores.values())
+    return Diagnosis(
+        parameters=sum(w.dense.numel() for w in probe.parameters.values()),
+        prunable=prunable,
+        method=method if isinstance(method, str) else method.__name__,
+        stages=tuple(stages),
+        gates=tuple(probe.gates.values()),
+        silent=silent,
+        hidden=tuple(name for name, s in closed.items() if not s.any()),
+        unused=unused,
+        emptied={
+            sparsity: (_emptied(scores, sparsity), _emptied(closed, sparsity))
+            for sparsity in sparsities
+        },
+    )
+
+
+def _emptied(scores: Mapping[str, Tensor], sparsity: float) -> int:
+    total = sum(s.numel() for s in scores.values())
+    masks, _ = top_k_masks(list(scores.values()), count_kept(total, 1 - sparsity))
+    return sum(not mask.any() for mask in masks)
