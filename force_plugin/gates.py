@@ -78,6 +78,8 @@ def small(parameters: Mapping[str, Tensor]) -> set[str]:
         name
         for name, values in parameters.items()
         if values.is_floating_point()
+        and values.layout == torch.strided
+        and values.itemsize > 1  # there is no arithmetic in 8 bits
         and values.numel()
         and _largest(values.detach()) <= CLOSED
     }
@@ -89,7 +91,7 @@ def closed_gates(
     *,
     candidates: Collection[str],
     scored: Collection[str],
-) -> dict[str, Gate]:
+) -> tuple[dict[str, Gate], bool]:
     """The closed gates that hide weights from a gradient.
 
     A weight is hidden if every path from the output back to it crosses a closed gate;
@@ -104,7 +106,8 @@ def closed_gates(
         scored: Names of the weights that must not be hidden.
 
     Returns:
-        Gates by parameter name.
+        Gates by parameter name; and whether values were read that autograd had saved,
+        for which a checkpointed part of the network is run again.
     """
     names = {id(tensor): name for name, tensor in parameters.items()}
     graph = _Graph(output, names, hidden=set(scored) - set(candidates))
@@ -115,7 +118,8 @@ def closed_gates(
                 largest = _largest(parameters[name].detach())
                 gates.setdefault(name, Gate(name, kind, largest))
     # In the order of the network, not of the search from its end.
-    return {name: gates[name] for name in parameters if name in gates}
+    ordered = {name: gates[name] for name in parameters if name in gates}
+    return ordered, graph.looked
 
 
 class _Graph:
@@ -127,6 +131,7 @@ class _Graph:
     def __init__(
         self, output: Tensor, names: Mapping[int, str], hidden: Collection[str]
     ) -> None:
+        self.looked = False
         self._names = names
         self._root = output.grad_fn
         # Nodes in an order in which operands come before results.
@@ -205,12 +210,14 @@ class _Graph:
             source = node.next_functions[gate][0]
             if source is None or not self._pure[source]:
                 continue
+            leaves = [name for name in self._leaves(source) if name in candidates]
+            if not leaves:
+                continue
+            self.looked = True
             values = getattr(node, saved, None)
             if values is None or not values.numel() or _largest(values) > CLOSED:
                 continue
-            leaves = [name for name in self._leaves(source) if name in candidates]
-            if leaves:
-                found[behind] = (kind, leaves)
+            found[behind] = (kind, leaves)
         return found
 
     def _leaves(self, node: Node) -> list[str]:
@@ -285,7 +292,8 @@ def open_values(
 
 
 def _largest(values: Tensor) -> float:
-    low, high = torch.aminmax(values.detach())
+    values = values.detach()
+    low, high = torch.aminmax(values.abs() if values.is_complex() else values)
     return max(-low.item(), high.item())
 
 

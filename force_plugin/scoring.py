@@ -102,7 +102,8 @@ class Probe:
             closed = {w.name: w for w in weights}
             closed |= {n: w for n, w in self.parameters.items() if w.prunable}
             self.gates = gates.closed_weights(closed.values())
-            self._candidates = gates.small(self._dense()) - set(self.gates)
+            matrices = {w.name for w in weights if w.dense.dim() > 1}
+            self._candidates = gates.small(self._dense()) - set(self.gates) - matrices
         opened = gates.open_values(self.gates, self._dense())
         self.weights = {w.name: opened.get(w.name, w.dense.detach()) for w in weights}
         self.masks: Mapping[str, Tensor] | None = None
@@ -281,8 +282,10 @@ class Probe:
         asked = [name for name in names if name not in causes]
         if asked and self._measure is not None:
             with restored(self.model.modules()):
+                rewind = self._remember()
                 output, leaves = self._measure()
                 found = silence.find_ends(output, {n: leaves[n] for n in asked})
+                rewind()
             causes |= {name: cause for name, cause in found.items() if cause}
         unknown = "the method gives it none"
         return {name: causes.get(name, unknown) for name in names}
@@ -357,17 +360,32 @@ class Probe:
         if not self._candidates:
             return measure()
         rewind = self._remember()
-        result, leaves = measure()
-        found = gates.closed_gates(
-            result, leaves, candidates=self._candidates, scored=self.weights
-        )
+        # A gate that is frozen would not be in the graph.
+        frozen = [
+            leaf
+            for name in self._candidates
+            if not (leaf := self._leaves[name]).requires_grad
+        ]
+        try:
+            for leaf in frozen:
+                leaf.requires_grad_()
+            result, leaves = measure()
+            found, looked = gates.closed_gates(
+                result, leaves, candidates=self._candidates, scored=self.weights
+            )
+        except RuntimeError:
+            # Networks may write to what is frozen; any other failure comes back below.
+            if not frozen:
+                raise
+            found, looked = {}, True
         self._candidates = set()
-        if not found:
+        if not (frozen or looked):
             return result, leaves
-        del result, leaves
+        result = leaves = None  # type: ignore[assignment]  # frees the graph
+        for leaf in frozen:
+            leaf.requires_grad_(False)
         rewind()
-        opened = gates.open_values(found, self._leaves)
-        for name, values in opened.items():
+        for name, values in gates.open_values(found, self._leaves).items():
             self._leaves[name].data.copy_(values)
             if name in self.weights:
                 self.weights[name] = values
@@ -383,8 +401,12 @@ class Probe:
         def rewind() -> None:
             restore()
             randomness()
-            for buffer, values in buffers:
-                buffer.copy_(values)
+            with torch.no_grad():
+                for buffer, values in buffers:
+                    buffer.copy_(values)
+                for name, leaf in self._leaves.items():
+                    if name not in self.weights and name not in self.gates:
+                        leaf.copy_(self.parameters[name].dense)
 
         return rewind
 
@@ -444,9 +466,9 @@ class Probe:
                     module._buffers[key] = copies[id(buffer)]
         opened = gates.open_values(self.gates, self._dense())
         for name, parameter in self.parameters.items():
-            needed = name in self.weights or name in self._candidates
+            scored = name in self.weights
             values = opened.get(name, parameter.dense.detach()).clone()
-            stand_in = nn.Parameter(values, needed or parameter.dense.requires_grad)
+            stand_in = nn.Parameter(values, scored or parameter.dense.requires_grad)
             for module, key in parameter.slots():
                 module._parameters[key] = stand_in
             self._leaves[name] = stand_in
@@ -599,7 +621,7 @@ def _without_trace(model: nn.Module, loader: Loader) -> Iterator[None]:
 def _random_states(model: nn.Module) -> Callable[[], None]:
     """The states of all global random generators, and the way back."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    states: list[tuple[Callable[..., None], Tensor, tuple[int, ...]]]
+    states: list[tuple[Callable[..., object], Tensor, tuple[int, ...]]]
     states = [(torch.set_rng_state, torch.get_rng_state(), ())]
     for device in {tensor.device for tensor in model.parameters()}:
         if device.index is not None:
@@ -607,6 +629,11 @@ def _random_states(model: nn.Module) -> Callable[[], None]:
             # There is one MPS device, and its functions take no index.
             which = () if device.type == "mps" else (device.index,)
             states.append((backend.set_rng_state, backend.get_rng_state(*which), which))
+
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Generator):
+                states.append((value.set_state, value.get_state(), ()))
 
     def restore() -> None:
         random.setstate(python_state)
