@@ -203,7 +203,7 @@ def diagnose(
             batches=batches,
             loss_fn=loss_fn,
             forward=forward,
-            open_gates=open_gates,
+            open_gates=open_gates and criterion.looks,
         ) as probe:
             scores = criterion.scores(probe)
             blind = [name for name, s in scores.items() if not s.any()]

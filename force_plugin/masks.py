@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -170,7 +171,12 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
         for name, mask in checked.items()
     }
     shapes = {name: list(mask.shape) for name, mask in checked.items()}
-    metadata = {"format": _FORMAT, "shapes": json.dumps(shapes)}
+    written = json.dumps(shapes)
+    metadata = {
+        "format": _FORMAT,
+        "shapes": written,
+        "sha256": _checksum(written, bits),
+    }
     # save_file makes files that only their owner may read.
     Path(path).write_bytes(save(bits, metadata))
 
@@ -195,8 +201,11 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
             ours = metadata.get("format") == _FORMAT
             shapes = dict(json.loads(metadata["shapes"])) if ours else {}
+            bits = {name: file.get_tensor(name) for name in shapes}
+            if ours and metadata["sha256"] != _checksum(metadata["shapes"], bits):
+                raise ValueError("its checksum is another one")
             masks = {
-                name: _unpack(file.get_tensor(name), torch.Size(shape))
+                name: _unpack(bits[name], torch.Size(shape))
                 for name, shape in shapes.items()
             }
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
@@ -208,6 +217,14 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
             f"{path}: a safetensors file, but not one that save_masks wrote"
         )
     return masks
+
+
+def _checksum(shapes: str, bits: Mapping[str, Tensor]) -> str:
+    """Of everything that the masks are read from."""
+    digest = hashlib.sha256(shapes.encode())
+    for tensor in bits.values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:

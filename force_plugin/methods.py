@@ -47,6 +47,8 @@ class SaliencyMethod(prune.BasePruningMethod):
         steps: Number of steps where the method fixes it (1 for one-shot methods);
             ``None`` leaves it to the caller, which is the default.
         schedule: Name of the schedule where the method fixes it. Default: ``None``.
+        looks: Whether the scores come from passes of the network, so that closed gates
+            matter. Default: True.
 
     Raises:
         TypeError: ``amount`` is no number.
@@ -57,6 +59,7 @@ class SaliencyMethod(prune.BasePruningMethod):
     regrows: ClassVar[bool] = False
     steps: ClassVar[int | None] = None
     schedule: ClassVar[str | None] = None
+    looks: ClassVar[bool] = True
 
     def __init__(self, amount: float | int) -> None:  # noqa: D107 (the class has it)
         if isinstance(amount, bool) or not isinstance(amount, Real):
@@ -372,6 +375,7 @@ class Magnitude(SaliencyMethod):
     """``|θ|``, without data: the baseline of every comparison."""
 
     steps = 1
+    looks = False
 
     @classmethod
     def measure(cls, probe: Probe) -> Mapping[str, None]:  # noqa: D102
@@ -393,6 +397,7 @@ class Random(SaliencyMethod):
     """
 
     steps = 1
+    looks = False
 
     @classmethod
     def measure(cls, probe: Probe) -> Mapping[str, None]:  # noqa: D102

@@ -129,7 +129,7 @@ def force_prune(
         batches=batches,
         loss_fn=loss_fn,
         forward=forward,
-        open_gates=open_gates,
+        open_gates=open_gates and criterion.looks,
         on_batch=lambda number: (
             batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
         ),
@@ -215,7 +215,7 @@ def saliency(
         batches=batches,
         loss_fn=loss_fn,
         forward=forward,
-        open_gates=open_gates,
+        open_gates=open_gates and criterion.looks,
     ) as probe:
         return criterion.scores(probe)
 

@@ -1418,7 +1418,7 @@ def test_the_report_of_a_closed_scoring_names_no_gate() -> None:
     assert gates_of(Restless(), open_gates=False) == {}
 
 
-# Failing today: what is expected is the rule, and scoring breaks it.
+# What a network does on its way is felt by nobody.
 
 
 def test_a_frozen_parameter_of_zeros_may_be_written_to_in_forward() -> None:

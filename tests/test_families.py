@@ -1,0 +1,55 @@
+"""A sample of the sweep over timm's families."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SWEEP = Path(__file__).parents[1] / "benchmarks" / "families.py"
+SAMPLE = ["test_resnet", "test_convnext", "test_vit", "test_nfnet", "test_byobnet"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweep") / "families.jsonl"
+    sweep(out)
+    return out
+
+
+def sweep(out: Path, *options: str) -> str:
+    command = [sys.executable, str(SWEEP), "--models", *SAMPLE, "--threads", "1"]
+    command += ["--runs", "0.9:3", "--size", "32", "--out", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_each_model_is_pruned_trained_and_made_permanent(results: Path) -> None:
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {line["model"]: line.get("error") for line in lines} == dict.fromkeys(SAMPLE)
+    assert [line["family"] for line in lines[:2]] == ["resnet", "convnext"]
+    assert all(line["force"]["0.9"]["kept"] > 0 for line in lines)
+
+
+def test_open_gates_leave_fewer_layers_without_weights(results: Path) -> None:
+    for line in map(json.loads, results.read_text().splitlines()):
+        if line["model"] in ("test_resnet", "test_convnext", "test_nfnet"):
+            closed, opened = line["snip_closed"], line["force"]["0.9"]
+            assert len(opened["empty"]) < len(closed["empty"]) / 2
+
+
+def test_what_was_run_is_not_run_again(results: Path) -> None:
+    before = results.read_text()
+    assert sweep(results) == ""
+    assert results.read_text() == before
+
+
+def test_the_table_has_a_row_a_model(results: Path, tmp_path: Path) -> None:
+    sweep(results, "--table", str(tmp_path / "table.md"))
+    rows = (tmp_path / "table.md").read_text().splitlines()
+    assert len(rows) == 2 + len(SAMPLE)
+    assert [row.split("`")[1] for row in rows[2:]] == [
+        *["test_byobnet", "test_convnext", "test_nfnet", "test_resnet", "test_vit"]
+    ]
