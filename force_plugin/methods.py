@@ -100,7 +100,7 @@ class SaliencyMethod(prune.BasePruningMethod):
         Returns:
             A floating-point tensor of the weight's shape.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a method is a subclass with a score(weight, signal)")
 
     @classmethod
     def scores(cls, probe: Probe) -> dict[str, Tensor]:
@@ -121,6 +121,11 @@ class SaliencyMethod(prune.BasePruningMethod):
         scores = {}
         for name, weight in probe.weights.items():
             score = cls.score(weight, signal.pop(name, None))
+            if isinstance(score, Tensor) and score.is_complex():
+                raise ValueError(
+                    f"{cls.__name__}.score: expected real scores for {name}, got "
+                    f"{score.dtype}"
+                )
             if not isinstance(score, Tensor) or score.shape != weight.shape:
                 came = tuple(score.shape) if isinstance(score, Tensor) else score
                 raise ValueError(

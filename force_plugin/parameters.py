@@ -229,6 +229,11 @@ def _check(weight: Weight) -> None:
             f"{name} has dtype {parameter.dtype}; only floating-point weights can be "
             "scored: prune before quantising"
         )
+    if parameter.layout != torch.strided:
+        raise ValueError(
+            f"{name} is sparse ({parameter.layout}): make it dense with .to_dense(); "
+            "its mask will hold the zeros"
+        )
     if parameter.device == torch.device("meta"):
         raise ValueError(
             f"{name} is on the meta device and has no values: materialise and "

@@ -153,13 +153,14 @@ def force_prune(
         if kept_after[-1] < total and probe.connected() is False:
             notes.on_disconnection()
 
+    for problem in notes.problems:
+        # Before the model is touched: a filter may make errors of warnings.
+        warnings.warn(problem, stacklevel=3)  # past inference_mode
     prune_with(
         ((weight, masks[weight.name]) for weight in weights),
         criterion,
         find_readers(model, weights, probe.called),
     )
-    for problem in notes.problems:
-        warnings.warn(problem, stacklevel=3)  # past inference_mode
     remarks = [*gates.describe(probe.gates), *notes.problems, *notes.emptied()]
     # 60 is what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):

@@ -566,6 +566,8 @@ class Probe:
             raise ValueError(
                 f"{source}: expected a loss of one number, got {_describe(loss)}"
             )
+        if loss.is_complex():
+            raise ValueError(f"{source}: expected a real loss, got {_describe(loss)}")
         if not loss.requires_grad:
             raise RuntimeError(
                 f"{source}: the loss does not depend on the weights through autograd; "
@@ -659,6 +661,8 @@ class _Sums(dict[str, Tensor]):
             gradient, leaf.grad = leaf.grad, None
             if gradient is None:
                 continue
+            if gradient.is_sparse:  # of an embedding that asked for it
+                gradient = gradient.to_dense()
             if name in self:
                 self[name].add_(gradient)
             else:
