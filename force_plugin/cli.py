@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except RuntimeError as error:
-        parser.error(str(error), status=1)
+        advice = str(error).replace('on_collapse="warn"', "--on-collapse warn")
+        parser.error(advice, status=1)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
@@ -328,14 +329,16 @@ def _sparsity(text: str) -> float:
     return sparsity
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text}")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number >= {least}, got {text}"
+        )
     return int(text)
 
 
 def _count_or_zero(text: str) -> int:
-    return 0 if text == "0" else _count(text)
+    return _count(text, least=0)
 
 
 def _batches(text: str) -> int | None:

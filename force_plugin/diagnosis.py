@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from numbers import Real
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class StageDiagnosis:
         layers: Number of prunable layers.
         weights: Number of their weights.
         saliency: Its share of the network's saliency (of the magnitudes, where scores
-            have a sign) with gates open, in [0, 1].
+            have a sign) with gates open, in [0, 1]; what was pruned before has none.
         closed: The same with gates as they are.
     """
 
@@ -54,7 +54,8 @@ class Diagnosis:
         hidden: Layers whose saliency is exactly 0 everywhere with gates as they are.
         unused: Layers that the loss does not use.
         emptied: By sparsity, how many layers lose every weight when the weights are
-            ranked once, with gates open and with gates as they are.
+            ranked once, with gates open and with gates as they are. What was pruned
+            before is lost already.
     """
 
     parameters: int
@@ -76,9 +77,10 @@ class Diagnosis:
     def findings(self) -> tuple[str, ...]:
         """What the user should know, a sentence each; empty where all is well."""
         found = gates.describe({gate.name: gate for gate in self.gates})
-        if len(self.hidden) > len(self.silent):
+        # What is silent with open gates too has a line of its own.
+        if helped := [name for name in self.hidden if name not in self.silent]:
             found.append(
-                f"{name_layers(self.hidden, self.layers)} have no saliency as long as "
+                f"{name_layers(helped, self.layers)} have no saliency as long as "
                 "the gates are closed: keep open_gates=True"
             )
         found += silence.describe(self.silent, self.layers)
@@ -93,22 +95,25 @@ class Diagnosis:
         """Table of the stages, emptied layers by sparsity, and the findings."""
         share = 100 * self.prunable / self.parameters
         lines = [
-            f"{self.parameters:,} parameters, {self.prunable:,} of them "
-            f"({share:.1f} %) prunable in {self.layers} layers",
+            *_wrap(
+                f"{self.parameters:,} parameters, {self.prunable:,} of them "
+                f"({share:.1f} %) prunable in {self.layers} layers"
+            ),
             "",
             *self._table(),
             "",
-            f"layers that lose every weight, ranked once by {self.method}",
+            *_wrap(f"layers that lose every weight, ranked once by {self.method}"),
         ]
-        for sparsity, (opened, closed) in self.emptied.items():
-            at = f"at {100 * sparsity:g} %"
+        labels = [f"at {100 * sparsity:.10g} %" for sparsity in self.emptied]
+        width = max(map(len, labels), default=0) + 3
+        for label, (opened, closed) in zip(labels, self.emptied.values(), strict=True):
             also = f" ({closed} with gates closed)" if self.gates else ""
-            lines.append(f"  {at:<12}{opened} of {self.layers}{also}")
+            lines.append(f"  {label:<{width}}{opened} of {self.layers}{also}")
         lines.append("")
         for finding in self.findings:
-            lines += textwrap.wrap(f"- {finding}", COLUMNS, subsequent_indent="  ")
+            lines += _wrap(f"- {finding}")
         if not self.findings:
-            lines.append("nothing stands in the way")
+            lines.append("every layer has a saliency")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -158,7 +163,7 @@ def diagnose(
     loss_fn: LossFn = nn.functional.cross_entropy,
     forward: Forward | None = None,
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
-    sparsities: Sequence[float] = (0.9, 0.95, 0.99),
+    sparsities: Iterable[float] = (0.9, 0.95, 0.99),
 ) -> Diagnosis:
     """Say what pruning will find in a network, without pruning it.
 
@@ -175,8 +180,8 @@ def diagnose(
             ``(inputs, targets)`` pair.
         parameters: ``[(module, "weight"), ...]``; default: the weight of every
             convolution and linear layer.
-        sparsities: Fractions of the weights removed, for which the layers that would
-            be emptied are counted.
+        sparsities: Fractions of all prunable weights removed, 0 ≤ sparsity < 1, for
+            which the layers that would be emptied are counted.
 
     Returns:
         The diagnosis.
@@ -187,11 +192,7 @@ def diagnose(
     """
     criterion = find_method(method)
     weights = find_weights(model, parameters)
-    for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
-            raise ValueError(
-                f"sparsities: expected fractions, 0 <= sparsity < 1, got {sparsity}"
-            )
+    fractions = _fractions(sparsities)
 
     def score(
         chosen: Sequence[Weight], open_gates: bool
@@ -220,13 +221,20 @@ def diagnose(
         scores, probe, silent = score(weights, True)
     closed = score(weights, False)[0] if probe.gates else scores
 
-    totals = [
-        {name: float(s.double().abs().sum()) for name, s in one.items()}
+    # What an earlier pruning removed has no share, and does not come back.
+    masks = {weight.name: weight.mask for weight in weights}
+    left = [
+        {n: s if (mask := masks[n]) is None else s[mask] for n, s in one.items()}
         for one in (scores, closed)
     ]
+    totals = [
+        {name: float(s.double().abs().sum()) for name, s in one.items()} for one in left
+    ]
+    members: dict[str, list[str]] = {}
+    for weight in weights:
+        members.setdefault(stage_of(weight.name), []).append(weight.name)
     stages = []
-    for stage, members in groupby(weights, lambda weight: stage_of(weight.name)):
-        names = [weight.name for weight in members]
+    for stage, names in members.items():
         shares = [
             sum(total[name] for name in names) / (sum(total.values()) or 1.0)
             for total in totals
@@ -244,13 +252,41 @@ def diagnose(
         hidden=tuple(name for name, s in closed.items() if not s.any()),
         unused=unused,
         emptied={
-            sparsity: (_emptied(scores, sparsity), _emptied(closed, sparsity))
-            for sparsity in sparsities
+            sparsity: (
+                _emptied(left[0], count_kept(prunable, 1 - sparsity)),
+                _emptied(left[1], count_kept(prunable, 1 - sparsity)),
+            )
+            for sparsity in fractions
         },
     )
 
 
-def _emptied(scores: Mapping[str, Tensor], sparsity: float) -> int:
-    total = sum(s.numel() for s in scores.values())
-    masks, _ = top_k_masks(list(scores.values()), count_kept(total, 1 - sparsity))
+def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
+    if not isinstance(sparsities, Iterable):
+        raise TypeError(
+            "sparsities: expected fractions such as (0.9, 0.95), got "
+            f"{type(sparsities).__name__}"
+        )
+    fractions = tuple(sparsities)
+    for sparsity in fractions:
+        if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+            raise TypeError(
+                "sparsities: expected fractions such as (0.9, 0.95), got "
+                f"{type(sparsity).__name__} among them"
+            )
+        if not 0 <= sparsity < 1:
+            raise ValueError(
+                f"sparsities: expected fractions, 0 <= sparsity < 1, got {sparsity}"
+            )
+    return tuple(map(float, fractions))
+
+
+def _emptied(scores: Mapping[str, Tensor], kept: int) -> int:
+    """Number of layers that have none of the weights with the largest scores."""
+    left = sum(s.numel() for s in scores.values())
+    masks, _ = top_k_masks(list(scores.values()), min(kept, left))
     return sum(not mask.any() for mask in masks)
+
+
+def _wrap(line: str) -> list[str]:
+    return textwrap.wrap(line, COLUMNS, subsequent_indent="  ")

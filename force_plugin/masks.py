@@ -58,8 +58,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
     Raises:
         TypeError: ``masks`` is no mapping of tensors.
-        ValueError: A name or a shape does not fit the model, or a mask holds other
-            values than 0 and 1; the model is unchanged.
+        ValueError: A name or a shape does not fit the model, or a mask is sparse, has
+            no values, or others than 0 and 1; the model is unchanged.
     """
     parameters = named_parameters(model)
     checked = _checked(masks)
@@ -162,10 +162,16 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
 
     Raises:
         TypeError: ``masks`` is no mapping of names to tensors.
-        ValueError: It is empty, or a mask holds other values than 0 and 1.
+        ValueError: It is empty, a mask is called ``__metadata__``, is sparse, has no
+            values, or others than 0 and 1.
         OSError: The file cannot be written, because the folder does not exist, say.
     """
     checked = _checked(masks)
+    if "__metadata__" in checked:
+        raise ValueError(
+            "masks: expected parameter names, got '__metadata__', which is reserved "
+            "in safetensors files; give the mask another name"
+        )
     bits = {
         name: torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
         for name, mask in checked.items()
@@ -251,6 +257,12 @@ def _checked(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(mask, Tensor):
             raise TypeError(
                 f"masks: expected a tensor for {name!r}, got {type(mask).__name__}"
+            )
+        if mask.layout != torch.strided or mask.is_meta:
+            raise ValueError(
+                f"masks: {name} has layout {mask.layout} on device {mask.device}; "
+                "expected a dense tensor with values, as .to_dense() makes of a sparse "
+                "one"
             )
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"masks: {name} holds other values than 0 and 1")

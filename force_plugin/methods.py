@@ -100,7 +100,7 @@ class SaliencyMethod(prune.BasePruningMethod):
         Returns:
             A floating-point tensor of the weight's shape.
         """
-        raise NotImplementedError("a method is a subclass with a score(weight, signal)")
+        raise NotImplementedError
 
     @classmethod
     def scores(cls, probe: Probe) -> dict[str, Tensor]:
@@ -114,9 +114,15 @@ class SaliencyMethod(prune.BasePruningMethod):
             caller's to overwrite.
 
         Raises:
-            ValueError: A score has another shape than its weight.
+            TypeError: The method has no :meth:`score`.
+            ValueError: A score is complex or has another shape than its weight.
             RuntimeError: A weight got no gradient, or a score is not finite.
         """
+        if cls.score is SaliencyMethod.score:
+            raise TypeError(
+                f"{cls.__name__} has no score: expected a subclass of SaliencyMethod "
+                "with a static score(weight, signal) of its own"
+            )
         signal = dict(cls.measure(probe))
         scores = {}
         for name, weight in probe.weights.items():
@@ -186,7 +192,7 @@ class SaliencyMethod(prune.BasePruningMethod):
 
         Raises:
             ValueError: More weights are to be removed than there are, or a score is
-                NaN.
+                complex or NaN.
         """
         eligible = default_mask.bool()
         left = int(eligible.count_nonzero())
@@ -204,6 +210,11 @@ class SaliencyMethod(prune.BasePruningMethod):
             if int(chosen.count_nonzero()) == kept:
                 return chosen
         scores = self.ranking(t).detach()
+        if scores.is_complex():
+            raise ValueError(
+                f"importance_scores: expected real numbers, got {scores.dtype}; take "
+                "their .abs() or .real"
+            )
         scores = scores if scores.is_floating_point() else scores.double()
         if scores.isnan().any():
             raise ValueError("importance_scores: expected numbers, got NaN")

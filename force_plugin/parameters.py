@@ -109,11 +109,15 @@ def find_weights(
         _check(weight)
     weights = {weight.name: weight for weight in chosen if weight.dense.numel()}
     if not weights:
+        problem = "parameters= is empty"
+        if chosen:
+            empty = name_some([weight.name for weight in chosen])
+            problem = f"the weights ({empty}) have no elements"
+        elif parameters is None:
+            problem = "the model has no convolution or linear weight"
         raise ValueError(
-            "nothing to prune: the model has no convolution or linear weight; name "
-            'others with parameters=[(module, "weight"), ...]'
-            if parameters is None
-            else "nothing to prune: parameters= is empty"
+            f"nothing to prune: {problem}; name what to prune with "
+            'parameters=[(module, "weight"), ...]'
         )
     return list(weights.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,23 +13,31 @@ from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from force_plugin.masks import forget_readers
-from force_plugin.parameters import named_parameters
-from force_plugin.snapshot import restored
+from force_plugin.parameters import mask_of, named_parameters
+from force_plugin.snapshot import snapshot
 
 
 def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     """Turn a pruned model into a plain one with the pruned weights at 0, in place.
 
     Mirrors :func:`torch.nn.utils.prune.remove` for every pruned tensor of a model.
-    Afterwards it has the dense model's own parameters and state-dict keys, nothing is
-    left to do in its forward pass, and an optimizer that was made before goes on with
-    the same parameters.
+    Afterwards it has the dense model's own parameters, where they were in memory, and
+    its state-dict keys, nothing is left to do in its forward pass, and an optimizer
+    that was made before goes on with the same parameters. A weight that several modules
+    share loses what any of them has pruned. If anything fails, Ctrl-C included, the
+    model is bit for bit what it was; for that, the pruned parameters are held twice
+    meanwhile.
 
     Args:
         model: Any module that was pruned with :mod:`torch.nn.utils.prune`.
         hold_zeros: Set the pruned weights back to 0 after every step of any
-            :class:`torch.optim.Optimizer`, at the cost of one byte a weight. A copy or
-            an unpickled model holds its own. ``False``: they are trained as all others.
+            :class:`torch.optim.Optimizer`, at the cost of one byte a weight. Their
+            gradients are computed all the same, and count where norms are taken
+            (clipping, LAMB). A copy or an unpickled model holds its own; parameters
+            that take the place of others (``load_state_dict(assign=True)``) are not
+            held. A wrapper that writes parameters after the step of the optimizer
+            inside, as timm's Lookahead does, is to be made afterwards. ``False``: they
+            are trained as all others, but for those that an earlier call holds.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -40,18 +49,33 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             "make_permanent: expected a model pruned with torch.nn.utils.prune, got "
             "one without any mask"
         )
-    owners = [(module, name) for weight in weights for module, name in weight.owners]
-    with restored(model.modules(), only_on_error=True):
-        for module, name in owners:
-            if prune.is_pruned(module) and f"{name}_mask" in module._buffers:
-                prune.remove(module, name)  # type: ignore[no-untyped-call]
+    with ExitStack() as undo:
+        undo.callback(snapshot(model.modules()))
+        undo.callback(_held.update, dict(_held))
+        undo.callback(_held.clear)
+        for weight in weights:
+            # Written where they are: prune.remove lets go of memory that others may
+            # share, and of channels_last.
+            values = weight.dense.data
+            undo.callback(values.copy_, values.clone())
+            undo.callback(setattr, weight.dense, "data", values)
+            pruned = torch.zeros_like(values, dtype=torch.bool)
+            for module, name in weight.owners:
+                mask = mask_of(module, name)
+                if mask is not None:
+                    pruned |= mask == 0
+                    prune.remove(module, name)  # type: ignore[no-untyped-call]
+            # Its products are -0 where a weight was negative, NaN where it was inf.
+            weight.dense.data = values.copy_(weight.dense.data).masked_fill_(pruned, 0)
+            if hold_zeros:
+                earlier = _held.get(id(weight.dense))
+                if earlier is not None:
+                    pruned |= earlier.pruned.to(pruned.device)
+                zeros = _Zeros(weight.dense, pruned)
+                for module, name in weight.owners:
+                    vars(module).setdefault("_held_zeros", {})[name] = zeros
         forget_readers(model)
-        if hold_zeros:
-            for weight in weights:
-                assert weight.mask is not None
-                module, name = weight.owners[0]
-                held = vars(module).setdefault("_held_zeros", {})
-                held[name] = _Zeros(weight.dense, ~weight.mask)
+        undo.pop_all()
 
 
 class _Zeros:

@@ -211,6 +211,8 @@ class SparsityReport:
         Raises:
             ImportError: matplotlib is not installed.
             FileNotFoundError: The folder of ``path`` does not exist.
+            IsADirectoryError: ``path`` is a folder.
+            TypeError: ``compare`` is no mapping to reports.
             ValueError: A report in ``compare`` has other layers or another order, or
                 the suffix of ``path`` is no format that matplotlib writes.
         """
@@ -220,10 +222,20 @@ class SparsityReport:
             raise ImportError(
                 "plot() needs matplotlib: pip install matplotlib"
             ) from error
+        if path is not None and Path(path).is_dir():
+            raise IsADirectoryError(
+                f"path: expected a file, got the folder {os.fspath(path)!r}; add the "
+                "name of a file"
+            )
         if path is not None and not Path(path).parent.is_dir():
             raise FileNotFoundError(
                 "path: expected a file in an existing folder, got "
                 f"{os.fspath(path)!r}; create the folder first"
+            )
+        if not isinstance(compare, Mapping | None):
+            raise TypeError(
+                "compare: expected a mapping of labels to reports, got "
+                f"{type(compare).__name__}"
             )
         # A list, because another report may carry this one's label.
         curves = [(self.method or "pruned", self), *(compare or {}).items()]
@@ -303,7 +315,11 @@ def _table(report: SparsityReport) -> list[str]:
 def _check_same_layers(
     report: SparsityReport, other: SparsityReport, label: str
 ) -> None:
-    """Raise unless both reports have the same layer names in the same order."""
+    """Raise unless both are reports with the same layer names in the same order."""
+    if not isinstance(other, SparsityReport):
+        raise TypeError(
+            f"compare[{label!r}]: expected a SparsityReport, got {type(other).__name__}"
+        )
     ours = [layer.name for layer in report.layers]
     theirs = [layer.name for layer in other.layers]
     for index, (our, their) in enumerate(zip(ours, theirs, strict=False)):

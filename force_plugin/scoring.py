@@ -7,6 +7,7 @@ raises half-way, they are bit for bit what they were.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from force_plugin import gates, silence
+from force_plugin.connection import leads_through, tensors
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.snapshot import restored, snapshot
@@ -122,6 +124,8 @@ class Probe:
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
         self._last_batch: Any = None
+        # The model's own; the stand-ins take on what a pass writes.
+        self._buffers = dict(model.named_buffers())
         self._measure: Callable[[], tuple[Tensor, Mapping[str, Tensor]]] | None = None
         self._exit = ExitStack()
 
@@ -205,7 +209,7 @@ class Probe:
                     create_graph=True,
                 )
                 pairs = dict(zip(self._stand_ins, slopes, strict=True))
-                slope = {name: s for name, s in pairs.items() if s is not None}
+                slope = {n: s.to_dense() for n, s in pairs.items() if s is not None}
                 if len(batches) == 1:
                     g.update((name, s.detach()) for name, s in slope.items())
                     self._complete(g)
@@ -240,16 +244,18 @@ class Probe:
             By parameter name, float64; the caller's to overwrite.
 
         Raises:
-            NoGradientError: A weight got no gradient.
+            ValueError: The inputs are no floating-point tensor, or no output is one.
+            NoGradientError, RuntimeError: A weight, or all of them, got no gradient.
         """
         self._open()
         if self._input_shape is None:
             batch = next(self._batches(count=1))
             inputs = batch[0] if _is_pair(batch) else batch
-            if not isinstance(inputs, Tensor):
+            if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
                 raise ValueError(
-                    "SynFlow takes the shape of its input from a batch: expected "
-                    f"(inputs, targets) or inputs, one tensor, got {_describe(inputs)}"
+                    "SynFlow: expected batches (inputs, targets) or inputs, one "
+                    "floating-point tensor that ones can take the place of, got "
+                    f"{_describe(inputs)}; take another method for other inputs"
                 )
             self._input_shape = (1, *inputs.shape[1:])
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
@@ -259,13 +265,20 @@ class Probe:
             twins = self._make_positive(dtype)
             with torch.autocast(self._device.type, enabled=False):
                 outputs = self.model(ones.clone())
-            flow = [output.sum() for output in _tensors(outputs)]
+            flow = [output.sum() for output in tensors(outputs)]
             if not flow:
                 raise ValueError(
                     "SynFlow: expected a model whose outputs are tensors, got "
                     f"{_describe(outputs)}"
                 )
-            return torch.stack(flow).sum(), twins
+            total = torch.stack(flow).sum()
+            if not total.requires_grad:
+                raise RuntimeError(
+                    "SynFlow: expected outputs that depend on the weights through "
+                    f"autograd, got {_describe(outputs)} without a gradient; return "
+                    "them without detach or no_grad"
+                )
+            return total, twins
 
         with restored(self.model.modules()):
             flow, twins = self._revealed(measure)
@@ -278,8 +291,15 @@ class Probe:
 
         Costs one more pass of the last batch, where there is any such weight.
         """
-        causes = {n: "its weights are 0" for n in names if not self.weights[n].any()}
-        asked = [name for name in names if name not in causes]
+        masks = {name: self.parameters[name].mask for name in names}
+        pruned = [n for n, mask in masks.items() if mask is not None and not mask.any()]
+        causes = {
+            name: "the method gives it none"
+            if self.weights[name].any()
+            else "its weights are 0"
+            for name in names
+        }
+        asked = [name for name in names if name not in pruned]
         if asked and self._measure is not None:
             with restored(self.model.modules()):
                 rewind = self._remember()
@@ -287,43 +307,49 @@ class Probe:
                 found = silence.find_ends(output, {n: leaves[n] for n in asked})
                 rewind()
             causes |= {name: cause for name, cause in found.items() if cause}
-        unknown = "the method gives it none"
-        return {name: causes.get(name, unknown) for name in names}
+        return causes | dict.fromkeys(pruned, silence.PRUNED)
 
     def connected(self) -> bool | None:
         """Whether the outputs of the network, as it is pruned, depend on its inputs.
 
         They do if a gradient that is not exactly 0 reaches the inputs of the last batch
         that was measured. A few of its samples are tried first, and cost next to
-        nothing. Where no gradient reaches the inputs of the dense network either (they
-        are integers, the stem is detached) or the loss comes from ``forward``, a
-        gradient that reaches any of the kept weights is what counts.
+        nothing. Where no gradient reaches the inputs of the dense network either (the
+        stem is detached), a gradient that reaches any of the kept weights is what
+        counts.
 
         Returns:
             ``None`` where nothing was measured with data before.
         """
         if self._last_batch is None:
             return None
-        batch, inputs = self._last_batch, None
-        if self._forward is None:
-            inputs = _to(batch[0] if _is_pair(batch) else batch, self._device)
-        if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        batch = self._last_batch
+        inputs = batch[0] if _is_pair(batch) else batch
+
+        def run() -> None:
+            if self._forward is not None:
+                self._forward(self.model, _to(batch, self._device))
+            else:
+                self.model(_to(inputs, self._device))
+
+        if self._forward is None and isinstance(inputs, Tensor):
             # Fewer samples may be too few: for a batch norm, or to wake a sparse unit.
             with suppress(Exception):
-                if self._reaches(inputs[:8]):
+                few = _to(inputs[:8], self._device)
+                if leads_through(self.model, lambda: self.model(few)):
                     return True
-            if self._reaches(inputs):
-                return True
-            masks, self.masks = self.masks, None
-            try:
-                self._mask_stand_ins()
-                seen = self._reaches(inputs)
-            finally:
-                self.masks = masks
-                self._mask_stand_ins()
-            if seen:
-                return False
-        if self._forward is None and not _is_pair(batch):
+        if leads_through(self.model, run):
+            return True
+        masks, self.masks = self.masks, None
+        try:
+            self._mask_stand_ins()
+            dense = leads_through(self.model, run)
+        finally:
+            self.masks = masks
+            self._mask_stand_ins()
+        if dense:
+            return False
+        if math.isnan(self.loss):  # SynFlow's, which has none
             return None
         sums = _Sums(self._stand_ins)
         sums.add_gradients(self._loss(batch))
@@ -331,22 +357,6 @@ class Probe:
         return any(
             bool((g[kept[n]] if n in kept else g).any()) for n, g in sums.items()
         )
-
-    def _reaches(self, inputs: Tensor) -> bool:
-        """Whether a gradient of the outputs reaches the inputs."""
-        leaf = inputs.detach().clone().requires_grad_()
-        outputs = [o for o in _tensors(self.model(leaf.clone())) if o.requires_grad]
-        # A plain sum would have no gradient behind a softmax or a normalisation.
-        weighted = [
-            (o * torch.arange(o.numel(), device=o.device).cos().view_as(o)).sum()
-            for o in outputs
-        ]
-        if not weighted:
-            return False
-        (gradient,) = torch.autograd.grad(
-            torch.stack(weighted).sum(), [leaf], allow_unused=True
-        )
-        return gradient is not None and bool(gradient.any())
 
     def _revealed(
         self, measure: Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
@@ -356,7 +366,14 @@ class Probe:
         The first graph that there is shows the gates. If it has none that is closed it
         serves; if it has, they are opened and it is made again, as if nothing had been.
         """
-        self._measure = measure
+        modes = [(module, module.training) for module in self.model.modules()]
+
+        def again() -> tuple[Tensor, Mapping[str, Tensor]]:
+            for module, training in modes:
+                module.training = training
+            return measure()
+
+        self._measure = again
         if not self._candidates:
             return measure()
         rewind = self._remember()
@@ -514,6 +531,8 @@ class Probe:
         try:
             return iter(self._loader)
         except TypeError:
+            if hasattr(type(self._loader), "__iter__"):
+                raise  # it has its own reason
             raise TypeError(
                 "loader: expected an iterable of batches (a DataLoader, a list), got "
                 f"{type(self._loader).__name__}"
@@ -549,6 +568,11 @@ class Probe:
                     "(model, batch) -> loss"
                 )
             inputs, targets = batch
+            if isinstance(inputs, Tensor) and inputs.shape[:1] == (0,):
+                raise ValueError(
+                    "loader: expected at least one sample in each batch, got inputs "
+                    f"{_describe(inputs)}; leave empty batches out"
+                )
             outputs = self.model(inputs)
             try:
                 if temperature != 1.0:
@@ -574,16 +598,31 @@ class Probe:
                 "compute it from the model's outputs, without detach or no_grad"
             )
         if not torch.isfinite(loss):
-            values = self.model.named_parameters()
-            broken = [name for name, value in values if not value.isfinite().all()]
             cause = "a NaN or inf in the batch, or an overflow in the network"
-            if broken:
+            if broken := self._broken():
                 cause = f"a NaN or inf in {name_some(broken)}"
             raise RuntimeError(
                 f"the loss is {loss.item()} at step {self.step}: {cause}; look at the "
                 "data and the initialisation, or score in float32"
             )
         return loss.reshape(())
+
+    def _broken(self) -> list[str]:
+        """Parameters that are not finite, and buffers that hold a NaN.
+
+        An inf in a buffer is an attention mask, as a rule. Sparse tensors are left out:
+        PyTorch cannot tell.
+        """
+        infinite = [
+            name
+            for name, value in self.model.named_parameters()
+            if value.layout == torch.strided and not value.isfinite().all()
+        ]
+        return infinite + [
+            name
+            for name, value in self._buffers.items()
+            if value.layout == torch.strided and value.isnan().any()
+        ]
 
     def _complete(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sums, in the order of the weights, if none is missing."""
@@ -661,8 +700,7 @@ class _Sums(dict[str, Tensor]):
             gradient, leaf.grad = leaf.grad, None
             if gradient is None:
                 continue
-            if gradient.is_sparse:  # of an embedding that asked for it
-                gradient = gradient.to_dense()
+            gradient = gradient.to_dense()  # an embedding may ask for sparse ones
             if name in self:
                 self[name].add_(gradient)
             else:
@@ -686,17 +724,6 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(_to(value, device) for value in batch)
     return batch
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            yield from _tensors(value)
-    elif isinstance(outputs, tuple | list):
-        for value in outputs:
-            yield from _tensors(value)
 
 
 def _describe(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -11,14 +10,25 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from force_plugin.parameters import name_layers
+from force_plugin.parameters import name_layers, name_some
+
+_LAYERS = {
+    "ConvolutionBackward0": (1, "_saved_input"),
+    "AddmmBackward0": (2, "_saved_mat1"),
+    "MmBackward0": (1, "_saved_self"),
+}
+"""What layers are in the graph: the index of the operand that is their weight, and the
+attribute under which autograd has saved what it multiplies."""
+
+
+PRUNED = "it was pruned entirely before"
 
 
 def find_ends(output: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, str]:
     """Where the gradient of a scalar ends that never reaches some leaves of its graph.
 
-    Looked at is the shortest path to each of them: the gradient ends at the last
-    operation on it that still gets one other than 0.
+    It ends at the operations that still get one other than 0 and from which no path to
+    the leaf crosses another such operation.
 
     Args:
         output: A scalar with its graph.
@@ -28,67 +38,91 @@ def find_ends(output: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, str]:
         A cause by parameter name, e.g. ``"the gradient ends at softmax"``, or ``""``
         where a gradient arrives after all.
     """
-    names = {id(leaf): name for name, leaf in leaves.items()}
-    paths = _paths(output.grad_fn, names)
+    users = _users(output.grad_fn)
     reached: set[Node] = set()
 
     def note(node: Node, gradients: Iterable[Tensor | None]) -> None:
-        if any(g is not None and bool(g.any()) for g in gradients):
+        if any(map(_alive, gradients)):
             reached.add(node)
 
-    nodes = {node for path in paths.values() for node in path}
-    handles = [node.register_prehook(partial(note, node)) for node in nodes]
-    gradients = torch.autograd.grad(output, list(leaves.values()), allow_unused=True)
+    handles = [node.register_prehook(partial(note, node)) for node in users]
+    gradients = torch.autograd.grad(
+        output,
+        list(leaves.values()),
+        allow_unused=True,
+        retain_graph=True,  # for what it has saved
+    )
     for handle in handles:
         handle.remove()
-    arrived = {
-        name
-        for name, gradient in zip(leaves, gradients, strict=True)
-        if gradient is not None and bool(gradient.any())
-    }
+    nodes = {id(node.variable): node for node in users if hasattr(node, "variable")}
     return {
-        name: "" if name in arrived else _cause(paths.get(name, []), reached)
-        for name in leaves
+        name: "" if _alive(gradient) else _cause(nodes.get(id(leaf)), users, reached)
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
     }
 
 
-def _paths(root: Node | None, names: Mapping[int, str]) -> dict[str, list[Node]]:
-    """The shortest path from a node to each leaf, which comes last."""
-    origin: dict[Node, Node | None] = {} if root is None else {root: None}
-    queue = deque(origin)
-    paths: dict[str, list[Node]] = {}
-    while queue:
-        node = queue.popleft()
-        name = names.get(id(getattr(node, "variable", None)))
-        if name is not None:
-            path = [node]
-            while (before := origin[path[-1]]) is not None:
-                path.append(before)
-            paths[name] = path[::-1]
-        for operand, _ in node.next_functions:
-            if operand is not None and operand not in origin:
-                origin[operand] = node
-                queue.append(operand)
-    return paths
+def _alive(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.to_dense().any())
 
 
-def _cause(path: list[Node], reached: set[Node]) -> str:
-    for index, operand in enumerate(path):
-        if operand in reached:
-            continue
-        # From its own layer on, nothing else leads to the weight.
-        own = all(_operands(node) <= 1 for node in path[index:])
-        if own:
-            return "what it multiplies is 0"
-        # SoftmaxBackward0
-        name = re.sub(r"Backward\d*$", "", path[index - 1].name().rpartition("::")[2])
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-        return f"the gradient ends at {words}" if index else "the loss is flat"
-    return "no gradient reaches it"
+def _users(root: Node | None) -> dict[Node, list[Node]]:
+    """By operation, leaves included, the operations that take its result."""
+    users: dict[Node, list[Node]] = {} if root is None else {root: []}
+    stack = list(users)
+    while stack:
+        node = stack.pop()
+        for operand in _operands(node):
+            if operand not in users:
+                users[operand] = []
+                stack.append(operand)
+            users[operand].append(node)
+    return users
 
 
-def _operands(node: Node) -> int:
-    return sum(operand is not None for operand, _ in node.next_functions)
+def _operands(node: Node) -> list[Node]:
+    return [operand for operand, _ in node.next_functions if operand is not None]
+
+
+def _cause(
+    leaf: Node | None, users: Mapping[Node, list[Node]], reached: set[Node]
+) -> str:
+    if leaf is None:
+        return "no gradient reaches it"
+    # The last operations that get a gradient, each with the operand that does not.
+    ends: list[tuple[Node, Node]] = []
+    seen, stack = {leaf}, [leaf]
+    while stack:
+        operand = stack.pop()
+        for node in users[operand]:
+            if node in reached:
+                ends.append((node, operand))
+            elif node not in seen:
+                seen.add(node)
+                stack.append(node)
+    if all(_multiplies_zeros(node, operand) for node, operand in ends):
+        return "what it multiplies is 0"
+    return f"the gradient ends at {name_some(sorted({_word(n) for n, _ in ends}))}"
+
+
+def _multiplies_zeros(node: Node, operand: Node) -> bool:
+    """Whether an operation is a layer with this weight, and its inputs are all 0."""
+    index, saved = _LAYERS.get(node.name(), (0, ""))
+    if not saved or node.next_functions[index][0] is not operand:
+        return False
+    # Between a layer and its weight is at most what belongs to the weight alone, such
+    # as a mask; what another layer makes is no weight.
+    while operands := _operands(operand):
+        if len(operands) > 1 or operand.name() in _LAYERS:
+            return False
+        (operand,) = operands
+    inputs: Tensor = getattr(node, saved)
+    return not _alive(inputs)
+
+
+def _word(node: Node) -> str:
+    """What an operation is called: "log softmax" for LogSoftmaxBackward0."""
+    name = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
 def describe(causes: Mapping[str, str], total: int) -> list[str]:
@@ -98,9 +132,10 @@ def describe(causes: Mapping[str, str], total: int) -> list[str]:
         causes: Why a layer has no saliency, by parameter name.
         total: Number of all layers.
     """
+    kept = "; what is kept of them is not a choice of the method"
     return [
         f"{name_layers([n for n, c in causes.items() if c == cause], total)} had a "
-        f"saliency of exactly 0 everywhere at the first step: {cause}; what is kept of "
-        "them is not a choice of the method"
+        f"saliency of exactly 0 everywhere at the first step: {cause}"
+        + (kept if cause != PRUNED else "")
         for cause in dict.fromkeys(causes.values())
     ]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Remember the attributes of modules.
 
     They hold a module's parameters, buffers, hooks and mode, and whatever its forward
-    keeps. References are remembered, not values: what is to be restored must have been
-    replaced meanwhile, not overwritten.
+    keeps. Of parameters and buffers references are remembered, not values: what is to
+    be restored must have been replaced meanwhile, not overwritten. Of other attributes
+    it is the values of tensors and the items of lists, sets and dictionaries; what
+    other objects hold is not followed.
 
     Args:
         modules: The modules themselves; their children are not followed.
@@ -24,16 +27,34 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     saved = []
     for module in modules:
         state = vars(module)
-        inner = {key: dict(v) for key, v in state.items() if isinstance(v, dict)}
-        saved.append((state, dict(state), inner))
+        items = {
+            key: kind(value)
+            for key, value in state.items()
+            for kind in (dict, list, set)
+            if isinstance(value, kind)
+        }
+        values = {
+            key: (value, value.detach().clone(), value._version)
+            for key, value in state.items()
+            # A pruned tensor is made anew in every forward.
+            if isinstance(value, Tensor)
+            and f"{key}_orig" not in module._parameters
+            and not value.is_inference()
+        }
+        saved.append((state, dict(state), items, values.values()))
 
     def restore() -> None:
-        for state, outer, inner in saved:
+        for state, attributes, items, values in saved:
             state.clear()
-            state.update(outer)
-            for key, content in inner.items():
-                state[key].clear()
-                state[key].update(content)
+            state.update(attributes)
+            for key, content in items.items():
+                kept = state[key]
+                kept.clear()
+                (kept.extend if isinstance(kept, list) else kept.update)(content)
+            for tensor, value, version in values:
+                if tensor._version != version:
+                    with torch.no_grad():
+                        tensor.copy_(value)
 
     return restore
 

@@ -131,10 +131,16 @@ def load_dataset(
         own transforms.
 
     Raises:
+        TypeError: If ``dataset`` is no text.
         FileNotFoundError: If ``data`` does not exist.
         ValueError: If there are no images in class folders in ``data``, or if timm
             cannot read the ``dataset``.
     """
+    if not isinstance(dataset, str):
+        raise TypeError(
+            "dataset: expected a name such as 'torch/cifar10', got "
+            + type(dataset).__name__
+        )
     if data is None and not dataset:
         return digits()[0]
     if dataset and not dataset.startswith(_SOURCES):
@@ -209,9 +215,14 @@ def load_model(
         is what it takes, ``(channels, height, width)``.
 
     Raises:
+        TypeError: If ``name`` is no text.
         ValueError: If timm has no such model, or the model does not take
             ``image_size`` or ``kwargs``.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            "model: expected a name from timm.list_models(), got " + type(name).__name__
+        )
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
@@ -277,9 +288,14 @@ def load_data(
         of shape ``[B]``.
 
     Raises:
+        TypeError: If ``model`` is no module.
         ValueError: If the model takes other than 3 channels and the data are not the
             ``digits``.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}"
+        )
     config = timm.data.resolve_model_data_config(model)
     channels, *own_size = config["input_size"]
     size = [image_size, image_size] if image_size else own_size

@@ -242,7 +242,7 @@ def test_a_network_without_findings_says_so_and_has_no_column_for_gates() -> Non
     assert diagnosis.gates == diagnosis.hidden == diagnosis.unused == ()
     assert lines[0] == "212 parameters, 188 of them (88.7 %) prunable in 3 layers"
     assert lines[2].split() == ["stage", "layers", "weights", "share", "saliency"]
-    assert lines[-1] == "nothing stands in the way"
+    assert lines[-1] == "every layer has a saliency"
     assert "gates" not in str(diagnosis)
 
 
@@ -292,13 +292,33 @@ def test_stage_names_and_numbers_of_any_length_leave_each_number_whole() -> None
         diagnosis = made_up(
             ["x" * 300, "y" * 300], layers=123_456, weights=10**9, gates=gates
         )
-        rows = str(diagnosis).splitlines()[4:6]
+        lines = str(diagnosis).splitlines()
+        rule = lines.index("-" * 80)
+        rows = lines[rule + 1 : rule + 3]
         for letter, row in zip("xy", rows, strict=True):
             cells = row.split()
             assert set(cells[0]) == {letter}
             assert cells[1:3] == ["123456", "1,000,000,000"]
             assert cells[3:7] == ["50.00", "%", "50.00", "%"]
             assert len(row) == 80
+
+
+def test_no_line_exceeds_80_columns_for_ten_billion_parameters() -> None:
+    # A language model of 10 billion parameters in 225 layers.
+    diagnosis = made_up(["blocks"], layers=225, weights=10_012_345_678)
+    assert widest(diagnosis) <= 80
+
+
+def test_no_line_exceeds_80_columns_for_a_method_with_a_long_name() -> None:
+    assert widest(made_up(method="GradientTimesMagnitudeOverTheWholeTrainingSet")) <= 80
+
+
+def test_a_sparsity_with_many_digits_is_apart_from_the_number_of_layers() -> None:
+    lines = str(made_up(emptied={2 / 3: (5, 0), 0.9999999: (6, 0)})).splitlines()
+    assert [line for line in lines if "  at " in line] == [
+        "  at 66.66666667 %   5 of 6",
+        "  at 99.99999 %      6 of 6",
+    ]
 
 
 # Its numbers
@@ -555,6 +575,14 @@ def test_silent_layers_are_those_of_a_pruning(method: str) -> None:
     ]
 
 
+def test_the_advice_to_open_gates_is_for_layers_that_it_helps() -> None:
+    diagnosis = diagnose(Crooked(unused=False), vectors())
+    assert set(diagnosis.hidden) > set(diagnosis.silent) == {"dead.weight"}
+    # With open gates the dead layer has no saliency either: its own line says so.
+    (advice,) = sentences(diagnosis, "keep open_gates=True")
+    assert advice.startswith("4 of 8 layers (body.0.first.weight, ")
+
+
 def test_without_gates_hidden_layers_are_the_silent_ones_and_advice_is_withheld() -> (
     None
 ):
@@ -645,6 +673,20 @@ def test_only_the_parameters_that_are_named_are_diagnosed() -> None:
     )
 
 
+def test_a_stage_whose_parameters_are_not_named_in_a_row_is_listed_once() -> None:
+    model = Crooked(unused=False)
+    pairs = [
+        (model.body[0].first, "weight"),
+        (model.stem, "weight"),
+        (model.body[0].second, "weight"),
+    ]
+    diagnosis = diagnose(model, vectors(), parameters=pairs)
+    assert [s.name for s in diagnosis.stages] == ["body.0", "stem"]
+    assert [s.layers for s in diagnosis.stages] == [2, 1]
+    assert [s.weights for s in diagnosis.stages] == [72, 30]
+    assert sum(s.saliency for s in diagnosis.stages) == pytest.approx(1)
+
+
 def test_a_pruned_model_is_diagnosed_as_it_is_pruned() -> None:
     model = straight()
     force_prune(model, vectors(), 0.5, method="snip", progress=False)
@@ -697,6 +739,50 @@ def test_where_no_weight_has_any_saliency_all_shares_are_0() -> None:
     assert set(diagnosis.emptied.values()) == {(1, 1)}
 
 
+def test_what_an_earlier_pruning_removed_has_no_share() -> None:
+    model = straight()
+    masks = {"0.weight": torch.arange(60).view(12, 5) % 7 == 0}
+    amounts = [
+        (layer.weight.abs() * masks.get(f"{number}.weight", 1)).sum().item()
+        for number, layer in enumerate(model)
+        if isinstance(layer, nn.Linear)
+    ]
+    apply_masks(model, masks)
+    stages = diagnose(model, [], "magnitude").stages
+    assert [stage.saliency for stage in stages] == pytest.approx(
+        [amount / sum(amounts) for amount in amounts], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("method", ["magnitude", "grasp", "snip"])
+@pytest.mark.parametrize(("every", "sparsity"), [(10, 0.8), (100, 0.4)])
+def test_what_an_earlier_pruning_removed_counts_as_lost(
+    method: str, every: int, sparsity: float
+) -> None:
+    # Of the first layer one weight in ten is left, or none; the others do not come
+    # back, neither for the largest |θ| nor for a score of 0 among negative ones.
+    mask = torch.arange(1, 61).view(12, 5) % every == 0
+
+    def model() -> nn.Module:
+        network = straight()
+        with torch.no_grad():
+            network[0].weight.mul_(100 * ~mask + 1e-3)
+        apply_masks(network, {"0.weight": mask})
+        return network
+
+    foretold = diagnose(model(), vectors(), method, sparsities=(sparsity,))
+    report = force_prune(model(), vectors(), sparsity, method=method, **ONE_SHOT)
+    assert foretold.emptied[sparsity][0] == len(report.empty_layers)
+
+
+def test_a_model_that_has_less_left_than_is_asked_for_loses_what_it_has_lost() -> None:
+    model = straight()
+    apply_masks(model, {"0.weight": torch.zeros(12, 5, dtype=torch.bool)})
+    # 60 of 188 weights are pruned, and only 37 were to be.
+    diagnosis = diagnose(model, vectors(), "magnitude", sparsities=(0.0, 0.2))
+    assert diagnosis.emptied == {0.0: (1, 1), 0.2: (1, 1)}
+
+
 # Errors
 
 
@@ -740,6 +826,29 @@ def test_sparsities_outside_of_0_to_1_are_refused_before_a_batch_is_read(
     message = rf"^sparsities: expected fractions, 0 <= sparsity < 1, got {wrong}$"
     with unchanged(model), pytest.raises(ValueError, match=message):
         diagnose(model, loader(), sparsities=(0.9, wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "came"),
+    [
+        (0.9, "float"),
+        (None, "NoneType"),
+        ("0.9", "str among them"),
+        (("a",), "str among them"),
+        ([0.9, None], "NoneType among them"),
+        ([False], "bool among them"),
+    ],
+)
+def test_sparsities_that_are_no_fractions_are_refused(wrong: Any, came: str) -> None:
+    message = rf"^sparsities: expected fractions such as \(0\.9, 0\.95\), got {came}$"
+    model = straight()
+    with unchanged(model), pytest.raises(TypeError, match=message):
+        diagnose(model, vectors(), sparsities=wrong)
+
+
+def test_sparsities_may_be_read_once_only() -> None:
+    diagnosis = diagnose(straight(), vectors(), sparsities=(s for s in (0.9, 0.95)))
+    assert list(diagnosis.emptied) == [0.9, 0.95]
 
 
 def test_without_sparsities_nothing_is_counted() -> None:
@@ -999,86 +1108,3 @@ def test_a_convnext_of_timm_hides_nothing_but_has_faint_branches() -> None:
     opened, closed = diagnosis.emptied[0.9]
     assert opened < closed
     assert widest(diagnosis) <= 80
-
-
-# What is known to be wrong, and not mended yet.
-
-not_mended = pytest.mark.xfail(reason="known, and not mended yet")
-
-
-@not_mended
-def test_no_line_exceeds_80_columns_for_ten_billion_parameters() -> None:
-    # A language model of 10 billion parameters in 225 layers.
-    diagnosis = made_up(["blocks"], layers=225, weights=10_012_345_678)
-    assert widest(diagnosis) <= 80
-
-
-@not_mended
-def test_no_line_exceeds_80_columns_for_a_method_with_a_long_name() -> None:
-    assert widest(made_up(method="GradientTimesMagnitudeOverTheWholeTrainingSet")) <= 80
-
-
-@not_mended
-def test_a_sparsity_with_many_digits_is_apart_from_the_number_of_layers() -> None:
-    lines = str(made_up(emptied={2 / 3: (5, 0), 0.999999: (6, 0)})).splitlines()
-    assert [line.split()[-3:] for line in lines if "  at " in line] == [
-        ["5", "of", "6"],
-        ["6", "of", "6"],
-    ]
-
-
-@not_mended
-def test_the_advice_to_open_gates_is_for_layers_that_it_helps() -> None:
-    diagnosis = diagnose(Crooked(unused=False), vectors())
-    assert set(diagnosis.hidden) > set(diagnosis.silent) == {"dead.weight"}
-    # With open gates the dead layer has no saliency either: its own line says so.
-    (advice,) = sentences(diagnosis, "keep open_gates=True")
-    assert advice.startswith("4 of 8 layers (body.0.first.weight, ")
-
-
-@not_mended
-@pytest.mark.parametrize("method", ["magnitude", "grasp", "snip"])
-@pytest.mark.parametrize(("every", "sparsity"), [(10, 0.8), (100, 0.4)])
-def test_what_an_earlier_pruning_removed_counts_as_lost(
-    method: str, every: int, sparsity: float
-) -> None:
-    # Of the first layer one weight in ten is left, or none; the others do not come
-    # back, neither for the largest |θ| nor for a score of 0 among negative ones.
-    mask = torch.arange(1, 61).view(12, 5) % every == 0
-
-    def model() -> nn.Module:
-        network = straight()
-        with torch.no_grad():
-            network[0].weight.mul_(100 * ~mask + 1e-3)
-        apply_masks(network, {"0.weight": mask})
-        return network
-
-    foretold = diagnose(model(), vectors(), method, sparsities=(sparsity,))
-    report = force_prune(model(), vectors(), sparsity, method=method, **ONE_SHOT)
-    assert foretold.emptied[sparsity][0] == len(report.empty_layers)
-
-
-@not_mended
-@pytest.mark.parametrize("wrong", [0.9, None, ("a",), [None]])
-def test_wrong_sparsities_are_refused_by_their_name(wrong: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"^sparsities: expected"):
-        diagnose(straight(), vectors(), sparsities=wrong)
-
-
-@not_mended
-def test_sparsities_may_be_read_once_only() -> None:
-    diagnosis = diagnose(straight(), vectors(), sparsities=(s for s in (0.9, 0.95)))
-    assert list(diagnosis.emptied) == [0.9, 0.95]
-
-
-@not_mended
-def test_a_stage_whose_parameters_are_not_named_in_a_row_is_listed_once() -> None:
-    model = Crooked(unused=False)
-    pairs = [
-        (model.body[0].first, "weight"),
-        (model.stem, "weight"),
-        (model.body[0].second, "weight"),
-    ]
-    diagnosis = diagnose(model, vectors(), parameters=pairs)
-    names = [stage.name for stage in diagnosis.stages]
-    assert sorted(names) == ["body.0", "stem"]

@@ -30,6 +30,7 @@ RANKED_BY_WEIGHT = ["force", "iter_snip", "snip", "grasp", "snip_it", "synflow"]
 INPUT = "what it multiplies is 0"
 WEIGHTS = "its weights are 0"
 METHOD = "the method gives it none"
+BEFORE = "it was pruned entirely before"
 
 
 def ends_at(operation: str) -> str:
@@ -209,6 +210,26 @@ def test_a_leaf_that_is_not_in_the_graph_gets_no_gradient() -> None:
     }
 
 
+def test_a_gradient_ends_at_the_last_operation_that_gets_one() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 6).double()
+    y = torch.relu(layer(vectors()[0][0]) - 100)
+    # The shortest path crosses a product with 0 first. Another one goes around it, and
+    # the ReLU gets a gradient: it is what would have to change.
+    output = (-y * 0).sum() + y.tanh().tanh().tanh().exp().sum()
+    assert find_ends(output, {"w": layer.weight}) == {"w": ends_at("relu")}
+
+
+def test_a_gradient_may_end_in_several_places() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 6).double()
+    y = layer(vectors()[0][0])
+    # Two of the three branches end alike. In the third, the floor gets no gradient.
+    branches = [torch.relu(y - 100), torch.relu(y - 200), (y.floor() * 0).exp()]
+    output = torch.stack([branch.exp().sum() for branch in branches]).sum()
+    assert find_ends(output, {"w": layer.weight}) == {"w": ends_at("mul, relu")}
+
+
 def test_a_path_that_is_open_counts_however_long_it_is() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 6).double()
@@ -225,6 +246,51 @@ def test_a_weight_that_meets_only_zeros_multiplies_0() -> None:
         assert find_ends(output, {"w": linear.weight}) == {"w": INPUT}
         output = conv(torch.zeros(2, 3, 6, 6)).exp().sum()
         assert find_ends(output, {"w": conv.weight}) == {"w": INPUT}
+
+
+def test_an_input_that_is_0_in_part_is_not_said_to_be_0() -> None:
+    layer = nn.Linear(5, 6, bias=False)
+    x = torch.ones(2, 5)
+    x[0] = 0
+    # A loss of the sample that is 0: the other one gets no gradient.
+    output = (layer(x) * torch.tensor([[1.0], [0.0]])).exp().sum()
+    assert find_ends(output, {"w": layer.weight}) == {"w": ends_at("mm")}
+
+
+def test_only_what_the_weight_itself_multiplies_is_said_to_be_0() -> None:
+    layer, zeros = nn.Linear(5, 6), torch.zeros(2, 5)
+    signs = torch.tensor([[1.0], [-1.0]])
+    # Two gradients that cancel: a bias multiplies nothing.
+    output = (layer(zeros) * signs).sum()
+    assert find_ends(output, {"b": layer.bias}) == {"b": ends_at("addmm")}
+    # A factor of the weight could be 0 as well.
+    gain = nn.Parameter(torch.ones(6, 1))
+    output = nn.functional.linear(zeros, layer.weight * gain).exp().sum()
+    assert find_ends(output, {"w": layer.weight}) == {"w": ends_at("mm")}
+    # At its other use it multiplies something.
+    dead = torch.relu(nn.functional.linear(zeros + 1, layer.weight) - 100)
+    output = (layer(zeros) + dead).exp().sum()
+    assert find_ends(output, {"w": layer.weight}) == {"w": ends_at("addmm, relu")}
+
+
+def test_what_multiplies_the_outputs_of_a_layer_is_not_what_its_weight_multiplies() -> (
+    None
+):
+    weight = nn.Parameter(torch.ones(5, 6))
+    # A graph without edges, by which the features of its nodes are passed on.
+    edges, features = torch.zeros(8, 8), torch.ones(8, 5)
+    output = (edges @ (features @ weight)).exp().sum()
+    assert find_ends(output, {"w": weight}) == {"w": ends_at("mm")}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_inputs_have_causes_too(layout: torch.layout) -> None:
+    weight = nn.Parameter(torch.ones(5, 6))
+    for x, cause in ((torch.zeros(8, 5), INPUT), (torch.ones(8, 5), ends_at("relu"))):
+        y = x.to_sparse(layout=layout) @ weight
+        output = torch.relu(y - 100).sum() if cause != INPUT else y.exp().sum()
+        assert find_ends(output, {"w": weight}) == {"w": cause}
 
 
 def test_looking_for_the_end_leaves_no_gradient_and_no_hook() -> None:
@@ -348,6 +414,40 @@ def test_the_warning_points_to_the_line_that_prunes() -> None:
     assert {w.filename for w in caught} == {__file__}
 
 
+BIAS_FREE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "relu": (lambda: chain(linear(5, 6, False), dead_relu(6), linear(6, 4)), "relu"),
+    "softmax": (
+        lambda: chain(linear(5, 1, False), nn.Softmax(1), linear(1, 4)),
+        "softmax",
+    ),
+    "mul": (
+        lambda: chain(
+            linear(5, 6, False), Apply(lambda x, zero: x * zero), linear(6, 4)
+        ),
+        "mul",
+    ),
+    "convolution": (
+        lambda: chain(
+            nn.Unflatten(1, (1, 1, 5)),
+            nn.Conv2d(1, 6, 1, bias=False),
+            dead_relu(6),
+            nn.Flatten(),
+            linear(30, 4),
+        ),
+        "relu",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BIAS_FREE)
+def test_a_first_layer_without_bias_has_the_cause_that_it_has_with_one(
+    kind: str,
+) -> None:
+    # Its product has one operand with a graph, as what is made of the weight alone has.
+    make, operation = BIAS_FREE[kind]
+    assert next(iter(causes_in(make(), method="snip").values())) == ends_at(operation)
+
+
 def test_convolutions_have_causes_too() -> None:
     model = chain(
         nn.Conv2d(3, 4, 3, padding=1),
@@ -459,6 +559,13 @@ def test_a_square_of_the_gradient_does_not_mind_weights_of_0() -> None:
     ]
 
 
+def test_weights_of_0_are_no_cause_where_the_score_does_not_contain_them() -> None:
+    model = NETWORKS["units that never fire"][0]()
+    nn.init.zeros_(model[2].weight)
+    said = warned(model, method="grasp_it", open_gates=False, steps=1)
+    assert said == [sentence("2 of 2 layers (0.weight, 2.weight)", ends_at("relu"))]
+
+
 # Methods that measure something else
 
 
@@ -517,6 +624,15 @@ def test_synflow_has_causes_of_its_own_network() -> None:
     }
     softmax, _ = NETWORKS["a softmax over one element"]
     assert causes_in(softmax(), method="synflow") == {"0.weight": ends_at("softmax")}
+
+
+def test_a_network_that_is_scored_in_evaluation_mode_is_explained_in_it() -> None:
+    model = chain(linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), linear(6, 4))
+    # With batch statistics half of the units fire, with the running ones none.
+    model[1].running_mean.fill_(100.0)
+    expected = {"0.weight": ends_at("relu"), "3.weight": INPUT}
+    assert causes_in(deepcopy(model).eval(), method="snip") == expected
+    assert causes_in(model, method="snip_it") == expected
 
 
 def test_a_class_of_ones_own_that_scores_0_is_named_as_the_cause() -> None:
@@ -596,14 +712,14 @@ def test_a_layer_that_the_last_batch_does_not_use_is_explained_all_the_same() ->
 
 
 class Counted(nn.Module):
-    """Counts its passes in a list that no restoring of attributes touches."""
+    """Counts its passes in a list, behind a method that no restoring looks behind."""
 
     def __init__(self, model: nn.Module, passes: list[int]) -> None:
         super().__init__()
-        self.model, self.passes = model, passes
+        self.model, self.note = model, passes.append
 
     def forward(self, x: Tensor) -> Tensor:
-        self.passes.append(len(x))
+        self.note(len(x))
         return self.model(x)
 
 
@@ -729,6 +845,27 @@ def test_causes_are_those_of_a_model_that_is_pruned_in_part() -> None:
     assert causes_in(model, method="snip") == NETWORKS["what follows them"][1]
 
 
+def test_a_layer_that_is_pruned_entirely_is_said_to_be_so() -> None:
+    model = chain(linear(5, 6), nn.Tanh(), linear(6, 4))
+    prune.l1_unstructured(model[2], "weight", 1.0)
+    assert causes_in(model, method="snip") == {
+        "0.weight": ends_at("addmm"),
+        "2.weight": BEFORE,
+    }
+    # Nothing is kept of it, and so nothing is said of what is.
+    said = warned(model, sparsity=0.5)
+    assert said[1] == (
+        "1 of 2 layers (2.weight) had a saliency of exactly 0 everywhere at the first "
+        f"step: {BEFORE}"
+    )
+
+
+def test_a_mask_does_not_hide_that_what_a_layer_multiplies_is_0() -> None:
+    model = NETWORKS["what follows them"][0]()
+    prune.random_unstructured(model[2], "weight", 7)
+    assert causes_in(model, method="snip") == NETWORKS["what follows them"][1]
+
+
 def test_causes_do_not_depend_on_what_else_is_scored() -> None:
     make, causes = NETWORKS["a dead branch"]
     model = make()
@@ -749,81 +886,3 @@ def deepcopy_of(model: nn.Module, pairs: list[tuple[nn.Module, str]]) -> nn.Modu
     )
     pairs[:] = [(modules[module], name) for module, name in pairs]
     return copy
-
-
-# What is known to be wrong, and not mended yet.
-
-not_mended = pytest.mark.xfail(reason="known, and not mended yet")
-
-
-BIAS_FREE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "relu": (lambda: chain(linear(5, 6, False), dead_relu(6), linear(6, 4)), "relu"),
-    "softmax": (
-        lambda: chain(linear(5, 1, False), nn.Softmax(1), linear(1, 4)),
-        "softmax",
-    ),
-    "mul": (
-        lambda: chain(
-            linear(5, 6, False), Apply(lambda x, zero: x * zero), linear(6, 4)
-        ),
-        "mul",
-    ),
-    "convolution": (
-        lambda: chain(
-            nn.Unflatten(1, (1, 1, 5)),
-            nn.Conv2d(1, 6, 1, bias=False),
-            dead_relu(6),
-            nn.Flatten(),
-            linear(30, 4),
-        ),
-        "relu",
-    ),
-}
-
-
-@not_mended
-@pytest.mark.parametrize("kind", BIAS_FREE)
-def test_a_first_layer_without_bias_has_the_cause_that_it_has_with_one(
-    kind: str,
-) -> None:
-    # Its product has one operand with a graph, as what belongs to the weight alone.
-    make, operation = BIAS_FREE[kind]
-    assert next(iter(causes_in(make(), method="snip").values())) == ends_at(operation)
-
-
-@not_mended
-def test_a_network_that_is_scored_in_evaluation_mode_is_explained_in_it() -> None:
-    model = chain(linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), linear(6, 4))
-    # With batch statistics half of the units fire, with the running ones none.
-    model[1].running_mean.fill_(100.0)
-    expected = {"0.weight": ends_at("relu"), "3.weight": INPUT}
-    assert causes_in(deepcopy(model).eval(), method="snip") == expected
-    assert causes_in(model, method="snip_it") == expected
-
-
-@not_mended
-def test_a_gradient_ends_at_the_last_operation_that_gets_one() -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(5, 6).double()
-    y = torch.relu(layer(vectors()[0][0]) - 100)
-    # The shortest path crosses a product with 0 first. Another one goes around it, and
-    # the ReLU gets a gradient: it is what would have to change.
-    output = (-y * 0).sum() + y.tanh().tanh().tanh().exp().sum()
-    assert find_ends(output, {"w": layer.weight}) == {"w": ends_at("relu")}
-
-
-@not_mended
-def test_weights_of_0_are_no_cause_where_the_score_does_not_contain_them() -> None:
-    model = NETWORKS["units that never fire"][0]()
-    nn.init.zeros_(model[2].weight)
-    said = warned(model, method="grasp_it", open_gates=False, steps=1)
-    assert said == [sentence("2 of 2 layers (0.weight, 2.weight)", ends_at("relu"))]
-
-
-@not_mended
-def test_a_layer_that_is_pruned_entirely_is_said_to_be_so() -> None:
-    model = chain(linear(5, 6), nn.Tanh(), linear(6, 4))
-    prune.l1_unstructured(model[2], "weight", 1.0)
-    cause = causes_in(model, method="snip")["2.weight"]
-    # What it multiplies is tanh of something, and is not 0.
-    assert cause != INPUT

@@ -1,0 +1,175 @@
+"""Does anything lead from inputs to outputs? Other inputs must give other outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from force_plugin.connection import leads_through
+
+
+class Residual(nn.Module):
+    """A branch around a branch."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Embeddings(nn.Module):
+    """Words and positions, as language models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 6)
+        self.positions = nn.Embedding(5, 6)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = torch.arange(input_ids.shape[1])
+        found = self.words(input_ids.view(-1, input_ids.shape[1]))
+        return self.norm(found + self.positions(positions))
+
+
+class Language(nn.Module):
+    """Takes keywords, gives a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = Embeddings()
+        self.body = Residual(nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Any:
+        states = self.body(self.embeddings(input_ids))
+        return {"logits": (self.head(states.mean(1)),), "states": None}
+
+
+class Writing(nn.Module):
+    """Works on its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mul_(2))  # type: ignore[no-any-return]
+
+
+def vectors() -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def words() -> Tensor:
+    return torch.arange(20).view(4, 5) % 10
+
+
+def chain(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), *more)
+
+
+def residual() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 6), Residual(nn.Linear(6, 6)), nn.Linear(6, 4))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "a chain": (chain, vectors),
+    "a softmax": (lambda: chain(nn.Softmax(1)), vectors),
+    "a normalisation": (lambda: chain(nn.LayerNorm(4)), vectors),
+    "batch statistics": (lambda: chain(nn.BatchNorm1d(4)), vectors),
+    "a residual": (residual, vectors),
+    "in place": (Writing, vectors),
+    "words": (Language, words),
+}
+CUTS = [
+    ("a chain", "0.weight", True),
+    ("a chain", "2.weight", True),
+    ("a softmax", "2.weight", True),
+    ("a normalisation", "0.weight", True),
+    ("batch statistics", "2.weight", True),
+    ("a residual", "0.weight", True),
+    ("a residual", "1.branch.weight", False),
+    ("in place", "layer.weight", True),
+    ("words", "embeddings.words.weight", True),
+    ("words", "embeddings.positions.weight", False),
+    ("words", "embeddings.norm.weight", True),
+    ("words", "body.branch.weight", False),
+    ("words", "head.weight", True),
+]
+
+
+def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    found = model(inputs.clone())
+    return found["logits"][0] if isinstance(found, dict) else found
+
+
+def depends(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether other inputs give other outputs."""
+    other = inputs.flip(1) if inputs.is_floating_point() else (inputs * 3 + 1) % 10
+    return not torch.equal(outputs(model, inputs), outputs(model, other))
+
+
+@pytest.mark.parametrize(("network", "name", "cut"), CUTS)
+def test_a_layer_of_zeros_cuts_what_nothing_leads_around(
+    network: str, name: str, cut: bool
+) -> None:
+    torch.manual_seed(0)
+    make, data = NETWORKS[network]
+    model, inputs = make().double(), data()
+    if inputs.is_floating_point():
+        inputs = inputs.double()
+    for broken in (False, True):
+        if broken:
+            nn.init.zeros_(model.get_parameter(name))
+        found = leads_through(model, lambda: model(inputs.clone()))
+        assert found is depends(model, inputs) is not (broken and cut)
+
+
+def test_the_model_may_be_called_in_any_way_and_more_than_once() -> None:
+    model = Language()
+
+    def run() -> Tensor:
+        first, second = model(input_ids=words()), model(words(), mask=torch.ones(4))
+        return first["logits"][0] - second["logits"][0]  # type: ignore[no-any-return]
+
+    assert leads_through(model, run)
+    nn.init.zeros_(model.head.weight)
+    assert leads_through(model, run) is False
+
+
+def test_the_same_word_everywhere_is_no_input_that_differs() -> None:
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 4))
+    assert leads_through(model, lambda: model(words()))
+    assert leads_through(model, lambda: model(torch.ones_like(words()))) is False
+
+
+@pytest.mark.parametrize(
+    "run",
+    [lambda model: None, lambda model: model[0](vectors())],
+    ids=["nothing", "a part of it"],
+)
+def test_a_model_that_is_not_called_says_nothing(run: Callable[..., object]) -> None:
+    model = chain()
+    assert leads_through(model, lambda: run(model)) is None
+
+
+def test_outputs_without_a_graph_say_nothing() -> None:
+    model = chain()
+    with torch.no_grad():
+        assert leads_through(model, lambda: model(vectors())) is None
+
+
+def test_no_hook_stays_also_when_the_model_fails() -> None:
+    model = chain()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        leads_through(model, lambda: model(torch.zeros(4, 5)))
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
