@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from force_plugin import gates, silence
+from force_plugin import gates
 from force_plugin.masks import prune_with
 from force_plugin.methods import SaliencyMethod, find_method
-from force_plugin.parameters import find_readers, find_weights, name_layers
+from force_plugin.notes import Notes
+from force_plugin.parameters import find_readers, find_weights
 from force_plugin.report import SparsityReport, report_of
 from force_plugin.schedules import Schedule, check_count, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
@@ -120,7 +121,7 @@ def force_prune(
             f"and pruning it again only removes more; got {sparsity}"
         )
 
-    notes = _Notes(len(kept_after), on_collapse)
+    notes = Notes(len(kept_after), on_collapse, criterion.regrows)
     masks: dict[str, Tensor] = {}
     probe = Probe(
         model,
@@ -146,7 +147,7 @@ def force_prune(
             kept = min(kept, available)
             selected, threshold = top_k_masks(list(scores.values()), kept)
             masks = dict(zip(scores, selected, strict=True))
-            notes.on_selection(step, scores, masks, threshold)
+            notes.on_selection(step, scores, masks, threshold, probe.masks)
             probe.prune(masks)
             bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
             bar.update()
@@ -225,103 +226,3 @@ def _exclude(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Put what the masks have pruned behind everything else."""
     for name, mask in masks.items():
         scores[name].masked_fill_(~mask, -torch.inf)
-
-
-class _Notes:
-    """What makes a mask doubtful, noticed on the way.
-
-    Args:
-        steps: T.
-        on_collapse: ``"raise"`` an error where the network is disconnected, or
-            ``"warn"``.
-
-    Attributes:
-        problems: A sentence each.
-    """
-
-    def __init__(self, steps: int, on_collapse: str) -> None:
-        self.problems: list[str] = []
-        self._steps = steps
-        self._raise = on_collapse == "raise"
-        self._alive_at_first = 0
-        self._collapsed = self._disconnected = False
-        # The step at which a layer lost its last weight, until one comes back.
-        self._empty: dict[str, int] = {}
-        self._layers = 0
-
-    def on_first_scores(self, scores: Mapping[str, Tensor], probe: Probe) -> None:
-        """Look for layers that the dense network cannot rank."""
-        alive = {name: int(s.count_nonzero()) for name, s in scores.items()}
-        self._alive_at_first = sum(alive.values())
-        blind = [name for name, count in alive.items() if not count]
-        self.problems += silence.describe(probe.explain_silence(blind), len(scores))
-
-    def on_selection(
-        self,
-        step: int,
-        scores: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        threshold: float,
-    ) -> None:
-        """Look for emptied layers, and for weights of saliency 0 that were taken."""
-        self._layers = len(masks)
-        for name, mask in masks.items():
-            if mask.any():
-                self._empty.pop(name, None)
-            else:
-                self._empty.setdefault(name, step)
-        # Scores below 0 are GraSP's, and mean something.
-        if self._collapsed or threshold != 0:
-            return
-        alive = sum(
-            int(((s != 0) & (s != -torch.inf)).count_nonzero()) for s in scores.values()
-        )
-        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
-        if not alive and kept < sum(mask.numel() for mask in masks.values()):
-            self._disconnect(
-                "every saliency is exactly 0 at the first step: there is nothing to "
-                "rank by"
-                if step == 1
-                else f"the network was disconnected at step {step - 1} of "
-                f"{self._steps}: no gradient reaches any weight through the mask"
-            )
-        # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
-        # on 1x1 maps) are kept while there is room for them, and do no harm.
-        if alive >= kept or (kept > self._alive_at_first and step < self._steps):
-            return
-        self._collapsed = True
-        self.problems.append(
-            f"the network collapsed at step {step} of {self._steps}: {alive:,} weights "
-            f"have a saliency other than 0, and {kept:,} were to stay; the others were "
-            f"kept by position, which means nothing. {_ADVICE}"
-        )
-
-    def on_disconnection(self) -> None:
-        """The last mask lets nothing through."""
-        if not self._disconnected:
-            self._disconnect(
-                "the pruned network is disconnected: its outputs do not depend on its "
-                "inputs"
-            )
-
-    def _disconnect(self, what: str) -> None:
-        self._disconnected = True
-        if self._raise:
-            raise RuntimeError(
-                "; ".join([what, *self.emptied()])
-                + f'. {_ADVICE}, or on_collapse="warn" to prune all the same'
-            )
-        self.problems.append(f"{what}. {_ADVICE}")
-
-    def emptied(self) -> list[str]:
-        """A sentence about the layers without any weight, if there are any."""
-        if not self._empty:
-            return []
-        names = sorted(self._empty, key=self._empty.__getitem__)
-        since = (
-            f", the first at step {self._empty[names[0]]}" if self._steps > 1 else ""
-        )
-        return [f"{name_layers(names, self._layers)} lost every weight{since}"]
-
-
-_ADVICE = "Take more steps, more batches, a lower sparsity or another method"

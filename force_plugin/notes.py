@@ -1,0 +1,175 @@
+"""What makes a mask doubtful: collapse, emptied layers, and what emptied them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from force_plugin import silence
+from force_plugin.parameters import name_layers
+from force_plugin.scoring import Probe
+
+# Rescaled to this size, the layers of timm's MobileViT and MambaOut are not emptied.
+_SMALL = 0.5
+# Without a normalisation, the saliency of a dead channel is no larger than others.
+_OVERRATED = 10
+
+
+class Notes:
+    """What makes a mask doubtful, noticed on the way.
+
+    Args:
+        steps: T.
+        on_collapse: ``"raise"`` an error where the network is disconnected, or
+            ``"warn"``.
+        regrows: Whether weights may return that an earlier step has pruned.
+
+    Attributes:
+        problems: A sentence each.
+    """
+
+    def __init__(self, steps: int, on_collapse: str, regrows: bool) -> None:  # noqa: D107
+        self.problems: list[str] = []
+        self._steps = steps
+        self._raise = on_collapse == "raise"
+        self._regrows = regrows
+        # Of the step at which they had the largest: the share of the saliency that dead
+        # channels had, and a sentence about it.
+        self._dead: tuple[float, str] = (0.5, "")
+        self._alive_at_first = 0
+        self._collapsed = self._disconnected = False
+        # The step at which a layer lost its last weight, until one comes back.
+        self._empty: dict[str, int] = {}
+        self._layers = 0
+        self._weights: Mapping[str, Tensor] = {}
+
+    def on_first_scores(self, scores: Mapping[str, Tensor], probe: Probe) -> None:
+        """Look for layers that the dense network cannot rank."""
+        self._weights = probe.weights
+        alive = {name: int(s.count_nonzero()) for name, s in scores.items()}
+        self._alive_at_first = sum(alive.values())
+        blind = [name for name, count in alive.items() if not count]
+        self.problems += silence.describe(probe.explain_silence(blind), len(scores))
+
+    def on_selection(
+        self,
+        step: int,
+        scores: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        threshold: float,
+        before: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Look for emptied layers, and for weights of saliency 0 that were taken."""
+        self._layers = len(masks)
+        emptied = False
+        for name, mask in masks.items():
+            if mask.any():
+                self._empty.pop(name, None)
+            else:
+                emptied |= self._empty.setdefault(name, step) == step
+        if emptied and self._regrows and before is not None:
+            self._look_at_dead_channels(step, scores, before)
+        # Scores below 0 are GraSP's, and mean something.
+        if self._collapsed or threshold != 0:
+            return
+        alive = sum(
+            int(((s != 0) & (s != -torch.inf)).count_nonzero()) for s in scores.values()
+        )
+        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
+        if not alive and kept < sum(mask.numel() for mask in masks.values()):
+            self._disconnect(
+                "every saliency is exactly 0 at the first step: there is nothing to "
+                "rank by"
+                if step == 1
+                else f"the network was disconnected at step {step - 1} of "
+                f"{self._steps}: no gradient reaches any weight through the mask"
+            )
+        # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
+        # on 1x1 maps) are kept while there is room for them, and do no harm.
+        if alive >= kept or (kept > self._alive_at_first and step < self._steps):
+            return
+        self._collapsed = True
+        self.problems.append(
+            f"the network collapsed at step {step} of {self._steps}: {alive:,} weights "
+            f"have a saliency other than 0, and {kept:,} were to stay; the others were "
+            f"kept by position, which means nothing. {self._advice()}"
+        )
+
+    def _look_at_dead_channels(
+        self, step: int, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    ) -> None:
+        """See whether a step took layers for the sake of channels without a weight."""
+        # Saliency and number of the weights in dead channels, of those kept, of all.
+        dead, kept, every = ([0.0, 0.0] for _ in range(3))
+        for name, mask in masks.items():
+            score = scores[name].abs().masked_fill_(scores[name].isinf(), 0)
+            rows = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
+            for part, weights in ((dead, ~rows), (kept, mask), (every, ...)):
+                part[0] += float(score[weights].sum(dtype=torch.float64))
+                part[1] += score[weights].numel()
+        share = dead[0] / every[0] if every[0] else 0.0
+        ratio = dead[0] / dead[1] / (kept[0] / kept[1]) if dead[1] and kept[0] else 0.0
+        if share > self._dead[0] and ratio > _OVERRATED:
+            self._dead = (
+                share,
+                f"at step {step} of {self._steps}, channels without any weight had "
+                f"{100 * share:.0f} % of the saliency, {ratio:,.0f} times as much a "
+                "weight as what was kept: a normalisation behind them divides by next "
+                "to nothing, and they return at the cost of others. Fewer steps, or "
+                "iter_snip, where nothing returns, may serve better",
+            )
+
+    def on_disconnection(self) -> None:
+        """The last mask lets nothing through."""
+        if not self._disconnected:
+            self._disconnect(
+                "the pruned network is disconnected: its outputs do not depend on its "
+                "inputs"
+            )
+
+    def _disconnect(self, what: str) -> None:
+        self._disconnected = True
+        if self._raise:
+            raise RuntimeError(
+                "; ".join([what, *self.emptied()])
+                + f'. {self._advice()}, or on_collapse="warn" to prune all the same'
+            )
+        self.problems.append(f"{what}. {self._advice()}")
+
+    def _advice(self) -> str:
+        steps = "fewer" if self._dead[1] else "more"
+        return f"Take {steps} steps, more batches, a lower sparsity or another method"
+
+    def emptied(self) -> list[str]:
+        """What there is to say about layers without any weight, if there are any."""
+        if not self._empty:
+            return []
+        names = sorted(self._empty, key=self._empty.__getitem__)
+        since = (
+            f", the first at step {self._empty[names[0]]}" if self._steps > 1 else ""
+        )
+        said = [f"{name_layers(names, self._layers)} lost every weight{since}"]
+        sizes = [size for n in names if (size := _size(self._weights[n])) < _SMALL]
+        if sizes:
+            between = " to ".join(
+                dict.fromkeys(f"{size:.2g}" for size in (min(sizes), max(sizes)))
+            )
+            said.append(
+                f"small initial weights in {len(sizes)} of them: {between} times the "
+                "size of PyTorch's own initialisation"
+            )
+        return [*said, self._dead[1]] if self._dead[1] else said
+
+
+def _size(weight: Tensor) -> float:
+    """Root mean square, in units of that of PyTorch's convolutions and linear layers.
+
+    Theirs are uniform in ±1/√n for n inputs.
+    """
+    if weight.dim() < 2:
+        return math.inf
+    inputs = weight[0].numel()
+    return math.sqrt(3 * inputs / weight.numel()) * float(weight.abs().float().norm())
