@@ -21,11 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -193,26 +195,87 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
 
+def why(warnings: list[str]) -> str:
+    """What the report says of the layers that lost every weight, in short."""
+    patterns = {
+        r"(\d+) of \d+ layers .* of exactly 0 .*: (.*);": "no saliency ({}): {}",
+        r"in (\d+) of them: (.*) times": "small weights ({}): {}",
+        r"had (\d+ %) of the saliency, ([\d,]+) times": "dead channels: {}, {} times",
+    }
+    return "; ".join(
+        words.format(*found.groups())
+        for warning in warnings
+        for pattern, words in patterns.items()
+        if (found := re.search(pattern, warning))
+    )
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as a table in Markdown: how many layers lost every weight."""
-    lines = [
-        "| family | model | layers | gates opened | SNIP, gates closed, 90 % | "
-        "FORCE, 90 % | FORCE, 99 % |",
-        "|---|---|--:|--:|--:|--:|--:|",
+    """The results in Markdown: how many lose half, and a row for each model."""
+    columns = {
+        "SNIP, gates closed": lambda r: r["snip_closed"],
+        "SNIP": lambda r: r["snip_open"],
+        "FORCE": lambda r: r["force"]["0.9"],
+        "FORCE, 99 %, 10 steps": lambda r: r["force"]["0.99"],
+        "Iter SNIP": lambda r: r.get("iter_snip"),
+    }
+    smallest: dict[str, dict[str, Any]] = {}
+    for result in sorted(results, key=lambda r: r.get("parameters", 0)):
+        if "error" not in result:
+            smallest.setdefault(result["family"], result)
+
+    def emptied(run: dict[str, Any]) -> int:
+        return len(run["empty"])
+
+    def cut(run: dict[str, Any]) -> bool:
+        return any("disconnected" in warning for warning in run["warnings"])
+
+    def counts(condition: Callable[[dict[str, Any]], bool]) -> list[str]:
+        found = []
+        for column in columns.values():
+            runs = [run for r in smallest.values() if (run := column(r))]
+            of = f" of {len(runs)}" if len(runs) < len(smallest) else ""
+            found.append(f"{sum(map(condition, runs))}{of}")
+        return found
+
+    rows = [
+        [f"of {len(smallest)} families, smallest model", *columns],
+        ["---", *["--:"] * len(columns)],
+        ["lose half of their layers", *counts(lambda r: 2 * emptied(r) >= r["layers"])],
+        ["lose any layer", *counts(lambda r: emptied(r) > 0)],
+        ["are disconnected", *counts(cut)],
     ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+
+    titles = ["model (family)", "layers", "gates", *columns]
+    rows = [titles, ["---"] + ["--:"] * (len(titles) - 1)]
+    notes = []
     for result in sorted(results, key=lambda r: (r["family"], r["model"])):
-        cells = [result["family"], f"`{result['model']}`"]
+        cells = [f"`{result['model']}` ({result['family']})"]
         if "error" in result:
-            lines.append(f"| {' | '.join(cells)} | {result['error']} | | | | |")
+            notes.append(f"- {cells[0]}: {result['error']}")
             continue
-        runs = [result["snip_closed"], *map(result["force"].get, ("0.9", "0.99"))]
-        gates = [w for w in runs[1]["warnings"] if w.startswith("gates opened")]
+        force = result["force"]["0.9"]
+        gates = [w for w in force["warnings"] if w.startswith("gates opened")]
         opened = sum(int(w.split(": ")[1].split()[0]) for w in gates)
-        cells += [str(runs[1]["layers"]), str(opened)]
-        for one in runs:
-            cut = any("disconnected" in w for w in one["warnings"]) if one else False
-            cells.append(f"{len(one['empty'])}{', cut' if cut else ''}" if one else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        cells += [str(force["layers"]), str(opened)]
+        for column in columns.values():
+            run = column(result)
+            cells.append(f"{emptied(run)}{' ✂' if cut(run) else ''}" if run else "")
+        rows.append(cells)
+        if 2 * max(emptied(force), emptied(result["snip_open"])) >= force["layers"]:
+            notes.append(f"- {cells[0]}: {why(force['warnings']) or 'no reason known'}")
+    lines += ["", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    run = max(results, key=lambda r: r["date"])
+    lines += [
+        "Layers without a weight at 90 % (✂: disconnected), with gates open "
+        "but for the first column. Iter SNIP was run where FORCE empties half of them. "
+        f"torch {run['torch']}, timm {run['timm']}, {run['machine']}, {run['date']}.",
+        "",
+        "Where SNIP or FORCE empties half of the layers, the report of FORCE says why:",
+        "",
+        *notes,
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,7 @@ extensions = [
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "*-table.md"]
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"

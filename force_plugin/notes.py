@@ -117,9 +117,9 @@ class Notes:
                 share,
                 f"at step {step} of {self._steps}, channels without any weight had "
                 f"{100 * share:.0f} % of the saliency, {ratio:,.0f} times as much a "
-                "weight as what was kept: a normalisation behind them divides by next "
-                "to nothing, and they return at the cost of others. Fewer steps, or "
-                "iter_snip, where nothing returns, may serve better",
+                "weight as what was kept (as a rule because a normalisation divides by "
+                "next to nothing there), and they return at the cost of others. Fewer "
+                "steps, or iter_snip, where nothing returns, may serve better",
             )
 
     def on_disconnection(self) -> None:

@@ -138,10 +138,10 @@ def test_the_saliency_of_dead_channels_is_weighed_against_what_was_kept() -> Non
     assert said(DEAD, warnings) == [
         "at step 2 of 2, channels without any weight had "
         f"{100 * dead / (dead + kept):.0f} % of the saliency, "
-        f"{(dead / 6) / (kept / 24):,.0f} times as much a weight as what was kept: a "
-        "normalisation behind them divides by next to nothing, and they return at the "
-        "cost of others. Fewer steps, or iter_snip, where nothing returns, may serve "
-        "better"
+        f"{(dead / 6) / (kept / 24):,.0f} times as much a weight as what was kept (as "
+        "a rule because a normalisation divides by next to nothing there), and they "
+        "return at the cost of others. Fewer steps, or iter_snip, where nothing "
+        "returns, may serve better"
     ]
     assert "Take fewer steps, more batches" in warnings[0]
 
