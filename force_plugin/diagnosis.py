@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from force_plugin import gates, silence
 from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.notes import find_small, sizes
 from force_plugin.parameters import Weight, find_weights, name_layers, name_some
 from force_plugin.report import COLUMNS, stage_of
 from force_plugin.schedules import count_kept
@@ -56,6 +57,9 @@ class Diagnosis:
         emptied: By sparsity, how many layers lose every weight when the weights are
             ranked once, with gates open and with gates as they are. What was pruned
             before is lost already.
+        small: Of the layers that lose every weight at any of these sparsities with
+            gates open, those that start with small weights, and their size in units of
+            PyTorch's own initialisation.
     """
 
     parameters: int
@@ -67,6 +71,7 @@ class Diagnosis:
     hidden: tuple[str, ...]
     unused: tuple[str, ...]
     emptied: Mapping[float, tuple[int, int]]
+    small: Mapping[str, float]
 
     @property
     def layers(self) -> int:
@@ -84,6 +89,11 @@ class Diagnosis:
                 "the gates are closed: keep open_gates=True"
             )
         found += silence.describe(self.silent, self.layers)
+        if self.small:
+            found.append(
+                f"{name_layers([*self.small], self.layers)} lose every weight and have "
+                f"small initial weights: {sizes(self.small)}"
+            )
         if self.unused:
             found.append(
                 f"the loss does not use {name_some(self.unused)}: leave such layers "
@@ -149,6 +159,7 @@ class Diagnosis:
         """The diagnosis as plain types that :func:`json.dumps` takes."""
         plain = asdict(self)
         plain["silent"] = dict(self.silent)
+        plain["small"] = dict(self.small)
         plain["emptied"] = {str(key): value for key, value in self.emptied.items()}
         return plain | {"layers": self.layers, "findings": list(self.findings)}
 
@@ -242,6 +253,11 @@ def diagnose(
         count = sum(scores[name].numel() for name in names)
         stages.append(StageDiagnosis(stage, len(names), count, *shares))
     prunable = sum(s.numel() for s in scores.values())
+    emptied = {
+        sparsity: [_emptied(one, count_kept(prunable, 1 - sparsity)) for one in left]
+        for sparsity in fractions
+    }
+    lost = {name for opened, _ in emptied.values() for name in opened}
     return Diagnosis(
         parameters=sum(w.dense.numel() for w in probe.parameters.values()),
         prunable=prunable,
@@ -252,12 +268,10 @@ def diagnose(
         hidden=tuple(name for name, s in closed.items() if not s.any()),
         unused=unused,
         emptied={
-            sparsity: (
-                _emptied(left[0], count_kept(prunable, 1 - sparsity)),
-                _emptied(left[1], count_kept(prunable, 1 - sparsity)),
-            )
-            for sparsity in fractions
+            sparsity: (len(opened), len(closed))
+            for sparsity, (opened, closed) in emptied.items()
         },
+        small=find_small({n: w for n, w in probe.weights.items() if n in lost}),
     )
 
 
@@ -281,11 +295,11 @@ def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
     return tuple(map(float, fractions))
 
 
-def _emptied(scores: Mapping[str, Tensor], kept: int) -> int:
-    """Number of layers that have none of the weights with the largest scores."""
+def _emptied(scores: Mapping[str, Tensor], kept: int) -> list[str]:
+    """Layers that have none of the weights with the largest scores."""
     left = sum(s.numel() for s in scores.values())
     masks, _ = top_k_masks(list(scores.values()), min(kept, left))
-    return sum(not mask.any() for mask in masks)
+    return [name for name, mask in zip(scores, masks, strict=True) if not mask.any()]
 
 
 def _wrap(line: str) -> list[str]:

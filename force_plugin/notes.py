@@ -152,24 +152,33 @@ class Notes:
             f", the first at step {self._empty[names[0]]}" if self._steps > 1 else ""
         )
         said = [f"{name_layers(names, self._layers)} lost every weight{since}"]
-        sizes = [size for n in names if (size := _size(self._weights[n])) < _SMALL]
-        if sizes:
-            between = " to ".join(
-                dict.fromkeys(f"{size:.2g}" for size in (min(sizes), max(sizes)))
-            )
+        if small := find_small({name: self._weights[name] for name in names}):
             said.append(
-                f"small initial weights in {len(sizes)} of them: {between} times the "
-                "size of PyTorch's own initialisation"
+                f"small initial weights in {len(small)} of them: {sizes(small)}"
             )
         return [*said, self._dead[1]] if self._dead[1] else said
 
 
-def _size(weight: Tensor) -> float:
-    """Root mean square, in units of that of PyTorch's convolutions and linear layers.
+def find_small(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """The size of weights that start small, by parameter name.
 
-    Theirs are uniform in ±1/√n for n inputs.
+    It is their root mean square in units of that of PyTorch's convolutions and linear
+    layers, which are uniform in ±1/√n for n inputs; less than a half is small.
+
+    Args:
+        weights: Dense weights by parameter name.
     """
-    if weight.dim() < 2:
-        return math.inf
-    inputs = weight[0].numel()
-    return math.sqrt(3 * inputs / weight.numel()) * float(weight.abs().float().norm())
+    found = {}
+    for name, weight in weights.items():
+        if weight.dim() > 1:
+            norm, inputs = float(weight.abs().float().norm()), weight[0].numel()
+            size = norm * math.sqrt(3 * inputs / weight.numel())
+            if size < _SMALL:
+                found[name] = size
+    return found
+
+
+def sizes(small: Mapping[str, float]) -> str:
+    """The range of sizes in words."""
+    ends = dict.fromkeys(f"{f(small.values()):.2g}" for f in (min, max))
+    return f"{' to '.join(ends)} times the size of PyTorch's own initialisation"

@@ -184,6 +184,7 @@ def made_up(
             "hidden": (),
             "unused": (),
             "emptied": {0.9: (0, 0)},
+            "small": {},
             **found,
         }
     )
@@ -1020,6 +1021,7 @@ def test_the_dictionary_goes_through_json(method: str) -> None:
                 "hidden": diagnosis.hidden,
                 "unused": diagnosis.unused,
                 "emptied": {str(key): it for key, it in diagnosis.emptied.items()},
+                "small": dict(diagnosis.small),
                 "findings": diagnosis.findings,
             }
         )
@@ -1103,8 +1105,15 @@ def test_a_convnext_of_timm_hides_nothing_but_has_faint_branches() -> None:
     assert [gate.name for gate in diagnosis.gates] == scales
     assert {gate.kind for gate in diagnosis.gates} == {SCALE}
     assert (diagnosis.hidden, diagnosis.silent) == ((), {})
-    assert len(diagnosis.findings) == 1
-    assert f"{len(scales)} branch scales of at most 1e-06" in diagnosis.findings[0]
+    gates, small = diagnosis.findings
+    assert f"{len(scales)} branch scales of at most 1e-06" in gates
     opened, closed = diagnosis.emptied[0.9]
-    assert opened < closed
+    assert 0 < opened < closed
+    # Its weights have a standard deviation of 0.02, whatever their number.
+    assert small.startswith(f"{opened} of {diagnosis.layers} layers (")
+    for name, size in diagnosis.small.items():
+        weight = model.get_parameter(name).detach().double()
+        usual = 1 / (3 * weight[0].numel()) ** 0.5
+        assert size == pytest.approx(float(weight.square().mean().sqrt()) / usual)
+        assert size < 0.5
     assert widest(diagnosis) <= 80
