@@ -14,8 +14,9 @@ def leads_through(model: nn.Module, run: Callable[[], object]) -> bool | None:
 
     They do if a gradient that is not exactly 0 reaches a floating-point tensor among
     the arguments that the model is called with. Integers have no gradient: what counts
-    for them is the output of modules without children that are called with them, such
-    as :class:`torch.nn.Embedding`, in the entries in which it is not the same for all.
+    for them is the output of modules without children that are called with nothing
+    else, such as :class:`torch.nn.Embedding`, in the columns in which it is not the
+    same for all.
 
     Args:
         model: Any module.
@@ -43,10 +44,11 @@ def leads_through(model: nn.Module, run: Callable[[], object]) -> bool | None:
         return _map(enter, args), _map(enter, kwargs)
 
     def look_up(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        taken = {
-            tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))
-        }
-        if taken & integers and isinstance(output, Tensor) and output.requires_grad:
+        taken = list(tensors((args, kwargs)))
+        outside = {tensor.untyped_storage().data_ptr() for tensor in taken} & integers
+        if not outside or any(tensor.is_floating_point() for tensor in taken):
+            return output
+        if isinstance(output, Tensor) and output.requires_grad:
             return leaf(output, looked_up)
         return output
 

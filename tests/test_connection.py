@@ -52,6 +52,26 @@ class Language(nn.Module):
         return {"logits": (self.head(states.mean(1)),), "states": None}
 
 
+class Blend(nn.Module):
+    """A module without children that takes a mask of integers beside its states."""
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        return states * mask[:, None]
+
+
+class Masked(nn.Module):
+    """Takes states, and integers that say which of them count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.blend = Blend()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.blend(self.stem(x), mask))  # type: ignore[no-any-return]
+
+
 class Writing(nn.Module):
     """Works on its input in place."""
 
@@ -148,6 +168,14 @@ def test_the_same_word_everywhere_is_no_input_that_differs() -> None:
     model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 4))
     assert leads_through(model, lambda: model(words()))
     assert leads_through(model, lambda: model(torch.ones_like(words()))) is False
+
+
+@pytest.mark.parametrize("name", ["stem", "head"])
+def test_integers_beside_floating_point_inputs_hide_no_cut(name: str) -> None:
+    model, mask = Masked(), torch.tensor([1, 1, 0, 1])
+    assert leads_through(model, lambda: model(vectors(), mask))
+    nn.init.zeros_(model.get_parameter(f"{name}.weight"))
+    assert leads_through(model, lambda: model(vectors(), mask)) is False
 
 
 @pytest.mark.parametrize(
