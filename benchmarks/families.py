@@ -216,7 +216,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "SNIP, gates closed": lambda r: r["snip_closed"],
         "SNIP": lambda r: r["snip_open"],
         "FORCE": lambda r: r["force"]["0.9"],
-        "FORCE, 99 %, 10 steps": lambda r: r["force"]["0.99"],
+        "FORCE, 99 %, 10 steps": lambda r: r["force"].get("0.99"),
         "Iter SNIP": lambda r: r.get("iter_snip"),
     }
     smallest: dict[str, dict[str, Any]] = {}
