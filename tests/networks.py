@@ -37,3 +37,15 @@ def tiny_resnet() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(48, 10),
     )
+
+
+def vectors(count: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Batches of eight vectors of five, four classes, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(8, 5, generator=generator, dtype=torch.float64),
+            torch.randint(4, (8,), generator=generator),
+        )
+        for _ in range(count)
+    ]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from networks import vectors
 from state import unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -42,17 +43,6 @@ ONE_SHOT = {"steps": 1, "progress": False, "on_collapse": "warn"}
 
 
 # Networks and data.
-
-
-def vectors(count: int = 1) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(8, 5, generator=generator, dtype=torch.float64),
-            torch.randint(4, (8,), generator=generator),
-        )
-        for _ in range(count)
-    ]
 
 
 def images(count: int = 2, size: int = 32) -> list[Batch]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from networks import vectors
 from state import unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -35,17 +36,6 @@ BEFORE = "it was pruned entirely before"
 
 def ends_at(operation: str) -> str:
     return f"the gradient ends at {operation}"
-
-
-def vectors(count: int = 1) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(8, 5, generator=generator, dtype=torch.float64),
-            torch.randint(4, (8,), generator=generator),
-        )
-        for _ in range(count)
-    ]
 
 
 def images() -> list[Batch]:
