@@ -200,6 +200,7 @@ def why(warnings: list[str]) -> str:
     patterns = {
         r"(\d+) of \d+ layers .* of exactly 0 .*: (.*);": "no saliency ({}): {}",
         r"in (\d+) of them: (.*) times": "small weights ({}): {}",
+        r"have left weights in (\d+) of": "a single step leaves weights in {}",
         r"had (\d+ %) of the saliency, ([\d,]+) times": "dead channels: {}, {} times",
     }
     return "; ".join(

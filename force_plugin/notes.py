@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from force_plugin import silence
 from force_plugin.parameters import name_layers
 from force_plugin.scoring import Probe
+from force_plugin.selection import top_k_masks
 
 # Rescaled to this size, the layers of timm's MobileViT and MambaOut are not emptied.
 _SMALL = 0.5
@@ -22,7 +23,7 @@ class Notes:
     """What makes a mask doubtful, noticed on the way.
 
     Args:
-        steps: T.
+        kept: How many weights are to be left after each step.
         on_collapse: ``"raise"`` an error where the network is disconnected, or
             ``"warn"``.
         regrows: Whether weights may return that an earlier step has pruned.
@@ -31,9 +32,12 @@ class Notes:
         problems: A sentence each.
     """
 
-    def __init__(self, steps: int, on_collapse: str, regrows: bool) -> None:  # noqa: D107
+    def __init__(  # noqa: D107 (the class has it)
+        self, kept: Sequence[int], on_collapse: str, regrows: bool
+    ) -> None:
         self.problems: list[str] = []
-        self._steps = steps
+        self._steps = len(kept)
+        self._left = kept[-1]
         self._raise = on_collapse == "raise"
         self._regrows = regrows
         # Of the step at which they had the largest: the share of the saliency that dead
@@ -43,6 +47,8 @@ class Notes:
         self._collapsed = self._disconnected = False
         # The step at which a layer lost its last weight, until one comes back.
         self._empty: dict[str, int] = {}
+        # The layers that keep a weight if everything is pruned at the first step.
+        self._kept_at_once: set[str] = set()
         self._layers = 0
         self._weights: Mapping[str, Tensor] = {}
 
@@ -64,6 +70,10 @@ class Notes:
     ) -> None:
         """Look for emptied layers, and for weights of saliency 0 that were taken."""
         self._layers = len(masks)
+        if step == 1 < self._steps:
+            at_once, _ = top_k_masks(list(scores.values()), self._left)
+            pairs = zip(scores, at_once, strict=True)
+            self._kept_at_once = {name for name, mask in pairs if mask.any()}
         emptied = False
         for name, mask in masks.items():
             if mask.any():
@@ -140,7 +150,8 @@ class Notes:
         self.problems.append(f"{what}. {self._advice()}")
 
     def _advice(self) -> str:
-        steps = "fewer" if self._dead[1] else "more"
+        alive_at_once = self._empty and self._kept_at_once.issuperset(self._empty)
+        steps = "fewer" if self._dead[1] or alive_at_once else "more"
         return f"Take {steps} steps, more batches, a lower sparsity or another method"
 
     def emptied(self) -> list[str]:
@@ -156,6 +167,8 @@ class Notes:
             said.append(
                 f"small initial weights in {len(small)} of them: {sizes(small)}"
             )
+        if at_once := len(self._kept_at_once.intersection(names)):
+            said.append(f"a single step would have left weights in {at_once} of them")
         return [*said, self._dead[1]] if self._dead[1] else said
 
 

@@ -121,7 +121,7 @@ def force_prune(
             f"and pruning it again only removes more; got {sparsity}"
         )
 
-    notes = Notes(len(kept_after), on_collapse, criterion.regrows)
+    notes = Notes(kept_after, on_collapse, criterion.regrows)
     masks: dict[str, Tensor] = {}
     probe = Probe(
         model,

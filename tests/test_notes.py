@@ -5,6 +5,7 @@ What it says about collapse and disconnection is tested among the faults.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -167,7 +168,40 @@ def test_dead_channels_are_not_blamed_for_what_they_have_not_done(
     options = {"steps": 2, "schedule": schedule, "method": method}
     warnings = prune(chain(), vectors(), 12 / 30, **options)
     assert not said(DEAD, warnings)
-    assert not said("fewer steps", warnings)
+
+
+@pytest.mark.parametrize("base", [FORCE, IterSNIP])
+def test_layers_that_a_single_step_would_have_left_are_counted(base: Any) -> None:
+    # Of the first scores the second layer has some of the 12 largest, of the last none.
+    first = [[3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 4.0]]
+    last = [[3.0, 3.0, 3.0], [1.0, 1.0, 1.0, 1.0]]
+    for script, count in (((first, last), 1), ((last, last), 0)):
+        method = scripted(base, *script)
+        options = {"steps": 2, "schedule": schedule, "method": method}
+        warnings = prune(chain(), vectors(), 18 / 30, **options)
+        assert said("1 of 2 layers (1.weight) lost every weight", warnings)
+        assert said("a single step", warnings) == count * [
+            "a single step would have left weights in 1 of them"
+        ]
+        assert said(f"Take {'fewer' if count else 'more'} steps", warnings)
+
+
+def test_iterating_empties_branches_of_lowformer_that_one_step_leaves() -> None:
+    torch.manual_seed(0)
+    model = load_model("lowformer_b0", num_classes=10)
+    batches = load_data(model, digits()[0], image_size=64, batch_size=8)
+    emptied = {}
+    for method in ("snip", "iter_snip"):
+        pruned = copy.deepcopy(model)
+        report = force_prune(
+            pruned, batches, 0.9, method=method, steps=12, progress=False
+        )
+        emptied[method] = {layer.name for layer in report.layers if not layer.kept}
+    for_it = len(emptied["iter_snip"] - emptied["snip"])
+    assert for_it > 10
+    assert said("a single step", report.warnings) == [
+        f"a single step would have left weights in {for_it} of them"
+    ]
 
 
 @pytest.mark.parametrize("method", ["force", "iter_snip", "snip"])
