@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from force_plugin.methods import SaliencyMethod
 from force_plugin.parameters import Weight, find_readers, mask_of, named_parameters
+from force_plugin.reparametrisation import read_by, reparametrise
 from force_plugin.snapshot import restored
 
 _FORMAT = "force_plugin masks"
@@ -78,79 +78,39 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
                 f"{tuple(mask.shape)}"
             )
     pairs = [(parameters[name], mask) for name, mask in checked.items()]
-    readers = find_readers(model, [weight for weight, _ in pairs], called=())
+    readers = find_readers([weight for weight, _ in pairs], model)
     prune_with(pairs, readers=readers)
 
 
 def prune_with(
     masks: Iterable[tuple[Weight, Tensor]],
     method: type[SaliencyMethod] = SaliencyMethod,
-    readers: Iterable[tuple[nn.Module, nn.Module]] = (),
+    readers: Iterable[tuple[nn.Module, str]] = (),
 ) -> None:
     """Prune weights with bool masks, all of them or, after an error, none.
 
     Args:
         masks: Weights and their masks, of the same shapes.
         method: Class of the hook that PyTorch's reparametrisation gets.
-        readers: ``(reader, owner)`` pairs of modules of which the first takes weights
-            from the second without calling it.
+        readers: Modules and the names of submodules of which they take weights without
+            calling them.
     """
     pairs, readers = list(masks), list(readers)
     touched = [module for weight, _ in pairs for module, _ in weight.owners]
     touched += [reader for reader, _ in readers]
     with restored(touched, only_on_error=True):
-        for reader, owner in readers:
-            _Refresh.register(reader, owner)
         for weight, mask in pairs:
-            mask = mask.to(weight.dense.device)
+            # One copy for all owners, none of them the caller's.
+            mask = mask.to(weight.dense.device, copy=True)
             for module, name in weight.owners:
                 # Owners of a shared weight may have been pruned one by one before.
                 earlier = mask_of(module, name)
-                left = torch.ones_like(mask) if earlier is None else earlier.bool()
-                removed = int((left & ~mask).count_nonzero())
-                method.apply(
-                    module, name, amount=removed, importance_scores=left & mask
-                )
-
-
-class _Refresh:
-    """Masks the weights of a module again when another one is about to read them.
-
-    PyTorch's pruning hook runs when the owner of a weight is called. Some attention
-    layers never call their projections, they only read the weight:
-    :class:`torch.nn.MultiheadAttention`, timm's BEiT and Swin V2.
-    """
-
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = owner
-
-    def __call__(self, reader: nn.Module, inputs: object) -> None:
-        for hook in self.owner._forward_pre_hooks.values():
-            if isinstance(hook, prune.BasePruningMethod):
-                hook(self.owner, inputs)
-
-    def needed(self) -> bool:
-        hooks = self.owner._forward_pre_hooks.values()
-        return any(isinstance(hook, prune.BasePruningMethod) for hook in hooks)
-
-    @classmethod
-    def register(cls, reader: nn.Module, owner: nn.Module) -> None:
-        hooks = reader._forward_pre_hooks.values()
-        if not any(isinstance(hook, cls) and hook.owner is owner for hook in hooks):
-            reader.register_forward_pre_hook(cls(owner))
-
-
-def forget_readers(model: nn.Module) -> None:
-    """Take off the hooks for readers whose owners are not pruned any more."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Refresh) and not hook.needed():
-                # The other dictionaries say how the hook is called.
-                for hooks in (
-                    module._forward_pre_hooks,
-                    module._forward_pre_hooks_with_kwargs,
-                ):
-                    hooks.pop(key, None)
+                removed = ~mask if earlier is None else earlier.bool() & ~mask
+                hook = method(int(removed.count_nonzero()))
+                left = mask if earlier is None else mask & earlier.bool()
+                reparametrise(module, name, left, hook)
+        for reader, path in readers:
+            read_by(reader, path)
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:

@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from copy import copy
 from functools import reduce
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from force_plugin.parameters import mask_of, name_some, parameter_key
+from force_plugin.reparametrisation import Reparametrisation, reparametrise
 from force_plugin.schedules import count_kept
 from force_plugin.scoring import Probe
 from force_plugin.selection import top_k_masks
 
 
-class SaliencyMethod(prune.BasePruningMethod):
+class SaliencyMethod(Reparametrisation):
     """Keeps the weights with the largest scores, exactly as many as asked for.
 
     As a pruning method of PyTorch it takes its scores from ``importance_scores``, as
@@ -229,7 +228,7 @@ class SaliencyMethod(prune.BasePruningMethod):
         name: str,
         amount: float | int,
         importance_scores: Tensor | None = None,
-    ) -> prune.BasePruningMethod:
+    ) -> Reparametrisation:
         """Prune one tensor of a module and reparametrise it, as PyTorch does.
 
         Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.apply`: afterwards the
@@ -251,9 +250,7 @@ class SaliencyMethod(prune.BasePruningMethod):
             TypeError: ``amount`` is no number, or ``importance_scores`` no tensor.
             ValueError: An argument does not fit; the module is unchanged.
         """
-        # PyTorch unhooks an earlier pruning before it looks at the arguments, and an
-        # error would then leave the module half-pruned: try them out first.
-        trial = cls(amount)
+        method = cls(amount)
         parameter = module._parameters.get(parameter_key(module, name))
         if parameter is None:
             raise ValueError(f"{type(module).__name__} has no parameter {name!r}")
@@ -272,15 +269,8 @@ class SaliencyMethod(prune.BasePruningMethod):
         earlier = mask_of(module, name)
         if earlier is None:
             earlier = torch.ones_like(parameter, dtype=torch.bool)
-        mask = trial.compute_mask(scores, earlier)
-        removed = int(earlier.count_nonzero()) - int(mask.count_nonzero())
-        for key, hook in module._forward_pre_hooks.items():
-            # PyTorch adds to the container it finds; a copy leaves the way back open.
-            if isinstance(hook, prune.PruningContainer) and hook._tensor_name == name:
-                module._forward_pre_hooks[key] = copy(hook)
-        return super().apply(  # type: ignore[no-any-return, no-untyped-call]
-            module, name, amount=removed, importance_scores=mask
-        )
+        mask = method.compute_mask(scores, earlier)
+        return reparametrise(module, name, mask, method)
 
 
 class SNIP(SaliencyMethod):

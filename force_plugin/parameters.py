@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -164,39 +167,49 @@ def _parameters(model: nn.Module) -> dict[int, Weight]:
 
 
 def find_readers(
-    model: nn.Module, weights: Iterable[Weight], called: Collection[nn.Module]
-) -> list[tuple[nn.Module, nn.Module]]:
-    """Modules that take the weight of another one without calling it.
+    weights: Iterable[Weight], model: nn.Module
+) -> list[tuple[nn.Module, str]]:
+    """Modules that take the weight of a submodule without calling it.
+
+    It is their code that tells: a ``self.qkv.weight`` in a method that does not
+    initialise anything.
 
     Args:
+        weights: Weights of the model.
         model: The network.
-        weights: Its prunable weights.
-        called: The modules whose forward ran in a pass of the network; empty if there
-            was none. Then the code of the module around an owner is what tells: a
-            ``self.qkv.weight`` in its forward.
 
     Returns:
-        ``(reader, owner)`` pairs.
+        Each module, and the name that its submodule has in it.
     """
     names = {module: name for name, module in model.named_modules()}
     readers = []
     for weight in weights:
         for owner, tensor in weight.owners:
-            path = names[owner]
-            while path and owner not in called:
-                path, _, child = path.rpartition(".")
-                around = model.get_submodule(path)
-                if around in called or _reads(around, f"self.{child}.{tensor}"):
-                    readers.append((around, owner))
-                    break
+            around, _, child = names[owner].rpartition(".")
+            if child and _reads(model.get_submodule(around), f"{child}.{tensor}"):
+                readers.append((model.get_submodule(around), child))
     return readers
 
 
 def _reads(module: nn.Module, expression: str) -> bool:
-    try:
-        return expression in inspect.getsource(type(module).forward)
-    except (OSError, TypeError):  # no source, as in an interactive session
-        return False
+    return any(
+        re.search(rf"self\.{re.escape(expression)}\b", code)
+        for kind in type(module).__mro__
+        if kind is not nn.Module and issubclass(kind, nn.Module)
+        for code in _code(kind)  # type: ignore[arg-type]
+    )
+
+
+@cache
+def _code(kind: type) -> list[str]:
+    """The source of a class's methods, without those that initialise."""
+    sources = []
+    for name, method in vars(kind).items():
+        if inspect.isfunction(method) and "init" not in name and "reset" not in name:
+            # There is none in an interactive session.
+            with suppress(OSError, TypeError):
+                sources.append(inspect.getsource(method))
+    return sources
 
 
 def _chosen(pair: object, known: dict[int, Weight]) -> Weight:

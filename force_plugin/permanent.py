@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from force_plugin.masks import forget_readers
 from force_plugin.parameters import mask_of, named_parameters
+from force_plugin.reparametrisation import forget_readers
 from force_plugin.snapshot import snapshot
 
 

@@ -160,7 +160,7 @@ def force_prune(
     prune_with(
         ((weight, masks[weight.name]) for weight in weights),
         criterion,
-        find_readers(model, weights, probe.called),
+        [*probe.readers, *find_readers(weights, model)],
     )
     remarks = [*gates.describe(probe.gates), *notes.problems, *notes.emptied()]
     # 60 is what a caller passes who passes nothing.

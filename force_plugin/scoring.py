@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -73,7 +74,8 @@ class Probe:
         loss: Mean loss of the last measurement that needed one.
         gates: The closed gates that were opened, by parameter name. Weights that are 0
             are there from the beginning, other gates from the first measurement on.
-        called: The modules whose forward the measurements have run.
+        readers: Modules whose forward takes weights of submodules without calling them,
+            and the names that these have in them, once something was measured.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -111,7 +113,7 @@ class Probe:
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
         self.loss = float("nan")
-        self.called: set[nn.Module] = set()
+        self.readers: set[tuple[nn.Module, str]] = set()
         self._device = next(iter(self.weights.values())).device
         self._loader = loader
         self._per_step = batches
@@ -120,9 +122,13 @@ class Probe:
         self._forward = forward
         self._on_batch = on_batch
         self._input_shape: tuple[int, ...] | None = None
+        # The modules whose forward is running, from the outermost to the innermost.
+        self._calls: list[nn.Module] = []
+        self._names = {module: name for name, module in model.named_modules()}
         # Stand-ins of all parameters, and of those that are scored.
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
+        self._scored: set[int] = set()  # their identities
         self._last_batch: Any = None
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
@@ -475,7 +481,8 @@ class Probe:
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}
         for module in self.model.modules():
-            module.register_forward_pre_hook(self._note_call)
+            module.register_forward_pre_hook(self._enter, prepend=True)
+            module.register_forward_hook(self._leave, always_call=True)
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     if id(buffer) not in copies:
@@ -487,13 +494,32 @@ class Probe:
             values = opened.get(name, parameter.dense.detach()).clone()
             stand_in = nn.Parameter(values, scored or parameter.dense.requires_grad)
             for module, key in parameter.slots():
+                if scored and not isinstance(module._parameters, _Watched):
+                    watched = _Watched(module._parameters)
+                    watched.note = partial(self._note_read, module)
+                    vars(module)["_parameters"] = watched
                 module._parameters[key] = stand_in
             self._leaves[name] = stand_in
         self._stand_ins = {name: self._leaves[name] for name in self.weights}
+        self._scored = {id(stand_in) for stand_in in self._stand_ins.values()}
         self._mask_stand_ins()
 
-    def _note_call(self, module: nn.Module, inputs: object) -> None:
-        self.called.add(module)
+    def _enter(self, module: nn.Module, inputs: object) -> None:
+        self._calls.append(module)
+
+    def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
+        while self._calls.pop() is not module:
+            pass
+
+    def _note_read(self, owner: nn.Module, parameter: Tensor | None) -> None:
+        if owner in self._calls or id(parameter) not in self._scored:
+            return
+        for module in reversed(self._calls):
+            prefix = f"{self._names.get(module, '')}.".removeprefix(".")
+            if self._names[owner].startswith(prefix):
+                path = self._names[owner].removeprefix(prefix)
+                self.readers.add((module, path))
+                return
 
     def _mask_stand_ins(self) -> None:
         for name, stand_in in self._stand_ins.items():
@@ -683,6 +709,17 @@ def _random_states(model: nn.Module) -> Callable[[], None]:
             set_state(state, *which)
 
     return restore
+
+
+class _Watched(dict[str, nn.Parameter | None]):
+    """The parameters of a module, as ``_parameters``, with a note of what is read."""
+
+    note: Callable[[Tensor | None], object]
+
+    def __getitem__(self, key: str) -> nn.Parameter | None:
+        parameter = super().__getitem__(key)
+        self.note(parameter)
+        return parameter
 
 
 class _Sums(dict[str, Tensor]):

@@ -317,7 +317,7 @@ ARGUMENTS: dict[str, Fault] = {
     "a mask by pytorch's name": Fault(
         lambda m: apply_masks(m, {"0.weight_orig": torch.ones(8, 6)}),
         ValueError,
-        r"the first is '0\.weight_orig'; the model's own begin with 0\.bias, 0\.weight",
+        r"the first is '0\.weight_orig'; the model's own begin with 0\.weight, 0\.bias",
         pruned,
     ),
     "a mask of minus ones": Fault(
@@ -1162,9 +1162,13 @@ def in_a_score(alarm: Alarm, model: nn.Module) -> dict[str, Any]:
 
 def while_masks_are_applied(alarm: Alarm, model: nn.Module) -> dict[str, Any]:
     class Mine(FORCE):
-        def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        def __init__(self, amount: int) -> None:
             alarm()
-            return super().compute_mask(t, default_mask)
+            super().__init__(amount)
+
+        def apply_mask(self, module: nn.Module) -> Tensor:
+            alarm()
+            return super().apply_mask(module)
 
     return {"method": Mine}
 
