@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
-from copy import deepcopy
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from force_plugin.parameters import mask_of, named_parameters
+from force_plugin.parameters import Weight, mask_of, named_parameters
 from force_plugin.reparametrisation import forget_readers
 from force_plugin.snapshot import snapshot
 
@@ -28,31 +28,38 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     model is bit for bit what it was; for that, the pruned parameters are held twice
     meanwhile.
 
+    Training goes on from a checkpoint of such a model in a dense one, with this call
+    once more: where no mask is found, the zeros of the weights are the masks.
+
+        model.load_state_dict(checkpoint)
+        make_permanent(model)
+
     Args:
-        model: Any module that was pruned with :mod:`torch.nn.utils.prune`.
+        model: Any module that was pruned with :mod:`torch.nn.utils.prune`; or, with
+            ``hold_zeros``, one without masks that has weights of 0 in a convolution or
+            linear layer that has others too. Then those of all these layers are held.
         hold_zeros: Set the pruned weights back to 0 after every step of any
             :class:`torch.optim.Optimizer`, at the cost of one byte a weight. Their
             gradients are computed all the same, and count where norms are taken
-            (clipping, LAMB). A copy or an unpickled model holds its own; parameters
-            that take the place of others (``load_state_dict(assign=True)``) are not
-            held. A wrapper that writes parameters after the step of the optimizer
-            inside, as timm's Lookahead does, is to be made afterwards. ``False``: they
-            are trained as all others, but for those that an earlier call holds.
+            (clipping, LAMB). A copy or an unpickled model holds its own. ``False``:
+            they are trained as all others, but for those that an earlier call holds.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: Nothing is pruned in it; it is unchanged.
     """
-    weights = [w for w in named_parameters(model).values() if w.mask is not None]
+    parameters = named_parameters(model).values()
+    weights = [weight for weight in parameters if weight.mask is not None]
+    if not weights and hold_zeros:
+        weights = _with_zeros(parameters)
     if not weights:
         raise ValueError(
-            "make_permanent: expected a model pruned with torch.nn.utils.prune, got "
-            "one without any mask"
+            "make_permanent: expected a model pruned with torch.nn.utils.prune, or one "
+            "whose convolutions and linear layers hold zeros among their weights, got "
+            "one without any mask or zero"
         )
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
-        undo.callback(_held.update, dict(_held))
-        undo.callback(_held.clear)
         for weight in weights:
             # Written where they are: prune.remove lets go of memory that others may
             # share, and of channels_last.
@@ -60,63 +67,97 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             undo.callback(values.copy_, values.clone())
             undo.callback(setattr, weight.dense, "data", values)
             pruned = torch.zeros_like(values, dtype=torch.bool)
+            if weight.mask is None:
+                pruned = values == 0
             for module, name in weight.owners:
                 mask = mask_of(module, name)
                 if mask is not None:
                     pruned |= mask == 0
                     prune.remove(module, name)  # type: ignore[no-untyped-call]
+                held = _held(module).get(name)
+                if held is not None:
+                    pruned |= held.pruned.to(pruned.device)
             # Its products are -0 where a weight was negative, NaN where it was inf.
             weight.dense.data = values.copy_(weight.dense.data).masked_fill_(pruned, 0)
-            if hold_zeros:
-                earlier = _held.get(id(weight.dense))
-                if earlier is not None:
-                    pruned |= earlier.pruned.to(pruned.device)
-                zeros = _Zeros(weight.dense, pruned)
-                for module, name in weight.owners:
-                    vars(module).setdefault("_held_zeros", {})[name] = zeros
+            for module, name in weight.owners if hold_zeros else ():
+                zeros = _Zeros(module, name, pruned)
+                undo.callback(_holding.discard, zeros)
+                _holding.add(zeros)
+                vars(module).setdefault(_KEY, {})[name] = zeros
         forget_readers(model)
         undo.pop_all()
 
 
+def _with_zeros(parameters: Iterable[Weight]) -> list[Weight]:
+    """The prunable weights that hold zeros, if they seem to come from a pruning.
+
+    Layers start with nothing but zeros too, and other parameters with some.
+    """
+    zeros = {w: int((w.dense == 0).sum()) for w in parameters if w.prunable}
+    if not any(0 < count < weight.dense.numel() for weight, count in zeros.items()):
+        return []
+    return [weight for weight, count in zeros.items() if count]
+
+
+_KEY = "_held_zeros"
+
+
+def _held(module: nn.Module) -> dict[str, _Zeros]:
+    return vars(module).get(_KEY, {})  # type: ignore[no-any-return]
+
+
 class _Zeros:
-    """Pruned entries of a parameter; they are 0 after any optimizer's step.
+    """Pruned entries of a module's parameter; they are 0 after any optimizer's step.
 
     A module keeps it among its attributes, so that it lives, is copied and pickled with
-    the module.
+    the module. The parameter is whichever the module has: others may take its place
+    (``load_state_dict(assign=True)``).
 
     Args:
-        parameter: The parameter.
+        module: Owner of the parameter.
+        name: Its name in the module.
         pruned: Bool tensor of its shape, True = pruned.
     """
 
-    def __init__(self, parameter: nn.Parameter, pruned: Tensor) -> None:
-        self.parameter = parameter
+    def __init__(self, module: nn.Module, name: str, pruned: Tensor) -> None:
+        self._module = ref(module)  # a cycle would keep both till the next collection
+        self._name = name
         self.pruned = pruned
-        _held[id(parameter)] = self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Zeros:
-        # The copied module's own parameter is in the memo, or will be.
-        return _Zeros(deepcopy(self.parameter, memo), self.pruned.clone())
+    def __getstate__(self) -> tuple[nn.Module | None, str, Tensor]:
+        return self._module(), self._name, self.pruned
 
-    def __reduce__(self) -> tuple[type[_Zeros], tuple[nn.Parameter, Tensor]]:
-        return _Zeros, (self.parameter, self.pruned)
+    def __setstate__(self, state: tuple[nn.Module, str, Tensor]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+        _holding.add(self)
 
-    def restore(self) -> None:
-        self.pruned = self.pruned.to(self.parameter.device)
-        self.parameter.masked_fill_(self.pruned, 0)
+    def find_parameter(self) -> nn.Parameter | None:
+        module = self._module()
+        return None if module is None else module._parameters.get(self._name)
+
+    def restore(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        if parameter.shape != self.pruned.shape:
+            return  # another layer's
+        self.pruned = self.pruned.to(parameter.device)
+        parameter.masked_fill_(self.pruned, 0)
+        # timm's Lookahead keeps other values there, and writes them after this step.
+        slow = state.get("lookahead_slow_buff")
+        if slow is not None:
+            slow.masked_fill_(self.pruned, 0)
 
 
-# An entry goes when its module goes; till then it keeps the parameter, and its id.
-_held: WeakValueDictionary[int, _Zeros] = WeakValueDictionary()
+_holding: WeakSet[_Zeros] = WeakSet()
 
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for group in optimizer.param_groups if _held else ():
-        for parameter in group["params"]:
-            zeros = _held.get(id(parameter))
-            if zeros is not None:
-                zeros.restore()
+    if not _holding:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for zeros in _holding:
+        parameter = zeros.find_parameter()
+        if parameter is not None and id(parameter) in stepped:
+            zeros.restore(parameter, optimizer.state.get(parameter, {}))
 
 
 register_optimizer_step_post_hook(_after_step)

@@ -474,9 +474,14 @@ def test_pruned_weights_are_0_after_every_step_of_timms(name: str, made: str) ->
         )
 
 
-def test_lookahead_made_afterwards_holds_them_too() -> None:
-    model, masks = permanent_network()
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_lookahead_holds_them_too(steps: int) -> None:
+    # Every other step it writes values that it keeps on the side, from the first on.
+    model = network()
     optimizer = Lookahead(sgd(model), k=2)
+    train(model, optimizer, steps=steps)
+    masks = prune_some(model)
+    make_permanent(model)
     for _ in range(5):
         train(model, optimizer, steps=1)
         assert holds(model, masks)
@@ -603,19 +608,43 @@ def test_a_restart_goes_on_holding() -> None:
     train(model, optimizer)
     expected = copy.deepcopy(model.state_dict())
 
-    again = network()
+    again, plain = network(), network()
     apply_masks(again, masks)
     make_permanent(again)
-    for restarted in (model, again):
+    for restarted in (model, again, plain):
         resumed = sgd(restarted)
         # An optimizer goes on in the tensors that it loads.
         state, momentum = pickle.loads(saved)
         restarted.load_state_dict(state)
+        if restarted is plain:
+            make_permanent(plain)
         resumed.load_state_dict(momentum)
         train(restarted, resumed)
         assert holds(restarted, masks)
         state = restarted.state_dict()
         assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_only_what_a_pruning_leaves_is_taken_for_one() -> None:
+    # A head that starts at 0, an embedding with a row for padding, a norm.
+    model = nn.Sequential(nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 4))
+    model.append(nn.LayerNorm(4)).append(nn.Linear(4, 3))
+    nn.init.zeros_(model[3].weight)
+    with unchanged(model), pytest.raises(ValueError, match="without any mask or zero"):
+        make_permanent(model)
+    with torch.no_grad():
+        model[1].weight[0, 2] = 0
+        model[2].bias[1] = 1
+    make_permanent(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        model(torch.arange(5)).square().sum().backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert model[1].weight.count_nonzero() == 15 and not model[1].weight[0, 2]
+    assert not model[3].weight.any()  # it may have been pruned
+    assert model[0].weight[0].all() and model[2].bias.all()
 
 
 def test_the_state_dict_alone_fits_the_dense_model() -> None:
@@ -664,33 +693,42 @@ def test_zeros_move_with_their_model() -> None:
 
 def test_a_layer_that_is_replaced_is_free() -> None:
     model, masks = permanent_network()
-    model[6] = nn.Linear(6, 9)
-    model[4].weight = nn.Parameter(torch.randn(6, 16))
+    model[4].weight = nn.Parameter(torch.randn(7, 16))
+    model[4].bias = nn.Parameter(torch.randn(7))
+    model[6] = nn.Linear(7, 9)
     train(model, sgd(model))
     assert model[6].weight.all() and model[4].weight.all()
     assert holds(model[0], {"weight": masks["0.weight"]})
 
 
+def test_a_parameter_that_takes_the_place_of_a_pruned_one_is_held() -> None:
+    model, masks = permanent_network()
+    model.load_state_dict(network().state_dict(), assign=True)
+    train(model, sgd(model), steps=1)
+    assert holds(model, masks)
+    assert_holds_in_training(model, masks)
+
+
 def test_a_model_that_is_gone_is_not_remembered() -> None:
     gc.collect()
-    remembered = len(permanent._held)
+    remembered = len(permanent._holding)
     model, _ = permanent_network()
     parameter, reference = weakref.ref(model[0].weight), weakref.ref(model)
-    assert len(permanent._held) == remembered + 3
+    assert len(permanent._holding) == remembered + 3
     del model
     gc.collect()
     assert reference() is None and parameter() is None
-    assert len(permanent._held) == remembered
+    assert len(permanent._holding) == remembered
 
 
 # Twice.
 
 
-@pytest.mark.parametrize("hold", [True, False])
-def test_a_second_call_has_nothing_to_do(hold: bool) -> None:
+def test_a_second_call_has_nothing_to_do() -> None:
     model, masks = permanent_network()
     with unchanged(model), pytest.raises(ValueError, match="without any mask"):
-        make_permanent(model, hold_zeros=hold)
+        make_permanent(model, hold_zeros=False)
+    make_permanent(model)
     assert_holds_in_training(model, masks)
 
 
@@ -741,7 +779,9 @@ def test_what_is_no_module_is_refused(wrong: Any) -> None:
 @pytest.mark.parametrize("make", [network, nn.ReLU, tiny_resnet])
 def test_a_model_that_is_not_pruned_is_refused(make: Callable[[], nn.Module]) -> None:
     model = make()
-    message = r"^make_permanent: expected a model pruned .*, got one without any mask$"
+    message = (
+        r"^make_permanent: expected .* pruned .*, got one without any mask or zero$"
+    )
     with unchanged(model), pytest.raises(ValueError, match=message):
         make_permanent(model)
 
@@ -797,7 +837,7 @@ def test_interrupted_at_any_line_all_is_done_or_nothing(
     while True:
         line += 1
         model = make()
-        before, held = state_of(model), dict(permanent._held)
+        before, held = state_of(model), set(permanent._holding)
         # Who catches an error keeps its traceback, and what its frames hold.
         caught = None
         try:
@@ -807,7 +847,7 @@ def test_interrupted_at_any_line_all_is_done_or_nothing(
             caught = error
         if prune.is_pruned(model):
             assert differences(before, state_of(model)) == []
-            assert dict(permanent._held) == held
+            assert set(permanent._holding) == held
             make_permanent(model)
             undone += 1
         train(model, sgd(model))
