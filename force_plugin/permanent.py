@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet, ref
@@ -10,7 +10,12 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.hooks import RemovableHandle
 
 from force_plugin.parameters import Weight, mask_of, named_parameters
 from force_plugin.reparametrisation import forget_readers
@@ -38,11 +43,12 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
         model: Any module that was pruned with :mod:`torch.nn.utils.prune`; or, with
             ``hold_zeros``, one without masks that has weights of 0 in a convolution or
             linear layer that has others too. Then those of all these layers are held.
-        hold_zeros: Set the pruned weights back to 0 after every step of any
-            :class:`torch.optim.Optimizer`, at the cost of one byte a weight. Their
-            gradients are computed all the same, and count where norms are taken
-            (clipping, LAMB). A copy or an unpickled model holds its own. ``False``:
-            they are trained as all others, but for those that an earlier call holds.
+        hold_zeros: Keep the pruned weights at 0, at the cost of one byte a weight:
+            their gradients are 0, as under a mask, and whatever an optimizer makes of
+            them (momentum from before, Muon) is undone after every step of any
+            :class:`torch.optim.Optimizer`. A copy or an unpickled model holds its own,
+            of its gradients from the first step on. ``False``: they are trained as all
+            others, but for those that an earlier call holds.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -84,6 +90,8 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                 undo.callback(_holding.discard, zeros)
                 _holding.add(zeros)
                 vars(module).setdefault(_KEY, {})[name] = zeros
+                if weight.dense.requires_grad:
+                    undo.callback(zeros.attach(weight.dense))
         forget_readers(model)
         undo.pop_all()
 
@@ -123,6 +131,8 @@ class _Zeros:
         self._module = ref(module)  # a cycle would keep both till the next collection
         self._name = name
         self.pruned = pruned
+        # The parameter whose gradient is masked.
+        self._attached: Callable[[], nn.Parameter | None] = lambda: None
 
     def __getstate__(self) -> tuple[nn.Module | None, str, Tensor]:
         return self._module(), self._name, self.pruned
@@ -132,12 +142,32 @@ class _Zeros:
         _holding.add(self)
 
     def find_parameter(self) -> nn.Parameter | None:
+        """The parameter, if the module has one that the mask fits."""
         module = self._module()
-        return None if module is None else module._parameters.get(self._name)
+        found = None if module is None else module._parameters.get(self._name)
+        return found if found is None or found.shape == self.pruned.shape else None
+
+    def attached_to(self, parameter: nn.Parameter) -> bool:
+        return self._attached() is parameter
+
+    def attach(self, parameter: nn.Parameter) -> Callable[[], None]:
+        """Mask the gradients of a parameter from now on; returns what undoes it."""
+        itself = ref(self)
+
+        def mask(gradient: Tensor) -> Tensor | None:
+            zeros = itself()
+            return None if zeros is None else zeros.mask(gradient)
+
+        self._attached = ref(parameter)
+        handle: RemovableHandle = parameter.register_hook(mask)  # type: ignore[no-untyped-call]
+        return handle.remove
+
+    def mask(self, values: Tensor) -> Tensor:
+        self.pruned = self.pruned.to(values.device)
+        return values.masked_fill(self.pruned, 0)
 
     def restore(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
-        if parameter.shape != self.pruned.shape:
-            return  # another layer's
+        """Undo what a step has made of the pruned entries."""
         self.pruned = self.pruned.to(parameter.device)
         parameter.masked_fill_(self.pruned, 0)
         # timm's Lookahead keeps other values there, and writes them after this step.
@@ -149,15 +179,30 @@ class _Zeros:
 _holding: WeakSet[_Zeros] = WeakSet()
 
 
+def _held_by(optimizer: Optimizer) -> Iterator[tuple[_Zeros, nn.Parameter]]:
+    if _holding:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for zeros in _holding:
+            parameter = zeros.find_parameter()
+            if parameter is not None and id(parameter) in own:
+                yield zeros, parameter
+
+
+@torch.no_grad()
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for zeros, parameter in _held_by(optimizer):
+        # A copy's, one that has taken another's place, one that was frozen.
+        if not zeros.attached_to(parameter) and parameter.requires_grad:
+            zeros.attach(parameter)
+            if parameter.grad is not None:
+                parameter.grad = zeros.mask(parameter.grad)
+
+
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _holding:
-        return
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for zeros in _holding:
-        parameter = zeros.find_parameter()
-        if parameter is not None and id(parameter) in stepped:
-            zeros.restore(parameter, optimizer.state.get(parameter, {}))
+    for zeros, parameter in _held_by(optimizer):
+        zeros.restore(parameter, optimizer.state.get(parameter, {}))
 
 
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

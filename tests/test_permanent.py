@@ -517,6 +517,58 @@ def test_kept_weights_train_as_they_do_under_masks(name: str) -> None:
     assert torch.equal(plain(images()), masked(images()))
 
 
+def test_clipped_gradients_are_those_under_masks() -> None:
+    masked, plain = network(), network()
+    masks = prune_some(masked)
+    prune_some(plain)
+    make_permanent(plain)
+    for model in (masked, plain):
+        optimizer = sgd(model)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(images()).square().sum().backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            assert norm > 0.1
+            optimizer.step()
+    theirs, ours = values(masked, masks), values(plain, masks)
+    for name, mask in masks.items():
+        assert torch.equal(ours[name], theirs[name] * mask)
+
+
+@pytest.mark.parametrize("how", ["copied", "unfrozen", "assigned"])
+def test_gradients_are_masked_from_the_first_step_of_another_parameter(
+    how: str,
+) -> None:
+    model, masks = permanent_network()
+    if how == "copied":
+        model = copy.deepcopy(model)
+    elif how == "assigned":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model = network()
+        prune_some(model)
+        model.requires_grad_(False)
+        make_permanent(model)
+        model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    train(model, optimizer, steps=1)
+    for name, mask in masks.items():
+        parameter = model.get_parameter(name)
+        assert not parameter.grad[~mask].any() and parameter.grad[mask].all()
+        assert not optimizer.state[parameter]["momentum_buffer"][~mask].any()
+    model(images()).square().sum().backward()
+    for name, mask in masks.items():
+        assert not model.get_parameter(name).grad[~mask].any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_masks_the_gradients_is_no_trouble_to_copies() -> None:
+    model, masks = permanent_network()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_holds_in_training(copied, masks)
+    torch.save(model, BytesIO())
+
+
 def test_without_holding_them_zeros_are_trained() -> None:
     model = network()
     masks = prune_some(model)
