@@ -1,7 +1,13 @@
 """Prune a network before it is trained: a plugin for :mod:`torch.nn.utils.prune`."""
 
 from force_plugin.diagnosis import Diagnosis, StageDiagnosis, diagnose
-from force_plugin.masks import apply_masks, get_masks, load_masks, save_masks
+from force_plugin.masks import (
+    apply_masks,
+    get_masks,
+    load_masks,
+    load_metadata,
+    save_masks,
+)
 from force_plugin.methods import (
     FORCE,
     METHODS,
@@ -18,6 +24,7 @@ from force_plugin.methods import (
 from force_plugin.permanent import make_permanent
 from force_plugin.pruning import force_prune, saliency
 from force_plugin.report import LayerReport, SparsityReport, sparsity_report
+from force_plugin.state_dicts import load_pruned_state_dict
 
 __version__ = "0.1.0"
 
@@ -42,6 +49,8 @@ __all__ = [
     "force_prune",
     "get_masks",
     "load_masks",
+    "load_metadata",
+    "load_pruned_state_dict",
     "make_permanent",
     "saliency",
     "save_masks",

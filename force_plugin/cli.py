@@ -41,7 +41,8 @@ examples:
         --workers 4 --out runs/r50
 
 In Python, apply_masks(model, load_masks("runs/r50/masks.safetensors")) prunes a model
-with the masks. The same --seed makes the same model, so a model made in Python after
+with the masks; load_metadata(...) of the same file tells how they were made. The same
+--seed makes the same model, so a model made in Python after
 timm.utils.random_seed(seed) has the weights that these masks were chosen for."""
 
 
@@ -266,8 +267,10 @@ def _prune(args: argparse.Namespace) -> None:
             on_collapse=args.on_collapse,
             progress=not args.quiet,
         )
-    save_masks(get_masks(model), out / "masks.safetensors")
-    _write_json(report, out / "report.json", vars(args))
+    # Paths and devices are written as text.
+    options = json.loads(json.dumps(vars(args), default=str))
+    save_masks(get_masks(model), out / "masks.safetensors", _made_by(options))
+    _write_json(report, out / "report.json", options)
     _write_csv(report, out / "report.csv")
     report.plot(out / "sparsity.png")
     if args.quiet:
@@ -277,7 +280,7 @@ def _prune(args: argparse.Namespace) -> None:
     print(report)
     print(
         f"\nwritten to {out}:\n"
-        "  masks.safetensors  a bit for each weight, 1 = kept\n"
+        "  masks.safetensors  a bit for each weight, 1 = kept, and what made them\n"
         "  report.json        the options of this run and the table above\n"
         "  report.csv         the table above, a row a layer\n"
         "  sparsity.png       the share of weights kept in each layer"
@@ -298,9 +301,19 @@ def _make_writable(out: Path) -> None:
         ) from error
 
 
+def _made_by(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide the masks, with the steps and schedule as they were."""
+    method = METHODS[options["method"]]
+    used = {
+        "steps": method.steps or options["steps"],
+        "schedule": method.schedule or options["schedule"],
+    }
+    other = {"download", "workers", "out", "quiet"}
+    return {key: used.get(key, options[key]) for key in options if key not in other}
+
+
 def _write_json(report: SparsityReport, path: Path, options: dict[str, Any]) -> None:
-    # Paths and devices are written as text.
-    text = json.dumps({"options": options, **report.to_dict()}, indent=2, default=str)
+    text = json.dumps({"options": options, **report.to_dict()}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +18,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from force_plugin.methods import SaliencyMethod
-from force_plugin.parameters import Weight, find_readers, mask_of, named_parameters
+from force_plugin.parameters import (
+    Weight,
+    find_readers,
+    mask_of,
+    name_some,
+    named_parameters,
+)
 from force_plugin.reparametrisation import read_by, reparametrise
 from force_plugin.snapshot import restored
 
@@ -54,32 +64,56 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Args:
         model: Any module.
         masks: By parameter name, tensors of the parameter's shape on any device: bool
-            (True = kept), or of another type with values 0 and 1.
+            (True = kept), or of another type with values 0 and 1. What has none stays
+            as it is.
 
     Raises:
         TypeError: ``masks`` is no mapping of tensors.
-        ValueError: A name or a shape does not fit the model, or a mask is sparse, has
-            no values, or others than 0 and 1; the model is unchanged.
+        ValueError: Names or shapes do not fit the model (the message says which), or a
+            mask is sparse, has no values, or others than 0 and 1; the model is
+            unchanged.
     """
     parameters = named_parameters(model)
-    checked = _checked(masks)
+    checked = checked_masks(masks)
+    misfits = []
     unknown = [name for name in checked if name not in parameters]
     if unknown:
-        raise ValueError(
-            f"masks: {len(unknown)} of {len(checked)} names are no parameters of the "
-            f"model, the first is {unknown[0]!r}; the model's own begin with "
+        shown = [_with_closest(name, parameters) for name in unknown[:3]]
+        misfits.append(
+            f"{len(unknown)} of {len(checked)} names are no parameters of the model: "
+            f"{name_some([*shown, *unknown[3:]])}; the model's own begin with "
             f"{', '.join(list(parameters)[:3])}"
         )
-    for name, mask in checked.items():
-        expected = parameters[name].dense.shape
-        if mask.shape != expected:
-            raise ValueError(
-                f"masks: {name} has shape {tuple(expected)} in the model, its mask "
-                f"{tuple(mask.shape)}"
-            )
+    others = [
+        f"{name} {tuple(mask.shape)} instead of {tuple(parameters[name].dense.shape)}"
+        for name, mask in checked.items()
+        if name in parameters and mask.shape != parameters[name].dense.shape
+    ]
+    if others:
+        misfits.append(
+            f"{len(others)} of {len(checked)} masks have another shape than in the "
+            f"model: {name_some(others)}"
+        )
+    if misfits:
+        raise ValueError(f"masks: {'; '.join(misfits)}")
     pairs = [(parameters[name], mask) for name, mask in checked.items()]
     readers = find_readers([weight for weight, _ in pairs], model)
     prune_with(pairs, readers=readers)
+
+
+def _with_closest(name: str, known: Iterable[str]) -> str:
+    """A name, and the known one that has another prefix or none, where there is one."""
+    plain = name.removesuffix("_orig").removesuffix("_mask")
+    close = [
+        own
+        for own in known
+        if f".{plain}".endswith(f".{own}") or f".{own}".endswith(f".{plain}")
+    ]
+    if not close:
+        return repr(name)
+    # 'module.10.weight' is rather '10.weight' than 'weight'.
+    best = min(close, key=lambda own: abs(len(own) - len(plain)))
+    return f"{name!r} (did you mean {best!r}?)"
 
 
 def prune_with(
@@ -113,20 +147,30 @@ def prune_with(
             read_by(reader, path)
 
 
-def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write masks to a safetensors file, one bit a weight.
+def save_masks(
+    masks: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write masks to a safetensors file, one bit a weight, and what made them.
 
     Args:
         masks: As :func:`get_masks` returns them.
         path: File to write; its folder must exist.
+        metadata: What :func:`load_metadata` is to give back, e.g.
+            ``{"method": "force", "sparsity": 0.99, "seed": 0}``, of types that
+            :func:`json.dumps` takes. ``created`` (date and time, UTC) and ``versions``
+            (of force_plugin, torch and timm) are added unless they are in it. Default:
+            nothing else.
 
     Raises:
-        TypeError: ``masks`` is no mapping of names to tensors.
-        ValueError: It is empty, a mask is called ``__metadata__``, is sparse, has no
-            values, or others than 0 and 1.
+        TypeError: ``masks`` is no mapping of names to tensors, ``metadata`` none of
+            names to what JSON holds.
+        ValueError: ``masks`` is empty, a mask is called ``__metadata__``, is sparse,
+            has no values, or others than 0 and 1.
         OSError: The file cannot be written, because the folder does not exist, say.
     """
-    checked = _checked(masks)
+    checked = checked_masks(masks)
     if "__metadata__" in checked:
         raise ValueError(
             "masks: expected parameter names, got '__metadata__', which is reserved "
@@ -136,15 +180,33 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
         name: torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
         for name, mask in checked.items()
     }
-    shapes = {name: list(mask.shape) for name, mask in checked.items()}
-    written = json.dumps(shapes)
-    metadata = {
+    header = {
         "format": _FORMAT,
-        "shapes": written,
-        "sha256": _checksum(written, bits),
+        "shapes": json.dumps(
+            {name: list(mask.shape) for name, mask in checked.items()}
+        ),
+        "metadata": _as_json(metadata or {}),
     }
+    header["sha256"] = _checksum(header, bits)
     # save_file makes files that only their owner may read.
-    Path(path).write_bytes(save(bits, metadata))
+    Path(path).write_bytes(save(bits, header))
+
+
+def _as_json(metadata: Mapping[str, Any]) -> str:
+    # The package itself is not there yet when this module is imported.
+    from force_plugin import __version__
+
+    versions = {"force_plugin": __version__, "torch": str(torch.__version__)}
+    with suppress(PackageNotFoundError):
+        versions["timm"] = version("timm")
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        return json.dumps({"created": created, "versions": versions, **metadata})
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "metadata: expected a mapping of names to what JSON holds (text, numbers, "
+            f"lists, dictionaries, None): {error}"
+        ) from error
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -160,16 +222,39 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: There is no such file.
         ValueError: It is no masks file, or it is cut short.
     """
+    return _read(path)[0]
+
+
+def load_metadata(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`save_masks` wrote of how the masks were made.
+
+    Args:
+        path: The file.
+
+    Returns:
+        ``created`` (date and time, UTC, in ISO 8601), ``versions`` (by package) and the
+        caller's own ``metadata`` as JSON gives it back: tuples are lists. A masks file
+        that was written without has none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no masks file, or it is cut short.
+    """
+    return _read(path)[1]
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such masks file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            ours = metadata.get("format") == _FORMAT
-            shapes = dict(json.loads(metadata["shapes"])) if ours else {}
+            header = file.metadata() or {}
+            ours = header.get("format") == _FORMAT
+            shapes = dict(json.loads(header["shapes"])) if ours else {}
             bits = {name: file.get_tensor(name) for name in shapes}
-            if ours and metadata["sha256"] != _checksum(metadata["shapes"], bits):
+            if ours and header["sha256"] != _checksum(header, bits):
                 raise ValueError("its checksum is another one")
+            metadata = dict(json.loads(header.get("metadata", "{}")))
             masks = {
                 name: _unpack(bits[name], torch.Size(shape))
                 for name, shape in shapes.items()
@@ -182,12 +267,12 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: a safetensors file, but not one that save_masks wrote"
         )
-    return masks
+    return masks, metadata
 
 
-def _checksum(shapes: str, bits: Mapping[str, Tensor]) -> str:
-    """Of everything that the masks are read from."""
-    digest = hashlib.sha256(shapes.encode())
+def _checksum(header: Mapping[str, str], bits: Mapping[str, Tensor]) -> str:
+    """Of everything that is read from the file; the first ones had no metadata."""
+    digest = hashlib.sha256((header["shapes"] + header.get("metadata", "")).encode())
     for tensor in bits.values():
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
@@ -200,30 +285,44 @@ def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     return torch.from_numpy(flat).reshape(shape)
 
 
-def _checked(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks as bool tensors, or one clear error."""
+def checked_masks(
+    masks: Mapping[str, Tensor], argument: str = "masks"
+) -> dict[str, Tensor]:
+    """Masks as bool tensors, or one clear error.
+
+    Args:
+        masks: By name.
+        argument: What the error says that they came in.
+
+    Raises:
+        TypeError: It is no mapping of names to tensors.
+        ValueError: It is empty, or a mask is sparse, has no values, or others than 0
+            and 1.
+    """
     if not isinstance(masks, Mapping):
         raise TypeError(
-            "masks: expected a mapping of parameter names to tensors, got "
+            f"{argument}: expected a mapping of parameter names to tensors, got "
             f"{type(masks).__name__}"
         )
     if not masks:
-        raise ValueError("masks: expected at least one mask, got an empty mapping")
+        raise ValueError(
+            f"{argument}: expected at least one mask, got an empty mapping"
+        )
     for name, mask in masks.items():
         if not isinstance(name, str):
             raise TypeError(
-                f"masks: expected parameter names, got a {type(name).__name__}"
+                f"{argument}: expected parameter names, got a {type(name).__name__}"
             )
         if not isinstance(mask, Tensor):
             raise TypeError(
-                f"masks: expected a tensor for {name!r}, got {type(mask).__name__}"
+                f"{argument}: expected a tensor for {name!r}, got {type(mask).__name__}"
             )
         if mask.layout != torch.strided or mask.is_meta:
             raise ValueError(
-                f"masks: {name} has layout {mask.layout} on device {mask.device}; "
+                f"{argument}: {name} has layout {mask.layout} on device {mask.device}; "
                 "expected a dense tensor with values, as .to_dense() makes of a sparse "
                 "one"
             )
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"masks: {name} holds other values than 0 and 1")
+            raise ValueError(f"{argument}: {name} holds other values than 0 and 1")
     return {name: mask.bool() for name, mask in masks.items()}

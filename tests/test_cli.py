@@ -6,16 +6,18 @@ import csv
 import json
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.utils import random_seed
 
 import force_plugin.cli
-from force_plugin import force_prune, get_masks, load_masks
+from force_plugin import force_prune, get_masks, load_masks, load_metadata
 from force_plugin.cli import main
 from force_plugin.zoo import load_data, load_dataset, load_model
 
@@ -90,6 +92,69 @@ def test_the_report_holds_the_options_of_the_run(tmp_path: Path) -> None:
     assert (options["model"], options["seed"]) == (MODEL, 3)
     assert (options["sparsity"], options["method"]) == (0.9, "force")
     assert options["model_kwargs"] == [["zero_init_last", False]]
+
+
+def test_the_masks_file_says_what_made_the_masks(tmp_path: Path) -> None:
+    prune(
+        tmp_path,
+        *["--method", "iter_snip", "--schedule", "linear", "--batches", "all"],
+        *["--seed", "3", "--num-classes", "12", "--no-open-gates"],
+    )
+    metadata = load_metadata(tmp_path / "masks.safetensors")
+    created, versions = metadata.pop("created"), metadata.pop("versions")
+    assert datetime.fromisoformat(created).date()
+    assert versions["force_plugin"] == force_plugin.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions["timm"] == timm.__version__
+    assert metadata == {
+        "model": MODEL,
+        "data": None,
+        "dataset": "",
+        "batch_size": 16,
+        "image_size": None,
+        "num_classes": 12,
+        "model_kwargs": [],
+        "sparsity": 0.9,
+        "method": "iter_snip",
+        "steps": 2,
+        "schedule": "linear",
+        "batches": None,
+        "open_gates": False,
+        "on_collapse": "raise",
+        "seed": 3,
+        "device": metadata["device"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "schedule"),
+    [("snip", 1, "linear"), ("snip_it", 7, "snip_it"), ("force", 2, "linear")],
+)
+def test_the_masks_file_has_the_steps_and_schedule_that_the_method_took(
+    method: str, steps: int, schedule: str, tmp_path: Path
+) -> None:
+    prune(tmp_path, "--method", method, "--schedule", "linear")
+    metadata = load_metadata(tmp_path / "masks.safetensors")
+    assert (metadata["steps"], metadata["schedule"]) == (steps, schedule)
+
+
+def test_the_options_in_a_masks_file_make_the_masks_again(tmp_path: Path) -> None:
+    options = ["--method", "snip", "--seed", "4", "--model-kwargs", "act_layer=gelu"]
+    masks = prune(tmp_path, *options)
+    made_by = load_metadata(tmp_path / "masks.safetensors")
+    random_seed(made_by["seed"])
+    model = load_model(
+        made_by["model"], num_classes=10, **dict(made_by["model_kwargs"])
+    )
+    loader = load_data(model, load_dataset(), batch_size=made_by["batch_size"])
+    force_prune(
+        model,
+        loader,
+        made_by["sparsity"],
+        progress=False,
+        **{key: made_by[key] for key in ("method", "steps", "schedule", "batches")},
+    )
+    assert same(masks, get_masks(model))
 
 
 def test_a_quiet_run_prints_nothing_but_the_reports_warnings(

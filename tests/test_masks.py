@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import random
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import tiny_resnet
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from state import unchanged
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import force_plugin
 from force_plugin import (
     FORCE,
     Magnitude,
     apply_masks,
     get_masks,
     load_masks,
+    load_metadata,
     save_masks,
     sparsity_report,
 )
@@ -409,21 +416,53 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown_name": (
         GOOD | {"7.weight": torch.ones(5, 36), "fc": torch.ones(1)},
         ValueError,
-        r"^masks: 2 of 3 names .* '7.weight'; the model's own begin with 0\.",
+        r"^masks: 2 of 3 names are no parameters of the model: '7\.weight', 'fc'; the "
+        r"model's own begin with 0\.weight, 0\.bias, 1\.weight$",
     ),
     "name_of_pytorch": (
         GOOD | {"3.weight_mask": torch.ones(5, 36)},
         ValueError,
-        r"1 of 2 names .* '3.weight_mask'",
+        r"1 of 2 names .* '3.weight_mask' \(did you mean '3.weight'\?\)",
+    ),
+    "names_of_a_wrapped_model": (
+        {f"module.{name}": torch.ones(1) for name in ("5.weight", "5.bias", "x", "y")},
+        ValueError,
+        r"4 of 4 names .*: 'module\.5\.weight' \(did you mean '5\.weight'\?\), "
+        r"'module\.5\.bias' \(did you mean '5\.bias'\?\), 'module\.x' and 1 more; ",
+    ),
+    "everything_at_once": (
+        {
+            "0.weight": torch.ones(3, 3),
+            "1.weight": torch.ones(5),
+            "1.bias": torch.ones(4),
+            "3.weight": torch.ones(36, 5),
+            "5.weight": torch.ones(()),
+            "nothing": torch.ones(3, 3),
+        },
+        ValueError,
+        r"^masks: 1 of 6 names are no parameters of the model: 'nothing'; the model's "
+        r"own begin with 0\.weight, 0\.bias, 1\.weight; 4 of 6 masks have another "
+        r"shape than in the model: 0\.weight \(3, 3\) instead of \(4, 2, 3, 3\), "
+        r"1\.weight \(5,\) instead of \(4,\), 3\.weight \(36, 5\) instead of "
+        r"\(5, 36\) and 1 more$",
     ),
     "number_as_a_name": ({0: torch.ones(4, 2, 3, 3)}, TypeError, "names, got a int"),
     "transposed": (
         GOOD | {"3.weight": torch.ones(36, 5)},
         ValueError,
-        r"^masks: 3.weight has shape \(5, 36\) in the model, its mask \(36, 5\)$",
+        r"^masks: 1 of 2 masks have another shape than in the model: 3.weight "
+        r"\(36, 5\) instead of \(5, 36\)$",
     ),
-    "scalar": (GOOD | {"3.weight": torch.tensor(1)}, ValueError, r"\(5, 36\).* \(\)$"),
-    "flat": (GOOD | {"3.weight": torch.ones(180)}, ValueError, r"its mask \(180,\)$"),
+    "scalar": (
+        GOOD | {"3.weight": torch.tensor(1)},
+        ValueError,
+        r"3.weight \(\) instead of \(5, 36\)$",
+    ),
+    "flat": (
+        GOOD | {"3.weight": torch.ones(180)},
+        ValueError,
+        r"3.weight \(180,\) instead of \(5, 36\)$",
+    ),
     "half": (
         GOOD | {"3.weight": torch.full((5, 36), 0.5)},
         ValueError,
@@ -457,6 +496,29 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         "^masks: expected at least one mask, got an empty mapping$",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("module.fc.weight", "fc.weight"),
+        ("_orig_mod.module.10.weight", "10.weight"),
+        ("model.weight", "weight"),
+        ("20.weight", "weight"),
+        ("bias", "fc.bias"),
+        ("10.weight_orig", "10.weight"),
+        ("module.10.weight_mask", "10.weight"),
+    ],
+)
+def test_a_name_with_another_prefix_gets_the_models_own(name: str, own: str) -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(3))
+    model.fc = nn.Linear(2, 2)
+    for index in ("0", "10"):
+        model.register_module(index, nn.Linear(2, 2, bias=False))
+    message = rf"model: '{name}' \(did you mean '{own}'\?\); the model's own begin"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        apply_masks(model, {name: torch.ones(3)})
 
 
 def pruned_thrice(model: nn.Module) -> nn.Module:
@@ -707,6 +769,105 @@ def test_a_file_whose_shapes_do_not_fit_its_bits_is_refused(
     save_file({"a": torch.ones(1, dtype=torch.uint8)}, tmp_path / "masks", metadata)
     with pytest.raises(ValueError, match=f"^{tmp_path}/masks: "):
         load_masks(tmp_path / "masks")
+
+
+# What a file says of its making
+
+
+def test_what_was_said_of_the_making_comes_back_with_versions_and_date(
+    tmp_path: Path,
+) -> None:
+    told = {"method": "force", "sparsity": 0.99, "batches": None, "θ": [1, {"a": "b"}]}
+    before = datetime.now(timezone.utc).replace(microsecond=0)
+    save_masks(GOOD, tmp_path / "masks", told)
+    metadata = load_metadata(tmp_path / "masks")
+    created = datetime.fromisoformat(metadata.pop("created"))
+    assert before <= created <= datetime.now(timezone.utc)
+    assert metadata.pop("versions") == {
+        "force_plugin": force_plugin.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    assert metadata == told
+    assert_same(load_masks(tmp_path / "masks"), GOOD)
+
+
+def test_other_readers_of_safetensors_find_it_as_json(tmp_path: Path) -> None:
+    save_masks(GOOD, tmp_path / "masks", {"seed": 3})
+    with safe_open(tmp_path / "masks", framework="np") as file:
+        assert json.loads(file.metadata()["metadata"])["seed"] == 3
+
+
+def test_masks_that_are_saved_again_keep_date_and_versions(tmp_path: Path) -> None:
+    first = {"created": "1843-10-01", "versions": {"torch": "0.1"}, "seed": 1}
+    save_masks(GOOD, tmp_path / "a", first)
+    save_masks(GOOD, tmp_path / "b", load_metadata(tmp_path / "a"))
+    assert load_metadata(tmp_path / "b") == first
+
+
+def test_a_file_says_when_it_was_made_even_if_nothing_was_said(tmp_path: Path) -> None:
+    save_masks(GOOD, tmp_path / "masks")
+    assert list(load_metadata(tmp_path / "masks")) == ["created", "versions"]
+
+
+def test_a_file_of_before_there_was_metadata_is_read(tmp_path: Path) -> None:
+    shapes = '{"a": [9]}'
+    bits = torch.tensor([255, 0], dtype=torch.uint8)
+    checksum = hashlib.sha256(shapes.encode() + bytes([255, 0])).hexdigest()
+    header = {"format": "force_plugin masks", "shapes": shapes, "sha256": checksum}
+    save_file({"a": bits}, tmp_path / "masks", header)
+    assert load_metadata(tmp_path / "masks") == {}
+    assert_same(load_masks(tmp_path / "masks"), {"a": torch.arange(9) < 8})
+
+
+@pytest.mark.parametrize("read", [load_masks, load_metadata])
+@pytest.mark.parametrize("change", [None, "{}", '{"seed": 4}', "[", ""])
+def test_metadata_that_was_changed_is_refused(
+    read: Callable[[Path], object], change: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "masks"
+    save_masks(GOOD, path, {"seed": 3})
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    header.pop("metadata")
+    if change is not None:
+        header["metadata"] = change
+    save_file(load_file(path), path, header)
+    with pytest.raises(ValueError, match=f"^{path}: not a masks file, .*checksum"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"loss": nn.functional.cross_entropy},
+        {"out": Path("out")},
+        {"scores": torch.ones(3)},
+        {("a", "b"): 1},
+        ["method"],
+        "force",
+    ],
+    ids=str,
+)
+def test_metadata_that_json_does_not_hold_is_refused(
+    wrong: Any, tmp_path: Path
+) -> None:
+    message = "^metadata: expected a mapping of names to what JSON holds .*: .+"
+    with pytest.raises(TypeError, match=message):
+        save_masks(GOOD, tmp_path / "masks", wrong)
+    assert not (tmp_path / "masks").exists()
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "random_0"])
+def test_there_is_no_metadata_in_a_file_of_something_else(
+    content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "masks"
+    with pytest.raises(FileNotFoundError, match=f"^{path}: no such masks file$"):
+        load_metadata(path)
+    path.write_bytes(NO_MASKS[content])
+    with pytest.raises(ValueError, match=f"^{path}: not a masks file"):
+        load_metadata(path)
 
 
 # The report of a model

@@ -1,0 +1,155 @@
+"""Load the state of a pruned model into one that has just been made."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.nn.parameter import is_lazy
+
+from force_plugin.masks import checked_masks
+from force_plugin.methods import SaliencyMethod
+from force_plugin.parameters import find_readers, mask_of, name_some, named_parameters
+from force_plugin.reparametrisation import read_by, reparametrise
+from force_plugin.snapshot import snapshot
+
+
+@torch.inference_mode(False)
+def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load the state dict of a pruned model into a fresh, unpruned one, in place.
+
+    Mirrors :meth:`torch.nn.Module.load_state_dict` with ``strict=True``, after pruning
+    each parameter ``X`` that ``state_dict`` has as ``X_orig`` and ``X_mask``.
+    Afterwards the model has the pruned one's values and masks, and trains as it does.
+    Its parameters are the same objects as before, so that an optimizer made before goes
+    on with them. If anything fails, Ctrl-C included, the model is bit for bit what it
+    was; for that, its parameters and buffers are held twice meanwhile.
+
+    Args:
+        model: Any module with the pruned model's parameters. Where it is pruned itself,
+            the masks given replace its own, and what it had pruned may return.
+        state_dict: Of a model that was pruned with :mod:`torch.nn.utils.prune`, by any
+            method; masks are bool (True = kept), or of another type with values 0 and
+            1. Values take the model's types and devices. Prefixes that all names have
+            from ``DistributedDataParallel`` (``module.``) or ``torch.compile``
+            (``_orig_mod.``), and the model has not, are taken off.
+
+    Raises:
+        TypeError: ``model`` is no module, ``state_dict`` no mapping of names, or a mask
+            no tensor.
+        ValueError: Nothing is pruned in ``state_dict`` (load it with
+            ``model.load_state_dict``), a mask has no values, or others than 0 and 1, or
+            the model has no values yet (a lazy module, the meta device).
+        RuntimeError: Names or shapes differ. It is PyTorch's own error, with every name
+            that is missing or unexpected, and both shapes where they differ.
+    """
+    weights = named_parameters(model)
+    for weight in weights.values():
+        if is_lazy(weight.dense) or weight.dense.is_meta:
+            raise ValueError(
+                f"model: {weight.name} has no values yet (a lazy module, or the meta "
+                "device); run one batch through the model, or materialise it, and load "
+                "then"
+            )
+    state = _unwrapped(state_dict, model)
+    pruned = {
+        key.removesuffix("_orig")
+        for key in state
+        if key.endswith("_orig") and key.removesuffix("_orig") + "_mask" in state
+    }
+    if not pruned:
+        raise ValueError(
+            "state_dict: expected that of a pruned model, with X_orig and X_mask for "
+            f"each pruned parameter X, got {name_some(list(state)) or 'an empty one'}; "
+            "a model without masks is loaded with model.load_state_dict"
+        )
+    masks = {f"{name}_mask": state[f"{name}_mask"] for name in sorted(pruned)}
+    masks = checked_masks(masks, "state_dict")
+    paths = {m: f"{path}." if path else "" for path, m in model.named_modules()}
+    slots = [
+        (weight, module, name)
+        for weight in weights.values()
+        for module, name in weight.owners
+        if paths[module] + name in pruned
+    ]
+    with ExitStack() as undo:
+        undo.callback(snapshot(model.modules()))
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_inference():
+                values = tensor.detach().clone()
+                undo.callback(_write_back, tensor, values, tensor._version)
+        # Masks that keep everything, of the model's own shapes: what does not fit is
+        # then all in one error, that of load_state_dict.
+        for weight, module, name in slots:
+            earlier = mask_of(module, name)
+            if earlier is None:
+                removed = ~masks[f"{paths[module]}{name}_mask"]
+                method = SaliencyMethod(int(removed.count_nonzero()))
+                mask = torch.ones_like(weight.dense, dtype=torch.bool)
+                reparametrise(module, name, mask, method)
+            else:
+                # Not written over: owners of a shared weight may share a mask as well.
+                module.register_buffer(f"{name}_mask", torch.ones_like(earlier))
+        model.load_state_dict(state)
+        for _, module, name in slots:
+            # The pruned tensor is one of the values, till the next forward computes it.
+            kept = getattr(module, f"{name}_mask").bool()
+            dense = getattr(module, f"{name}_orig").detach()
+            setattr(module, name, torch.where(kept, dense, 0))
+        for reader, path in find_readers([weight for weight, *_ in slots], model):
+            read_by(reader, path)
+        # PyTorch's pruning puts a parameter behind its module's others, and optimizers
+        # number their state in that order. Without metadata, the state comes from a
+        # file of another kind (safetensors), which sorts by name.
+        if hasattr(state, "_metadata"):
+            places = {key: place for place, key in enumerate(state)}
+            for _, module, _ in slots:
+                _reorder(module, paths[module], places)
+        undo.pop_all()
+
+
+def _unwrapped(
+    state_dict: Mapping[str, Any], model: nn.Module
+) -> OrderedDict[str, Any]:
+    """A copy with the names that a model has that nothing is wrapped around."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "state_dict: expected a mapping as model.state_dict() returns it, got "
+            f"{type(state_dict).__name__}"
+        )
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict: expected names, got a {type(key).__name__}")
+    state = OrderedDict(state_dict)
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        # Modules find the version of their state in it, as in load_state_dict.
+        state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+    wrappers = [name for name in ("module", "_orig_mod") if name not in model._modules]
+    while state and (
+        prefixes := [
+            f"{wrapper}."
+            for wrapper in wrappers
+            if all(key.startswith(f"{wrapper}.") for key in state)
+        ]
+    ):
+        consume_prefix_in_state_dict_if_present(state, *prefixes)
+    return state
+
+
+def _write_back(tensor: Tensor, values: Tensor, version: int) -> None:
+    if tensor._version != version:
+        tensor.data.copy_(values)
+
+
+def _reorder(module: nn.Module, path: str, places: Mapping[str, int]) -> None:
+    """Put the parameters of a module in the order that their names have."""
+    order = sorted(module._parameters, key=lambda key: places.get(path + key, -1))
+    parameters = {key: module._parameters[key] for key in order}
+    module._parameters.clear()
+    module._parameters.update(parameters)
