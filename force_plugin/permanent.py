@@ -9,7 +9,6 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -18,7 +17,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from force_plugin.parameters import Weight, mask_of, named_parameters
-from force_plugin.reparametrisation import forget_readers
+from force_plugin.reparametrisation import forget_readers, remove
 from force_plugin.snapshot import snapshot
 
 
@@ -79,7 +78,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                 mask = mask_of(module, name)
                 if mask is not None:
                     pruned |= mask == 0
-                    prune.remove(module, name)  # type: ignore[no-untyped-call]
+                    remove(module, name)
                 held = _held(module).get(name)
                 if held is not None:
                     pruned |= held.pruned.to(pruned.device)
