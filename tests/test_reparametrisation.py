@@ -619,19 +619,6 @@ def test_parameters_keep_their_order_there_and_back() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_pruned_weight_that_is_not_finite_is_0_all_the_same(value: float) -> None:
-    model = nn.Linear(3, 2)
-    with torch.no_grad():
-        model.weight[0, 0] = value
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    mask[0, 0] = False
-    apply_masks(model, {"weight": mask})
-    model(torch.randn(4, 3)).sum().backward()
-    assert model.weight.isfinite().all() and model.weight[0, 0] == 0
-    assert model.weight_orig.grad.isfinite().all() and model.weight_orig.grad[0, 0] == 0
-
-
 # Beside PyTorch's own.
 
 
