@@ -9,7 +9,6 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -18,7 +17,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from force_plugin.parameters import Weight, mask_of, named_parameters
-from force_plugin.reparametrisation import forget_readers
+from force_plugin.reparametrisation import forget_readers, remove
 from force_plugin.snapshot import snapshot
 
 
@@ -79,14 +78,15 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                 mask = mask_of(module, name)
                 if mask is not None:
                     pruned |= mask == 0
-                    prune.remove(module, name)  # type: ignore[no-untyped-call]
+                    remove(module, name)
                 held = _held(module).get(name)
                 if held is not None:
-                    pruned |= held.pruned.to(pruned.device)
+                    pruned |= held.kept.to(pruned.device) == 0
             # Its products are -0 where a weight was negative, NaN where it was inf.
             weight.dense.data = values.copy_(weight.dense.data).masked_fill_(pruned, 0)
+            kept = (~pruned).view(torch.uint8)
             for module, name in weight.owners if hold_zeros else ():
-                zeros = _Zeros(module, name, pruned)
+                zeros = _Zeros(module, name, kept)
                 undo.callback(_holding.discard, zeros)
                 _holding.add(zeros)
                 vars(module).setdefault(_KEY, {})[name] = zeros
@@ -124,18 +124,18 @@ class _Zeros:
     Args:
         module: Owner of the parameter.
         name: Its name in the module.
-        pruned: Bool tensor of its shape, True = pruned.
+        kept: Tensor of 0 and 1 of its shape, in bytes; 0 = pruned.
     """
 
-    def __init__(self, module: nn.Module, name: str, pruned: Tensor) -> None:
+    def __init__(self, module: nn.Module, name: str, kept: Tensor) -> None:
         self._module = ref(module)  # a cycle would keep both till the next collection
         self._name = name
-        self.pruned = pruned
+        self.kept = kept
         # The parameter whose gradient is masked.
         self._attached: Callable[[], nn.Parameter | None] = lambda: None
 
     def __getstate__(self) -> tuple[nn.Module | None, str, Tensor]:
-        return self._module(), self._name, self.pruned
+        return self._module(), self._name, self.kept
 
     def __setstate__(self, state: tuple[nn.Module, str, Tensor]) -> None:
         self.__init__(*state)  # type: ignore[misc]
@@ -145,7 +145,7 @@ class _Zeros:
         """The parameter, if the module has one that the mask fits."""
         module = self._module()
         found = None if module is None else module._parameters.get(self._name)
-        return found if found is None or found.shape == self.pruned.shape else None
+        return found if found is None or found.shape == self.kept.shape else None
 
     def attached_to(self, parameter: nn.Parameter) -> bool:
         return self._attached() is parameter
@@ -162,18 +162,40 @@ class _Zeros:
         handle: RemovableHandle = parameter.register_hook(mask)  # type: ignore[no-untyped-call]
         return handle.remove
 
-    def mask(self, values: Tensor) -> Tensor:
-        self.pruned = self.pruned.to(values.device)
-        return values.masked_fill(self.pruned, 0)
+    def mask(self, gradient: Tensor) -> Tensor:
+        """A copy of a gradient with zeros where the parameter is pruned."""
+        self.kept = self.kept.to(gradient.device)
+        integer = _INTEGERS.get(gradient.dtype)
+        if integer is None or gradient.requires_grad:
+            return gradient.masked_fill(self.kept == 0, 0)
+        return (gradient.view(integer) * self.kept).view(gradient.dtype)
 
     def restore(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
         """Undo what a step has made of the pruned entries."""
-        self.pruned = self.pruned.to(parameter.device)
-        parameter.masked_fill_(self.pruned, 0)
+        self.clear(parameter)
         # timm's Lookahead keeps other values there, and writes them after this step.
         slow = state.get("lookahead_slow_buff")
         if slow is not None:
-            slow.masked_fill_(self.pruned, 0)
+            self.clear(slow)
+
+    def clear(self, values: Tensor) -> None:
+        """Write zeros where the parameter is pruned."""
+        self.kept = self.kept.to(values.device)
+        integer = _INTEGERS.get(values.dtype)
+        if integer is None:
+            values.masked_fill_(self.kept == 0, 0)
+        else:
+            values.detach().view(integer).mul_(self.kept)
+
+
+# A NaN or a negative number, taken for an integer, is 0 too if it is multiplied by 0,
+# and on a CPU that takes an eighth of the time of masked_fill_.
+_INTEGERS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 _holding: WeakSet[_Zeros] = WeakSet()

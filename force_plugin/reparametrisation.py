@@ -11,6 +11,7 @@ forward does: a forward hook puts the same values without it in its place.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class Reparametrisation(prune.BasePruningMethod):
     def __call__(self, module: nn.Module, inputs: object) -> None:
         """Compute the tensor from parameter and mask, for a forward."""
         name = self._tensor_name
-        if not isinstance(getattr(module, f"{name}_orig"), nn.Parameter):
+        own = isinstance(getattr(module, f"{name}_orig"), nn.Parameter)
+        if not own or torch.compiler.is_exporting():
             # Someone has lent the module other values (torch.func.functional_call);
             # they are not to be found in it afterwards.
             outside = f"_{name}_outside"
@@ -31,23 +33,22 @@ class Reparametrisation(prune.BasePruningMethod):
         setattr(module, name, self.apply_mask(module))
 
     def apply_mask(self, module: nn.Module) -> Tensor:
-        """The tensor with exact zeros where it is pruned, whatever the parameter has.
+        """The tensor with zeros where it is pruned.
 
-        Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.apply_mask`, which
-        multiplies by the mask in the parameter's dtype: 0 times inf is NaN.
+        Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.apply_mask`.
         """
-        mask = getattr(module, f"{self._tensor_name}_mask")
-        return torch.where(mask.bool(), getattr(module, f"{self._tensor_name}_orig"), 0)
+        original: Tensor = getattr(module, f"{self._tensor_name}_orig")
+        mask: Tensor = getattr(module, f"{self._tensor_name}_mask")
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if mask.dtype == torch.bool and not traced:
+            # On a CPU, bytes become floats several times as fast as bools do.
+            mask = mask.view(torch.uint8)
+        return mask.to(original.dtype) * original
 
     def remove(self, module: nn.Module) -> None:
         """Undo the reparametrisation; the pruned entries of the parameter are 0."""
-        name = self._tensor_name
-        order = list(module._parameters)
-        super().remove(module)
-        _reorder(module, [name if key == f"{name}_orig" else key for key in order])
-        for hook in list(module._forward_hooks.values()):
-            if isinstance(hook, _Detach) and hook.name == name:
-                hook.handle.remove()
+        with _as_it_was(module, self._tensor_name):
+            super().remove(module)
 
 
 class Container(Reparametrisation, prune.PruningContainer):
@@ -129,6 +130,27 @@ def reparametrise(
     module.register_buffer(f"{name}_mask", mask)
     setattr(module, name, hook.apply_mask(module).detach())
     return hook
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Undo the reparametrisation of a tensor, PyTorch's own too.
+
+    Mirrors :func:`torch.nn.utils.prune.remove`, which does not know what a pruning of
+    this package has left where another has followed it.
+    """
+    with _as_it_was(module, name):
+        prune.remove(module, name)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _as_it_was(module: nn.Module, name: str) -> Iterator[None]:
+    """Leave no hook behind, and the parameter in its place."""
+    order = list(module._parameters)
+    yield
+    _reorder(module, [name if key == f"{name}_orig" else key for key in order])
+    for hook in list(module._forward_hooks.values()):
+        if isinstance(hook, _Detach) and hook.name == name:
+            hook.handle.remove()
 
 
 def _reorder(module: nn.Module, order: list[str]) -> None:

@@ -1,0 +1,133 @@
+"""Cost of a training step of a pruned model over the dense model's.
+
+    python benchmarks/training_cost.py
+
+A step is forward, backward and the optimizer's. Four processes, one a form, hold the
+same model: dense, pruned by plain ``torch.nn.utils.prune``, pruned by ours, and by ours
+after ``make_permanent``. They take turns, one step each, while the others wait; the
+ratios are those of the medians and of the processes' peaks of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from multiprocessing.connection import Connection
+
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from force_plugin import apply_masks, make_permanent
+
+FORMS = ("dense", "torch.nn.utils.prune", "ours", "ours, permanent")
+
+
+def build(form: str, args: argparse.Namespace) -> nn.Module:
+    """The model, pruned at random: what costs is the masks, not where they are."""
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(args.model, num_classes=1000)
+    masks = {
+        f"{name}.weight": torch.rand(module.weight.shape) < 1 - args.sparsity
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    if form == "torch.nn.utils.prune":
+        for name, mask in masks.items():
+            path = name.removesuffix(".weight")
+            prune.custom_from_mask(model.get_submodule(path), "weight", mask)
+    elif form != "dense":
+        apply_masks(model, masks)
+    if form == "ours, permanent":
+        make_permanent(model)
+    return model
+
+
+def work(form: str, args: argparse.Namespace, turns: Connection) -> None:
+    """Take a step whenever asked, and say how long it took."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(form, args).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    inputs = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
+    targets = torch.randint(1000, (args.batch_size,), device=device)
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def peak() -> float:
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    turns.send(torch.get_num_threads())
+    while turns.recv():
+        wait()
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        wait()
+        turns.send(time.perf_counter() - start)
+    turns.send(peak())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="resnet50", help="any timm model")
+    parser.add_argument("--size", type=int, default=224, help="height and width")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--steps", type=int, default=9, help="counted steps of each")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
+    args = parser.parse_args()
+
+    context = multiprocessing.get_context("spawn")
+    ends, processes = {}, []
+    for form in FORMS:
+        ends[form], end = context.Pipe()
+        processes.append(context.Process(target=work, args=(form, args, end)))
+        processes[-1].start()
+        threads = ends[form].recv()
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    for step in range(args.steps + 2):
+        for form, end in ends.items():
+            end.send(True)
+            seconds = end.recv()
+            if step > 1:  # the first two warm up
+                times[form].append(seconds)
+    memory = {}
+    for form, end in ends.items():
+        end.send(False)
+        memory[form] = end.recv()
+    for process in processes:
+        process.join()
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    print(
+        f"{args.model} at {args.size}x{args.size}, batch {args.batch_size}, "
+        f"{args.steps} steps, sparsity {args.sparsity}\n"
+        f"{kind}, {threads} threads, {platform.machine()}, torch {torch.__version__}, "
+        f"timm {timm.__version__}\n"
+    )
+    print(f"{'':22}{'seconds a step':>20}{'ratio':>8}{'peak MB':>12}{'ratio':>8}")
+    base = statistics.median(times["dense"])
+    for form in FORMS:
+        middle = statistics.median(times[form])
+        spread = f"{middle:.3f} ({min(times[form]):.3f})"
+        print(
+            f"{form:22}{spread:>20}{middle / base:8.3f}"
+            f"{memory[form]:12.0f}{memory[form] / memory['dense']:8.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
