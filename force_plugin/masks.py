@@ -21,9 +21,9 @@ from force_plugin.methods import SaliencyMethod
 from force_plugin.parameters import (
     Weight,
     find_readers,
-    mask_of,
     name_some,
     named_parameters,
+    pruned_so_far,
 )
 from force_plugin.reparametrisation import read_by, reparametrise
 from force_plugin.snapshot import restored
@@ -138,10 +138,10 @@ def prune_with(
             mask = mask.to(weight.dense.device, copy=True)
             for module, name in weight.owners:
                 # Owners of a shared weight may have been pruned one by one before.
-                earlier = mask_of(module, name)
-                removed = ~mask if earlier is None else earlier.bool() & ~mask
+                earlier = pruned_so_far(module, name)
+                removed = ~mask if earlier is None else earlier & ~mask
                 hook = method(int(removed.count_nonzero()))
-                left = mask if earlier is None else mask & earlier.bool()
+                left = mask if earlier is None else mask & earlier
                 reparametrise(module, name, left, hook)
         for reader, path in readers:
             read_by(reader, path)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from force_plugin.parameters import mask_of, name_some, parameter_key
+from force_plugin.parameters import name_some, parameter_key, pruned_so_far
 from force_plugin.reparametrisation import Reparametrisation, reparametrise
 from force_plugin.schedules import count_kept
 from force_plugin.scoring import Probe
@@ -266,7 +266,7 @@ class SaliencyMethod(Reparametrisation):
                 f"importance_scores: expected the shape of {name}, "
                 f"{tuple(parameter.shape)}, got {tuple(scores.shape)}"
             )
-        earlier = mask_of(module, name)
+        earlier = pruned_so_far(module, name)
         if earlier is None:
             earlier = torch.ones_like(parameter, dtype=torch.bool)
         mask = method.compute_mask(scores, earlier)

@@ -32,7 +32,7 @@ class Weight:
         dense: The parameter with all its values (``weight_orig`` where the model is
             pruned already).
         mask: Bool tensor of the same shape, True = kept, of the first owner that is
-            pruned; ``None`` where none is.
+            pruned, or whose zeros are held; ``None`` where none is.
     """
 
     name: str
@@ -62,6 +62,23 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
             return module._buffers[f"{name}_mask"]
     return None
+
+
+HELD = "_held_zeros"
+"""Attribute of a module in which a permanent pruning keeps its masks, by tensor name,
+as ``kept``."""
+
+
+def pruned_so_far(module: nn.Module, name: str) -> Tensor | None:
+    """Bool mask of a tensor that was pruned, made permanent or not, else ``None``."""
+    mask = mask_of(module, name)
+    parameter = module._parameters.get(name)
+    held = vars(module).get(HELD, {}).get(name)
+    if mask is not None or parameter is None or held is None:
+        return None if mask is None else mask.bool()
+    # Another parameter may have come in its place.
+    fits = held.kept.shape == parameter.shape
+    return held.kept.to(parameter.device).bool() if fits else None
 
 
 def parameter_key(module: nn.Module, name: str) -> str:
@@ -151,9 +168,9 @@ def _parameters(model: nn.Module) -> dict[int, Weight]:
             if parameter is None:
                 continue
             tensor = key.removesuffix("_orig")
-            mask = mask_of(module, tensor)
-            if mask is None:
+            if mask_of(module, tensor) is None:
                 tensor = key
+            mask = pruned_so_far(module, tensor)
             weight = found.setdefault(
                 id(parameter),
                 Weight(
@@ -162,7 +179,7 @@ def _parameters(model: nn.Module) -> dict[int, Weight]:
             )
             weight.owners.append((module, tensor))
             if mask is not None and weight.mask is None:
-                weight.mask = mask.bool()
+                weight.mask = mask
     return found
 
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from force_plugin.parameters import Weight, mask_of, named_parameters
+from force_plugin.parameters import HELD, Weight, mask_of, named_parameters
 from force_plugin.reparametrisation import forget_readers, remove
 from force_plugin.snapshot import snapshot
 
@@ -55,7 +55,12 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     """
     parameters = named_parameters(model).values()
     weights = [weight for weight in parameters if weight.mask is not None]
-    if not weights and hold_zeros:
+    if not hold_zeros:
+        # Others with a mask are held by an earlier call.
+        weights = [
+            w for w in weights if any(mask_of(*owner) is not None for owner in w.owners)
+        ]
+    elif not weights:
         weights = _with_zeros(parameters)
     if not weights:
         raise ValueError(
@@ -79,8 +84,8 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                 if mask is not None:
                     pruned |= mask == 0
                     remove(module, name)
-                held = _held(module).get(name)
-                if held is not None:
+                held = vars(module).get(HELD, {}).get(name)
+                if held is not None and held.kept.shape == pruned.shape:
                     pruned |= held.kept.to(pruned.device) == 0
             # Its products are -0 where a weight was negative, NaN where it was inf.
             weight.dense.data = values.copy_(weight.dense.data).masked_fill_(pruned, 0)
@@ -89,7 +94,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                 zeros = _Zeros(module, name, kept)
                 undo.callback(_holding.discard, zeros)
                 _holding.add(zeros)
-                vars(module).setdefault(_KEY, {})[name] = zeros
+                vars(module).setdefault(HELD, {})[name] = zeros
                 if weight.dense.requires_grad:
                     undo.callback(zeros.attach(weight.dense))
         forget_readers(model)
@@ -105,13 +110,6 @@ def _with_zeros(parameters: Iterable[Weight]) -> list[Weight]:
     if not any(0 < count < weight.dense.numel() for weight, count in zeros.items()):
         return []
     return [weight for weight, count in zeros.items() if count]
-
-
-_KEY = "_held_zeros"
-
-
-def _held(module: nn.Module) -> dict[str, _Zeros]:
-    return vars(module).get(_KEY, {})  # type: ignore[no-any-return]
 
 
 class _Zeros:

@@ -39,8 +39,8 @@ class Reparametrisation(prune.BasePruningMethod):
         """
         original: Tensor = getattr(module, f"{self._tensor_name}_orig")
         mask: Tensor = getattr(module, f"{self._tensor_name}_mask")
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if mask.dtype == torch.bool and not traced:
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if mask.dtype == torch.bool and not (traced or torch.compiler.is_compiling()):
             # On a CPU, bytes become floats several times as fast as bools do.
             mask = mask.view(torch.uint8)
         return mask.to(original.dtype) * original

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import sys
 import weakref
@@ -306,10 +307,12 @@ def test_the_rest_of_a_model_stays_pruned_when_a_part_is_made_permanent() -> Non
     masks = prune_some(model)
     before = model(x)
     make_permanent(model.self_attn.out_proj)
-    assert list(get_masks(model)) == [n for n in masks if "out_proj" not in n]
+    assert [n for n, _ in model.named_parameters() if n.endswith("_orig")] == [
+        f"{name}_orig" for name in masks if "out_proj" not in name
+    ]
     assert torch.equal(model(x), before)
     make_permanent(model.self_attn)
-    assert list(get_masks(model)) == ["linear1.weight", "linear2.weight"]
+    assert not prune.is_pruned(model.self_attn) and prune.is_pruned(model)
     assert torch.equal(model(x), before)
     make_permanent(model)
     assert pre_hooks(model) == [] and holds(model, masks)
@@ -805,6 +808,38 @@ def test_a_permanent_model_can_be_pruned_and_made_permanent_again(
         assert holds(model, both)
         train(model, optimizer, steps=1)
     assert_holds_in_training(copy.deepcopy(model), both)
+
+
+def test_masks_of_a_permanent_model_are_those_that_are_held() -> None:
+    model, masks = permanent_network()
+    found = get_masks(model)
+    assert list(found) == list(masks)
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    model[4].weight = nn.Parameter(torch.randn(6, 16))  # the same shape: it is held too
+    model[6].weight = nn.Parameter(torch.randn(9, 7))
+    assert list(get_masks(model)) == ["0.weight", "4.weight"]
+    make_permanent(model, hold_zeros=True)
+    assert torch.equal(model[4].weight != 0, masks["4.weight"])
+
+
+# GraSP-It scores by the gradient alone, which a weight of 0 has as well.
+@pytest.mark.parametrize(
+    "method", ["force", "grasp_it", "grasp", "magnitude", "random"]
+)
+def test_what_a_permanent_model_has_pruned_does_not_return(method: str) -> None:
+    model, masks = permanent_network()
+    train(model, sgd(model))
+    batch = (images(), torch.arange(8) % 3)
+    force_prune(model, [batch], 0.8, method=method, steps=3, progress=False)
+    more = get_masks(model)
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in more.values()) == math.floor(0.2 * total)
+    assert not any((more[name] & ~masks[name]).any() for name in masks)
+    with pytest.raises(ValueError, match="pruned to 0.8.* already"):
+        force_prune(model, [batch], 0.3, method=method, steps=3, progress=False)
+    make_permanent(model)
+    train(model, sgd(model))
+    assert holds(model, more)
 
 
 def test_what_an_earlier_call_holds_stays_held() -> None:
