@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from force_plugin import gates
+from force_plugin.distributed import Ranks, unwrap
 from force_plugin.masks import prune_with
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.notes import Notes
-from force_plugin.parameters import find_readers, find_weights
+from force_plugin.parameters import Weight, find_readers, find_weights, named_parameters
 from force_plugin.report import SparsityReport, report_of
 from force_plugin.schedules import Schedule, check_count, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
+
+_REPORT = "please report this: the ranks had the same scores"
 
 
 @torch.inference_mode(False)
@@ -51,8 +54,14 @@ def force_prune(
     The network is scored as it stands: in training mode its batch statistics are those
     of the scoring batches, and dropout is on.
 
+    Where :mod:`torch.distributed` is initialised, every rank must call it, with the
+    same model and batches of its own. What is measured is averaged over the ranks, and
+    all of them get the same mask; progress and warnings are rank 0's.
+
     Args:
-        model: Any module. On one that is pruned already, only more is removed.
+        model: Any module. On one that is pruned already, only more is removed. Of
+            :class:`torch.nn.parallel.DistributedDataParallel` it is the module inside,
+            also in the names.
         loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
             Each step takes the next ones, from the beginning again when it ends. Their
             tensors are moved to the device of the model's first prunable weight.
@@ -95,68 +104,81 @@ def force_prune(
         TypeError, ValueError: An argument, a batch or the loss is not as expected; the
             message says what was, what came and what to do.
         RuntimeError: A weight got no gradient, a loss or score is not finite, or the
-            mask disconnects the network; the message names the layer and the step.
+            mask disconnects the network; the message names the layer and the step. Or
+            another rank has failed, which the message quotes, or the ranks' arguments
+            or weights differ.
 
     Warns:
         UserWarning: The mask is doubtful, as above.
     """
-    criterion = find_method(method)
-    method_name = method if isinstance(method, str) else method.__name__
-    weights = find_weights(model, parameters)
-    check_count("steps", steps)
-    if on_collapse not in ("raise", "warn"):
-        raise ValueError(
-            f'on_collapse: expected "raise" or "warn", got {on_collapse!r}'
+    with Ranks(model) as ranks:
+        model = unwrap(model)
+        criterion = find_method(method)
+        method_name = method if isinstance(method, str) else method.__name__
+        weights = find_weights(model, parameters)
+        check_count("steps", steps)
+        if on_collapse not in ("raise", "warn"):
+            raise ValueError(
+                f'on_collapse: expected "raise" or "warn", got {on_collapse!r}'
+            )
+        total = sum(weight.dense.numel() for weight in weights)
+        kept_after = kept_per_step(
+            criterion.schedule or schedule, criterion.steps or steps, sparsity, total
         )
-    total = sum(weight.dense.numel() for weight in weights)
-    kept_after = kept_per_step(
-        criterion.schedule or schedule, criterion.steps or steps, sparsity, total
-    )
-    # The mask of an earlier pruning, if any: what it removed never comes back.
-    earlier = {w.name: w.mask for w in weights if w.mask is not None}
-    available = total - sum(int((~mask).count_nonzero()) for mask in earlier.values())
-    if kept_after[-1] > available:
-        raise ValueError(
-            f"sparsity: the model is pruned to {1 - available / total:.6g} already, "
-            f"and pruning it again only removes more; got {sparsity}"
+        # The mask of an earlier pruning, if any: what it removed never comes back.
+        earlier = {w.name: w.mask for w in weights if w.mask is not None}
+        removed = sum(int((~mask).count_nonzero()) for mask in earlier.values())
+        available = total - removed
+        if kept_after[-1] > available:
+            raise ValueError(
+                f"sparsity: the model is pruned to {1 - available / total:.6g} "
+                f"already, and pruning it again only removes more; got {sparsity}"
+            )
+        _agree(ranks, model, weights, method_name, open_gates, kept_after)
+
+        notes = Notes(kept_after, on_collapse, criterion.regrows)
+        masks: dict[str, Tensor] = {}
+        probe = Probe(
+            model,
+            weights,
+            loader,
+            batches=batches,
+            loss_fn=loss_fn,
+            forward=forward,
+            open_gates=open_gates and criterion.looks,
+            on_batch=lambda number: (
+                batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
+            ),
+            ranks=ranks,
         )
+        bar = tqdm(
+            total=len(kept_after),
+            desc=method_name,
+            unit="step",
+            disable=not progress or ranks.rank > 0,
+        )
+        with bar, probe:
+            for step, kept in enumerate(kept_after, start=1):
+                scores = criterion.scores(probe)
+                if not criterion.looks:  # a random one has its own on each rank
+                    ranks.share(scores.values())
+                if step == 1:
+                    notes.on_first_scores(scores, probe)
+                _exclude(scores, earlier if criterion.regrows else masks or earlier)
+                kept = min(kept, available)
+                selected, threshold = top_k_masks(list(scores.values()), kept)
+                masks = dict(zip(scores, selected, strict=True))
+                ranks.agree(f"the masks of step {step}", _REPORT, *masks.values())
+                notes.on_selection(step, scores, masks, threshold, probe.masks)
+                probe.prune(masks)
+                bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
+                bar.update()
+            if kept_after[-1] < total and probe.connected() is False:
+                notes.on_disconnection()
 
-    notes = Notes(kept_after, on_collapse, criterion.regrows)
-    masks: dict[str, Tensor] = {}
-    probe = Probe(
-        model,
-        weights,
-        loader,
-        batches=batches,
-        loss_fn=loss_fn,
-        forward=forward,
-        open_gates=open_gates and criterion.looks,
-        on_batch=lambda number: (
-            batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
-        ),
-    )
-    bar = tqdm(
-        total=len(kept_after), desc=method_name, unit="step", disable=not progress
-    )
-    with bar, probe:
-        for step, kept in enumerate(kept_after, start=1):
-            scores = criterion.scores(probe)
-            if step == 1:
-                notes.on_first_scores(scores, probe)
-            _exclude(scores, earlier if criterion.regrows else masks or earlier)
-            kept = min(kept, available)
-            selected, threshold = top_k_masks(list(scores.values()), kept)
-            masks = dict(zip(scores, selected, strict=True))
-            notes.on_selection(step, scores, masks, threshold, probe.masks)
-            probe.prune(masks)
-            bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
-            bar.update()
-        if kept_after[-1] < total and probe.connected() is False:
-            notes.on_disconnection()
-
-    for problem in notes.problems:
-        # Before the model is touched: a filter may make errors of warnings.
-        warnings.warn(problem, stacklevel=3)  # past inference_mode
+        for problem in notes.problems if ranks.rank == 0 else ():
+            # Before the model is touched: a filter may make errors of warnings.
+            warnings.warn(problem, stacklevel=3)  # past inference_mode
     prune_with(
         ((weight, masks[weight.name]) for weight in weights),
         criterion,
@@ -185,10 +207,12 @@ def saliency(
 
     These are the scores of the first step of :func:`force_plugin.force_prune` with the
     same arguments. The model, its gradients and modes and the global random state are
-    afterwards what they were.
+    afterwards what they were. In a distributed job every rank must call it, and gets
+    the scores of all batches.
 
     Args:
-        model: Any module, pruned before or not.
+        model: Any module, pruned before or not, wrapped in
+            :class:`torch.nn.parallel.DistributedDataParallel` or not.
         loader: Batches, as in :func:`force_plugin.force_prune`.
         method: A name of ``force_plugin.METHODS``, or a class.
         batches: Number of batches; ``None``: the whole loader.
@@ -206,20 +230,48 @@ def saliency(
 
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected.
-        RuntimeError: A weight got no gradient, or a score is not finite.
+        RuntimeError: A weight got no gradient, a score is not finite, another rank has
+            failed, or the ranks' arguments or weights differ.
     """
-    criterion = find_method(method)
-    weights = find_weights(model, parameters)
-    with Probe(
-        model,
-        weights,
-        loader,
-        batches=batches,
-        loss_fn=loss_fn,
-        forward=forward,
-        open_gates=open_gates and criterion.looks,
-    ) as probe:
-        return criterion.scores(probe)
+    with Ranks(model) as ranks:
+        model = unwrap(model)
+        criterion = find_method(method)
+        weights = find_weights(model, parameters)
+        _agree(ranks, model, weights, criterion.__name__, open_gates)
+        with Probe(
+            model,
+            weights,
+            loader,
+            batches=batches,
+            loss_fn=loss_fn,
+            forward=forward,
+            open_gates=open_gates and criterion.looks,
+            ranks=ranks,
+        ) as probe:
+            scores = criterion.scores(probe)
+            if not criterion.looks:
+                ranks.share(scores.values())
+            return scores
+
+
+def _agree(
+    ranks: Ranks, model: nn.Module, weights: Sequence[Weight], *settings: object
+) -> None:
+    """Make sure that the ranks are about to do the same to the same network."""
+    ranks.agree(
+        "the arguments, or the model",
+        "pass the same method, sparsity, steps, schedule, parameters and open_gates, "
+        "and a model of the same architecture, on every rank",
+        *settings,
+        *((w.name, w.dense.shape, w.dense.dtype, w.mask is None) for w in weights),
+    )
+    ranks.agree(
+        "the model's parameters",
+        "seed every rank alike (torch.manual_seed) before the model is made, or wrap "
+        "it in DistributedDataParallel first, which copies rank 0's",
+        *(parameter.dense for parameter in named_parameters(model).values()),
+        *(weight.mask for weight in weights if weight.mask is not None),
+    )
 
 
 def _exclude(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from force_plugin import gates, silence
 from force_plugin.connection import leads_through, tensors
+from force_plugin.distributed import ALONE, Ranks
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.snapshot import restored, snapshot
@@ -65,6 +66,8 @@ class Probe:
         forward: ``forward(model, batch)``, a loss; replaces ``loss_fn``.
         open_gates: Measure with closed gates opened.
         on_batch: Called after each batch with its number within the step, from 1.
+        ranks: The processes that measure together: what is measured is the mean over
+            their batches, and they open the same gates.
 
     Attributes:
         weights: The dense weights θ by parameter name, without gradient.
@@ -89,6 +92,7 @@ class Probe:
         forward: Forward | None = None,
         open_gates: bool = False,
         on_batch: Callable[[int], object] = lambda number: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if batches is not None:
             check_count("batches", batches)
@@ -121,6 +125,7 @@ class Probe:
         self._loss_fn = loss_fn
         self._forward = forward
         self._on_batch = on_batch
+        self._ranks = ranks
         self._input_shape: tuple[int, ...] | None = None
         # The modules whose forward is running, from the outermost to the innermost.
         self._calls: list[nn.Module] = []
@@ -173,11 +178,11 @@ class Probe:
             loss = self._loss(batch)
             totals.add_gradients(loss)
             losses.append(loss.item())
-        self.loss = sum(losses) / len(losses)
         gradients = self._complete(totals)
-        if len(losses) > 1:
+        count = self._mean_loss(losses)
+        if count != 1:
             for gradient in gradients.values():
-                gradient.div_(len(losses))
+                gradient.div_(count)
         return gradients
 
     def hessian_gradients(self, temperature: float = 1.0) -> dict[str, Tensor]:
@@ -233,7 +238,8 @@ class Probe:
                             f"{error}. Take another activation or another method"
                         ) from error
                 losses.append(loss.item())
-        self.loss = sum(losses) / len(losses)
+        self._mean_loss(losses)
+        totals.average(self._ranks)
         return {
             name: totals.get(name, torch.zeros_like(weight))
             for name, weight in self.weights.items()
@@ -319,10 +325,10 @@ class Probe:
         """Whether the outputs of the network, as it is pruned, depend on its inputs.
 
         They do if a gradient that is not exactly 0 reaches the inputs of the last batch
-        that was measured. A few of its samples are tried first, and cost next to
-        nothing. Where no gradient reaches the inputs of the dense network either (the
-        stem is detached), a gradient that reaches any of the kept weights is what
-        counts.
+        that was measured, on any rank. A few of its samples are tried first, and cost
+        next to nothing. Where no gradient reaches the inputs of the dense network
+        either (the stem is detached), a gradient that reaches any of the kept weights
+        is what counts.
 
         Returns:
             ``None`` where nothing was measured with data before.
@@ -339,12 +345,14 @@ class Probe:
                 self.model(_to(inputs, self._device))
 
         if self._forward is None and isinstance(inputs, Tensor):
+            found: bool | None = False
             # Fewer samples may be too few: for a batch norm, or to wake a sparse unit.
             with suppress(Exception):
                 few = _to(inputs[:8], self._device)
-                if leads_through(self.model, lambda: self.model(few)):
-                    return True
-        if leads_through(self.model, run):
+                found = leads_through(self.model, lambda: self.model(few))
+            if self._ranks.any(bool(found)):
+                return True
+        if self._ranks.any(bool(leads_through(self.model, run))):
             return True
         masks, self.masks = self.masks, None
         try:
@@ -353,15 +361,15 @@ class Probe:
         finally:
             self.masks = masks
             self._mask_stand_ins()
-        if dense:
+        if self._ranks.any(bool(dense)):
             return False
         if math.isnan(self.loss):  # SynFlow's, which has none
             return None
         sums = _Sums(self._stand_ins)
         sums.add_gradients(self._loss(batch))
         kept = self.masks or {}
-        return any(
-            bool((g[kept[n]] if n in kept else g).any()) for n, g in sums.items()
+        return self._ranks.any(
+            any(bool((g[kept[n]] if n in kept else g).any()) for n, g in sums.items())
         )
 
     def _revealed(
@@ -401,8 +409,9 @@ class Probe:
             if not frozen:
                 raise
             found, looked = {}, True
+        found = self._found_by_any(found)
         self._candidates = set()
-        if not (frozen or looked):
+        if not (frozen or looked or found):
             return result, leaves
         result = leaves = None  # type: ignore[assignment]  # frees the graph
         for leaf in frozen:
@@ -414,6 +423,19 @@ class Probe:
                 self.weights[name] = values
         self.gates |= found
         return measure()
+
+    def _found_by_any(self, found: Mapping[str, gates.Gate]) -> dict[str, gates.Gate]:
+        """The gates that any rank has found: a graph may depend on its batch."""
+        kinds = (None, gates.NORMALISATION, gates.SCALE, gates.WEIGHT)
+        names = [name for name in self._leaves if name in self._candidates]
+        codes = {name: kinds.index(gate.kind) for name, gate in found.items()}
+        rows = self._ranks.gather(*(codes.get(name, 0) for name in names))
+        agreed = {}
+        for name, *given in zip(names, *rows, strict=True):
+            if kind := kinds[int(max(given))]:
+                largest = float(self._leaves[name].detach().abs().max())
+                agreed[name] = found.get(name) or gates.Gate(name, kind, largest)
+        return agreed
 
     def _remember(self) -> Callable[[], None]:
         """What a forward pass may change, and the way back."""
@@ -650,8 +672,16 @@ class Probe:
             if value.layout == torch.strided and value.isnan().any()
         ]
 
-    def _complete(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums, in the order of the weights, if none is missing."""
+    def _mean_loss(self, losses: Sequence[float]) -> float:
+        """Note the mean loss of the batches of all ranks; their number on a rank."""
+        rows = self._ranks.gather(sum(losses), len(losses))
+        count = sum(row[1] for row in rows)
+        self.loss = sum(row[0] for row in rows) / count
+        return count / len(rows)
+
+    def _complete(self, sums: _Sums) -> dict[str, Tensor]:
+        """The mean of the ranks' sums, in the order of the weights."""
+        sums.average(self._ranks)
         missing = [name for name in self.weights if name not in sums]
         if missing:
             raise NoGradientError(missing, self.step)
@@ -742,6 +772,15 @@ class _Sums(dict[str, Tensor]):
                 self[name].add_(gradient)
             else:
                 self[name] = gradient.float() if gradient.itemsize < 4 else gradient
+
+    def average(self, ranks: Ranks) -> None:
+        """Average over ranks; what only some of them have is 0 on the others."""
+        rows = ranks.gather(*(name in self for name in self._leaves))
+        for (name, leaf), *held in zip(self._leaves.items(), *rows, strict=True):
+            if any(held) and name not in self:
+                dtype = torch.promote_types(leaf.dtype, torch.float32)
+                self[name] = torch.zeros_like(leaf, dtype=dtype, requires_grad=False)
+        ranks.average(self)
 
 
 def _is_pair(batch: Any) -> bool:
