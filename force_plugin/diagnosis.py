@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from force_plugin import gates, silence
+from force_plugin.distributed import unwrap
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.notes import find_small, sizes
 from force_plugin.parameters import Weight, find_weights, name_layers, name_some
@@ -202,6 +203,7 @@ def diagnose(
         RuntimeError: No weight gets a gradient, or a score is not finite.
     """
     criterion = find_method(method)
+    model = unwrap(model)
     weights = find_weights(model, parameters)
     fractions = _fractions(sparsities)
 

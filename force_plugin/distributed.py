@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from force_plugin.snapshot import restored
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 _LETTERS = 2000
 
@@ -171,27 +178,93 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The network inside of :class:`torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
-        ValueError: Only a part of the network is wrapped, or parameters are sharded
-            (FSDP, tensor parallelism), so that no rank has all of their values.
+        ValueError: Only a part of the network is wrapped.
     """
     while isinstance(model, DistributedDataParallel):
         model = model.module
-    if not isinstance(model, nn.Module):
-        return model  # what it is will be said by who needs a module
-    for name, parameter in model.named_parameters():
-        # By their attributes: to import their classes takes half a second.
-        if hasattr(parameter, "device_mesh") or hasattr(parameter, "_sharded_size"):
-            raise ValueError(
-                f"{name} is sharded: expected a model of which every rank has all "
-                "values; prune it first, and shard the pruned model (fully_shard)"
-            )
-    for name, module in model.named_modules():
-        if isinstance(module, DistributedDataParallel):
-            raise ValueError(
-                f"{name} is a DistributedDataParallel within the model: expected one "
-                "around all of it, or none; prune the model that it was made of"
-            )
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if isinstance(module, DistributedDataParallel):
+                raise ValueError(
+                    f"{name} is a DistributedDataParallel within the model: expected "
+                    "one around all of it, or none; prune the model that it was made of"
+                )
     return model
+
+
+@contextmanager
+def gathered(model: nn.Module, ranks: Ranks) -> Iterator[bool]:
+    """Give each rank all values of a model that FSDP2 has sharded, for a while.
+
+    Its modules have plain parameters in the place of the shards, and work by
+    themselves: FSDP2's hooks are off. The shards are not touched.
+
+    Args:
+        model: Any module; one that is not sharded is left alone.
+        ranks: Those that hold the shards.
+
+    Yields:
+        Whether it is sharded.
+
+    Raises:
+        ValueError: It is sharded otherwise than by ``fully_shard`` alone (FSDP1, tensor
+            parallelism), or was pruned before it was sharded.
+    """
+    sharded = _sharded_modules(model)
+    if not sharded:
+        yield False
+        return
+    ranks.any(False)  # nobody gathers alone
+    for unit in sharded:
+        unit.reshard()
+    with restored(model.modules()):
+        whole: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if _home(hook).startswith("torch.distributed.fsdp"):
+                        del hooks[key]
+            for name, shard in module._parameters.items():
+                if shard is not None and hasattr(shard, "device_mesh"):
+                    if id(shard) not in whole:
+                        values = shard.detach().full_tensor()  # type: ignore[attr-defined]
+                        whole[id(shard)] = nn.Parameter(values, shard.requires_grad)
+                    module._parameters[name] = whole[id(shard)]
+        yield True
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that ``fully_shard`` was called with."""
+    # Whoever has sharded a model has imported this, which takes half a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(model, nn.Module):
+        return []
+    for name, module in model.named_modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1): "
+                "expected a model that is not sharded, or sharded by fully_shard; "
+                "prune it first, and wrap the pruned model"
+            )
+    sharded = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+    for name, parameter in model.named_parameters():
+        shards = [p for p in getattr(parameter, "placements", ()) if p.is_shard()]
+        if len(shards) > 1 or (shards and not sharded):
+            raise ValueError(
+                f"{name} is sharded otherwise than by fully_shard alone (tensor "
+                "parallelism): prune the model first, and shard the pruned one"
+            )
+        if shards and name.endswith("_orig"):
+            raise ValueError(
+                f"{name} was pruned before it was sharded, and cannot be pruned again: "
+                "prune the model as far as it is to be, and shard it then"
+            )
+    return sharded
+
+
+def _home(hook: object) -> str:
+    """The module that a hook comes from."""
+    return getattr(hook, "__module__", None) or ""
 
 
 def _digest(things: Iterable[object]) -> int:

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
@@ -153,6 +154,8 @@ def named_parameters(model: nn.Module) -> dict[str, Weight]:
 
 def _parameters(model: nn.Module) -> dict[int, Weight]:
     """Every parameter of a model by its identity, in the order of the modules."""
+    while isinstance(model, DistributedDataParallel):
+        model = model.module  # names are those of the module inside
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}"

@@ -101,6 +101,35 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
         undo.pop_all()
 
 
+@torch.no_grad()
+def prune_in_place(masks: Iterable[tuple[Weight, Tensor]]) -> None:
+    """Set weights to 0 and hold them there, all of them or, after an error, none.
+
+    For sharded models: FSDP2 sets a module's parameters by their names, under which a
+    reparametrisation keeps something else.
+
+    Args:
+        masks: Weights, and bool masks of their whole shapes.
+    """
+    with ExitStack() as undo:
+        for weight, mask in masks:
+            kept = mask.view(torch.uint8)
+            for module, name in weight.owners:
+                parameter = module._parameters[name]
+                assert parameter is not None
+                values = parameter.detach()
+                undo.callback(snapshot([module]))
+                undo.callback(values.copy_, values.clone())
+                zeros = _Zeros(module, name, kept)
+                undo.callback(_holding.discard, zeros)
+                _holding.add(zeros)
+                vars(module).setdefault(HELD, {})[name] = zeros
+                if parameter.requires_grad:
+                    undo.callback(zeros.attach(parameter))
+                zeros.clear(parameter)
+        undo.pop_all()
+
+
 def _with_zeros(parameters: Iterable[Weight]) -> list[Weight]:
     """The prunable weights that hold zeros, if they seem to come from a pruning.
 
@@ -131,6 +160,8 @@ class _Zeros:
         self.kept = kept
         # The parameter whose gradient is masked.
         self._attached: Callable[[], nn.Parameter | None] = lambda: None
+        # Of a sharded parameter, this rank's part of the mask.
+        self._part: Tensor | None = None
 
     def __getstate__(self) -> tuple[nn.Module | None, str, Tensor]:
         return self._module(), self._name, self.kept
@@ -156,12 +187,26 @@ class _Zeros:
             zeros = itself()
             return None if zeros is None else zeros.mask(gradient)
 
-        self._attached = ref(parameter)
-        handle: RemovableHandle = parameter.register_hook(mask)  # type: ignore[no-untyped-call]
+        def clear(parameter: Tensor) -> None:
+            zeros = itself()
+            if zeros is not None and parameter.grad is not None:
+                zeros.clear(parameter.grad)
+
+        self._attached, self._part = ref(parameter), None
+        handle: RemovableHandle
+        if _is_sharded(parameter):
+            # Its gradient comes from the other ranks, and not from autograd.
+            handle = parameter.register_post_accumulate_grad_hook(clear)  # type: ignore[no-untyped-call]
+        else:
+            handle = parameter.register_hook(mask)  # type: ignore[no-untyped-call]
         return handle.remove
 
     def mask(self, gradient: Tensor) -> Tensor:
         """A copy of a gradient with zeros where the parameter is pruned."""
+        if _is_sharded(gradient):
+            gradient = gradient.clone()
+            self.clear(gradient)
+            return gradient
         self.kept = self.kept.to(gradient.device)
         integer = _INTEGERS.get(gradient.dtype)
         if integer is None or gradient.requires_grad:
@@ -178,12 +223,34 @@ class _Zeros:
 
     def clear(self, values: Tensor) -> None:
         """Write zeros where the parameter is pruned."""
-        self.kept = self.kept.to(values.device)
+        values, kept = self._beside(values.detach())
         integer = _INTEGERS.get(values.dtype)
         if integer is None:
-            values.masked_fill_(self.kept == 0, 0)
+            values.masked_fill_(kept == 0, 0)
         else:
-            values.detach().view(integer).mul_(self.kept)
+            values.view(integer).mul_(kept)
+
+    def _beside(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and their mask; of sharded ones, this rank's part of both."""
+        if not _is_sharded(values):
+            self.kept = self.kept.to(values.device)
+            return values, self.kept
+        if self._part is None:
+            from torch.distributed.tensor import distribute_tensor
+
+            # Every rank has all of the mask: nothing is sent.
+            self._part = distribute_tensor(
+                self.kept.to(values.device),
+                values.device_mesh,  # type: ignore[attr-defined]
+                values.placements,  # type: ignore[attr-defined]
+                src_data_rank=None,
+            ).to_local()
+        return values.to_local(), self._part  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as those of FSDP2; their import takes half a second."""
+    return hasattr(tensor, "device_mesh")
 
 
 # A NaN or a negative number, taken for an integer, is 0 too if it is multiplied by 0,

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from force_plugin import gates
-from force_plugin.distributed import Ranks, unwrap
+from force_plugin.distributed import Ranks, gathered, unwrap
 from force_plugin.masks import prune_with
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.notes import Notes
 from force_plugin.parameters import Weight, find_readers, find_weights, named_parameters
+from force_plugin.permanent import prune_in_place
 from force_plugin.report import SparsityReport, report_of
 from force_plugin.schedules import Schedule, check_count, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
@@ -61,7 +62,9 @@ def force_prune(
     Args:
         model: Any module. On one that is pruned already, only more is removed. Of
             :class:`torch.nn.parallel.DistributedDataParallel` it is the module inside,
-            also in the names.
+            also in the names. One that ``fully_shard`` has sharded is gathered on each
+            rank while it is scored; then its weights are 0 where they are pruned, and
+            held there, as :func:`force_plugin.make_permanent` holds them.
         loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
             Each step takes the next ones, from the beginning again when it ends. Their
             tensors are moved to the device of the model's first prunable weight.
@@ -111,8 +114,8 @@ def force_prune(
     Warns:
         UserWarning: The mask is doubtful, as above.
     """
-    with Ranks(model) as ranks:
-        model = unwrap(model)
+    model = unwrap(model)
+    with Ranks(model) as ranks, gathered(model, ranks) as sharded:
         criterion = find_method(method)
         method_name = method if isinstance(method, str) else method.__name__
         weights = find_weights(model, parameters)
@@ -179,11 +182,12 @@ def force_prune(
         for problem in notes.problems if ranks.rank == 0 else ():
             # Before the model is touched: a filter may make errors of warnings.
             warnings.warn(problem, stacklevel=3)  # past inference_mode
-    prune_with(
-        ((weight, masks[weight.name]) for weight in weights),
-        criterion,
-        [*probe.readers, *find_readers(weights, model)],
-    )
+    pairs = [(weight, masks[weight.name]) for weight in weights]
+    if sharded:
+        prune_in_place(pairs)
+    else:
+        readers = [*probe.readers, *find_readers(weights, model)]
+        prune_with(pairs, criterion, readers)
     remarks = [*gates.describe(probe.gates), *notes.problems, *notes.emptied()]
     # 60 is what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
@@ -233,8 +237,8 @@ def saliency(
         RuntimeError: A weight got no gradient, a score is not finite, another rank has
             failed, or the ranks' arguments or weights differ.
     """
-    with Ranks(model) as ranks:
-        model = unwrap(model)
+    model = unwrap(model)
+    with Ranks(model) as ranks, gathered(model, ranks):
         criterion = find_method(method)
         weights = find_weights(model, parameters)
         _agree(ranks, model, weights, criterion.__name__, open_gates)

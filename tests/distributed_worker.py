@@ -31,6 +31,7 @@ from force_plugin import (
     get_masks,
     make_permanent,
     saliency,
+    sparsity_report,
 )
 
 Batch = tuple[Tensor, Tensor]
@@ -126,9 +127,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Two layers by themselves, and the rest, as FSDP2 is used."""
-    for part in (model.body, model.head, model):
-        fully_shard(part)
+    """Two layers together, one by itself, and the rest, as FSDP2 is used."""
+    for unit in ([model.stem, model.norm], model.body, model):
+        fully_shard(unit)
     return model
 
 
@@ -203,14 +204,20 @@ def run(rank: int) -> dict[str, Any]:
         torch.manual_seed(10 + rank)
         seen[f"scores {name}"] = saliency(Network(), batches, name)
     # Rank 0 has two of three batches.
-    whole = images()
-    uneven = whole[:2] if rank == 0 else whole[2:3]
+    uneven = images()[:2] if rank == 0 else images()[2:3]
     for name in ("force", "snip_it", "grasp"):
         seen[f"uneven {name}"] = saliency(Network(), uneven, name, batches=None)
 
     wrapped = DistributedDataParallel(Network())
     report = force_prune(wrapped, batches, 0.8, **STEPS)
-    seen["names"] = [layer.name for layer in report.layers]
+    seen["names"] = [
+        [layer.name for layer in report.layers],
+        list(get_masks(wrapped)),
+        [layer.name for layer in sparsity_report(wrapped).layers],
+    ]
+    seen["wrapped diagnosis"] = [
+        str(diagnose(model, batches)) for model in (wrapped, wrapped.module)
+    ]
     seen["wrapped, then pruned"] = train(wrapped, batches)
     inner = Network()
     force_prune(inner, batches, 0.8, **STEPS)
@@ -223,13 +230,42 @@ def run(rank: int) -> dict[str, Any]:
     force_prune(inner, batches, 0.8, **STEPS)
     seen["pruned, then sharded"] = train(shard(inner), batches)
 
-    sharded, nested = shard(Network()), Network()
+    inner = Network()
+    force_prune(inner, batches, 0.8, **STEPS)
+    make_permanent(inner)
+    seen["permanent, then sharded"] = train(shard(inner), batches)
+    sharded = shard(Network())
+    cross_entropy(sharded(batches[0][0]), batches[0][1]).backward()
+    before = {n: whole(p.grad) for n, p in sharded.named_parameters()}
+    with torch.no_grad():
+        sharded(batches[0][0])  # leaves the root's own parameters unsharded
+    scores = {m: saliency(sharded, batches, m) for m in METHODS if m != "random"}
+    with torch.no_grad():
+        sharded(batches[0][0])
+    seen["sharded scores"] = scores
+    seen["sharded, failed"] = failed(
+        lambda: force_prune(sharded, batches[: 1 - rank], 0.8, **STEPS)
+    )
+    report = force_prune(sharded, batches, 0.8, **STEPS)
+    seen["sharded report"] = report.to_dict()
+    seen["sharded masks"] = get_masks(sharded)
+    after = {n: whole(p.grad) for n, p in sharded.named_parameters()}
+    seen["sharded gradients"] = before, after
+    seen["sharded, then pruned"] = train(sharded, batches)
+    again = force_prune(sharded, batches, 0.9, **STEPS)
+    seen["sharded, pruned again"] = again.kept, get_masks(sharded)
+
+    nested, pruned = Network(), Network()
     nested.body = DistributedDataParallel(nested.body)
-    for what, model in {"sharded": sharded, "nested": nested}.items():
+    force_prune(pruned, batches, 0.5, **STEPS)
+    for what, model in {"nested": nested, "pruned and sharded": shard(pruned)}.items():
         for name in ("force_prune", "saliency"):
             call = getattr(force_plugin, name)
+            options = {"sparsity": 0.8} if name == "force_prune" else {}
             seen[f"{what} {name}"] = failed(
-                lambda call=call, model=model: call(model, batches, 0.8)
+                lambda call=call, model=model, options=options: call(
+                    model, batches, **options
+                )
             )
 
     touched: list[int] = []

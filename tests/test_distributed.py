@@ -141,13 +141,16 @@ def test_network_that_leads_through_on_one_rank_is_connected(ranks: Seen) -> Non
         "pruned, then wrapped",
         "permanent, then wrapped",
         "pruned, then sharded",
+        "permanent, then sharded",
+        "sharded, then pruned",
     ],
 )
 def test_training_is_that_of_one_process(ranks: Seen, order: str) -> None:
     model = Network()
     force_prune(model, images(), 0.8, **STEPS)
     masks = get_masks(model)
-    if order.startswith("permanent"):
+    plain = order in ("sharded, then pruned",) or order.startswith("permanent")
+    if plain:
         make_permanent(model)
     alone = train(model, images())
     first, second = (seen[order] for seen in ranks)
@@ -159,25 +162,63 @@ def test_training_is_that_of_one_process(ranks: Seen, order: str) -> None:
     for key in ("gradients", "state"):
         inner = {n.removeprefix("module."): v for n, v in first[key].items()}
         assert same(inner, alone[key], 1e-9)
-    if order.startswith("permanent"):
-        assert all(
-            not first["state"][f"module.{name}"][~mask].any()
-            for name, mask in masks.items()
-        )
+        if plain:
+            assert not any(inner[name][~mask].any() for name, mask in masks.items())
 
 
 def test_names_are_those_of_the_wrapped_module(ranks: Seen) -> None:
     for seen in ranks:
-        assert seen["names"] == ["stem.weight", "body.weight", "head.weight"]
+        assert seen["names"] == 3 * [["stem.weight", "body.weight", "head.weight"]]
+        wrapped, inside = seen["wrapped diagnosis"]
+        assert wrapped == inside
+
+
+# Models that are sharded.
+
+
+def test_sharded_model_gets_the_masks_of_one_process(ranks: Seen) -> None:
+    model = Network()
+    report = force_prune(model, images(), 0.8, **STEPS)
+    for seen in ranks:
+        assert same(seen["sharded masks"], get_masks(model))
+        assert seen["sharded report"] == report.to_dict()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "random"])
+def test_sharded_model_gets_the_scores_of_one_process(ranks: Seen, method: str) -> None:
+    alone = saliency(Network(), images(), method)
+    for seen in ranks:
+        assert same(seen["sharded scores"][method], alone, 1e-9)
+
+
+def test_scoring_leaves_the_gradients_of_shards_alone(ranks: Seen) -> None:
+    for seen in ranks:
+        assert same(*seen["sharded gradients"])
+
+
+def test_sharded_model_is_pruned_further(ranks: Seen) -> None:
+    for seen in ranks:
+        kept, masks = seen["sharded, pruned again"]
+        assert kept == sum(int(mask.sum()) for mask in masks.values()) == 70
+        earlier = seen["sharded masks"]
+        assert not any((masks[name] & ~earlier[name]).any() for name in masks)
+
+
+def test_sharded_model_whose_pruning_failed_is_what_it_was(ranks: Seen) -> None:
+    # What is pruned and trained afterwards is that of one process.
+    assert ranks[0]["sharded, failed"].startswith("RankError: rank 1 of 2 failed")
+    assert ranks[1]["sharded, failed"].startswith("ValueError: loader")
 
 
 # What goes wrong.
 
 
 @pytest.mark.parametrize("call", ["force_prune", "saliency"])
-def test_sharded_model_is_an_error(ranks: Seen, call: str) -> None:
+def test_model_that_is_pruned_and_sharded_is_an_error(ranks: Seen, call: str) -> None:
     for seen in ranks:
-        assert "stem.weight is sharded" in seen[f"sharded {call}"]
+        assert (
+            "stem.weight_orig was pruned before" in seen[f"pruned and sharded {call}"]
+        )
         assert "body is a DistributedDataParallel" in seen[f"nested {call}"]
 
 
