@@ -22,6 +22,7 @@ from force_plugin import (
     get_masks,
     save_masks,
 )
+from force_plugin.hold import save_pruned
 from force_plugin.methods import METHODS
 from force_plugin.schedules import SCHEDULES
 from force_plugin.zoo import count_classes, load_data, load_dataset, load_model
@@ -39,6 +40,10 @@ examples:
   FORCE on a folder of images, data/train/CLASS/*.jpg:
     force-prune resnet50 --data data --sparsity 0.99 --steps 60 --batches 40 \\
         --workers 4 --out runs/r50
+
+  then timm's own train.py, as it is:
+    python -m force_plugin.hold train.py --model resnet50 --data-dir data \\
+        --initial-checkpoint runs/r50/pruned.safetensors
 
 In Python, apply_masks(model, load_masks("runs/r50/masks.safetensors")) prunes a model
 with the masks; load_metadata(...) of the same file tells how they were made. The same
@@ -270,6 +275,7 @@ def _prune(args: argparse.Namespace) -> None:
     # Paths and devices are written as text.
     options = json.loads(json.dumps(vars(args), default=str))
     save_masks(get_masks(model), out / "masks.safetensors", _made_by(options))
+    save_pruned(model, out / "pruned.safetensors")
     _write_json(report, out / "report.json", options)
     _write_csv(report, out / "report.csv")
     report.plot(out / "sparsity.png")
@@ -281,6 +287,7 @@ def _prune(args: argparse.Namespace) -> None:
     print(
         f"\nwritten to {out}:\n"
         "  masks.safetensors  a bit for each weight, 1 = kept, and what made them\n"
+        "  pruned.safetensors the initial weights, 0 where pruned, to train from\n"
         "  report.json        the options of this run and the table above\n"
         "  report.csv         the table above, a row a layer\n"
         "  sparsity.png       the share of weights kept in each layer"

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from timm.utils import random_seed
 
@@ -61,7 +62,13 @@ def test_a_run_prints_the_table_and_the_files_it_wrote(
     assert "conv1.0.weight" in printed and "90.00 %" in printed
     assert str(out) in printed
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["masks.safetensors", "report.csv", "report.json", "sparsity.png"]
+        [
+            "masks.safetensors",
+            "pruned.safetensors",
+            "report.csv",
+            "report.json",
+            "sparsity.png",
+        ]
     )
     assert all(path.name in printed for path in out.iterdir())
 
@@ -84,6 +91,20 @@ def test_the_files_tell_the_same_numbers(tmp_path: Path) -> None:
     with Image.open(tmp_path / "sparsity.png") as image:
         assert image.format == "PNG"
         assert image.convert("L").getextrema() != (255, 255)
+
+
+def test_the_pruned_weights_are_the_initial_ones_behind_the_masks(
+    tmp_path: Path,
+) -> None:
+    masks = prune(tmp_path, "--seed", "3")
+    timm.utils.random_seed(3)
+    model = timm.create_model(MODEL, num_classes=10)
+    dense = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.load_state_dict(load_file(tmp_path / "pruned.safetensors"))
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        assert torch.equal(weight != 0, mask), name
+        torch.testing.assert_close(weight[mask], dense[name][mask])
 
 
 def test_the_report_holds_the_options_of_the_run(tmp_path: Path) -> None:

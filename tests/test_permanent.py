@@ -835,7 +835,7 @@ def test_what_a_permanent_model_has_pruned_does_not_return(method: str) -> None:
     total = sum(mask.numel() for mask in masks.values())
     assert sum(int(mask.sum()) for mask in more.values()) == math.floor(0.2 * total)
     assert not any((more[name] & ~masks[name]).any() for name in masks)
-    with pytest.raises(ValueError, match="pruned to 0.8.* already"):
+    with pytest.raises(ValueError, match=r"pruned to 0\.8.* already"):
         force_prune(model, [batch], 0.3, method=method, steps=3, progress=False)
     make_permanent(model)
     train(model, sgd(model))
