@@ -183,35 +183,26 @@ class _Zeros:
         """Mask the gradients of a parameter from now on; returns what undoes it."""
         itself = ref(self)
 
-        def mask(gradient: Tensor) -> Tensor | None:
+        def clear(parameter: nn.Parameter) -> None:
             zeros = itself()
-            return None if zeros is None else zeros.mask(gradient)
-
-        def clear(parameter: Tensor) -> None:
-            zeros = itself()
-            if zeros is not None and parameter.grad is not None:
-                zeros.clear(parameter.grad)
+            if zeros is not None:
+                zeros.clear_gradient(parameter)
 
         self._attached, self._part = ref(parameter), None
+        # Not register_hook: this one runs for gradients that other ranks send too, as
+        # in FSDP2, and needs no copy.
         handle: RemovableHandle
-        if _is_sharded(parameter):
-            # Its gradient comes from the other ranks, and not from autograd.
-            handle = parameter.register_post_accumulate_grad_hook(clear)  # type: ignore[no-untyped-call]
-        else:
-            handle = parameter.register_hook(mask)  # type: ignore[no-untyped-call]
+        handle = parameter.register_post_accumulate_grad_hook(clear)  # type: ignore[no-untyped-call]
         return handle.remove
 
-    def mask(self, gradient: Tensor) -> Tensor:
-        """A copy of a gradient with zeros where the parameter is pruned."""
-        if _is_sharded(gradient):
-            gradient = gradient.clone()
+    def clear_gradient(self, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        if gradient is None or gradient.layout != torch.strided:
+            return
+        if gradient.requires_grad:  # someone is about to differentiate it
+            parameter.grad = gradient.masked_fill(self.kept.to(gradient.device) == 0, 0)
+        else:
             self.clear(gradient)
-            return gradient
-        self.kept = self.kept.to(gradient.device)
-        integer = _INTEGERS.get(gradient.dtype)
-        if integer is None or gradient.requires_grad:
-            return gradient.masked_fill(self.kept == 0, 0)
-        return (gradient.view(integer) * self.kept).view(gradient.dtype)
 
     def restore(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
         """Undo what a step has made of the pruned entries."""
@@ -281,8 +272,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A copy's, one that has taken another's place, one that was frozen.
         if not zeros.attached_to(parameter) and parameter.requires_grad:
             zeros.attach(parameter)
-            if parameter.grad is not None:
-                parameter.grad = zeros.mask(parameter.grad)
+            zeros.clear_gradient(parameter)
 
 
 @torch.no_grad()
