@@ -3,6 +3,7 @@
     python benchmarks/open_gates.py                    # all, resumes where it stopped
     python benchmarks/open_gates.py --models resnet50 --seeds 0
     python benchmarks/open_gates.py --table docs/open-gates-table.md
+    python benchmarks/open_gates.py --models test_vit2 --epochs 8
 
 timm's ResNets start with every residual branch multiplied by 0, its ConvNeXts by 1e-6.
 FORCE prunes each at timm's own initialisation, once with these gates opened while
@@ -52,6 +53,8 @@ from force_plugin.zoo import digits
 FASHION, DIGITS = "Fashion-MNIST", "scikit-learn's digits"
 TRAINING_IMAGES = {FASHION: 60_000, DIGITS: 1437}
 EPOCHS = {FASHION: 4, DIGITS: 40}
+# A ViT takes no other size than it is made for; 16 patches of these images.
+OPTIONS = {"test_vit2": {"img_size": 32, "patch_size": 8}}
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -162,8 +165,8 @@ def execute(run: Run, data: Data) -> Result:
     """Prune, train and test one network."""
     start = time.perf_counter()
     torch.manual_seed(run.seed)
-    model = timm.create_model(run.model, num_classes=10)
-    model.to(DEVICE)
+    options = OPTIONS.get(run.model, {})
+    model = timm.create_model(run.model, num_classes=10, **options).to(DEVICE)
     result: Result = {}
     if run.sparsity:
         report = force_prune(
