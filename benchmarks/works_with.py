@@ -253,7 +253,6 @@ def compiles(case: Case) -> None:
     model = case.build()
     compiled = torch.compile(model, fullgraph=True)
     case.train(model, compiled.__call__)
-    copy.deepcopy(model)
 
 
 @row("gradient checkpointing, `set_grad_checkpointing`")
@@ -363,7 +362,6 @@ def runs_data_parallel(case: Case) -> None:
 def runs_distributed(case: Case) -> None:
     model = case.build()
     case.train(model, DistributedDataParallel(model).__call__)
-    copy.deepcopy(model)
 
 
 @row("FSDP2, `fully_shard`, one process")
