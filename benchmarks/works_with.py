@@ -480,9 +480,8 @@ def outcome(function: Row, case: Case) -> str:
             warnings.simplefilter("ignore")
             function(case)
     except Exception as error:
-        said = " ".join(str(error).split("\n")[0].split())
-        said = said if len(said) < 90 else f"{said[:88]}…"
-        return f"{type(error).__name__}: {said}".replace("|", "\\|")
+        said = " ".join(str(error).split("\n")[0].replace("`", "").split())
+        return f"{type(error).__name__}: {said}"
     return "works"
 
 
@@ -500,18 +499,21 @@ def main() -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        kinds = forms(masks_by_force())
+        kinds, errors = forms(masks_by_force()), ["works"]
         lines = [f"| | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
         for label, function in ROWS.items():
             if args.rows and function.__name__ not in args.rows:
                 continue
             print(f"{function.__name__:20}", end="", flush=True, file=sys.stderr)
             cells = [outcome(function, case) for case in kinds.values()]
-            short = ["works" if cell == "works" else "breaks" for cell in cells]
-            print(*(f"{cell:8}" for cell in short), file=sys.stderr)
+            errors += [cell for cell in dict.fromkeys(cells) if cell not in errors]
+            numbers = [errors.index(cell) for cell in cells]
+            cells = [f"breaks ({number})" if number else "works" for number in numbers]
+            print(*(f"{cell:11}" for cell in cells), file=sys.stderr)
             lines.append(f"| {label} | {' | '.join(cells)} |")
     finally:
         torch.distributed.destroy_process_group()
+    lines += ["", *(f"{n}. {error}" for n, error in enumerate(errors) if n)]
     lines += [
         "",
         f"timm's `{NAME}`, FORCE at 80 %. torch {torch.__version__}, timm "
