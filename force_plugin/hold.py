@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors.torch import save
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from force_plugin.masks import apply_masks, get_masks
@@ -64,7 +65,8 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     """
     masks = get_masks(model)
     plain = deepcopy(model)
-    make_permanent(plain, hold_zeros=False)
+    if not masks or prune.is_pruned(plain):  # else it is permanent already
+        make_permanent(plain, hold_zeros=False)
     with torch.no_grad():
         for name, weight in _weights(plain.named_parameters()).items():
             zeros = weight == 0

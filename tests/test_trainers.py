@@ -18,7 +18,7 @@ from state import unchanged
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from force_plugin import force_prune, get_masks
+from force_plugin import force_prune, get_masks, make_permanent
 from force_plugin.hold import save_pruned
 from force_plugin.zoo import digits
 
@@ -217,9 +217,14 @@ def pruned_network() -> nn.Module:
     return model
 
 
-def test_the_file_is_the_plain_model_with_zeros(tmp_path: Path) -> None:
+@pytest.mark.parametrize("permanent", [False, True])
+def test_the_file_is_the_plain_model_with_zeros(
+    permanent: bool, tmp_path: Path
+) -> None:
     model = pruned_network()
     masks = get_masks(model)
+    if permanent:
+        make_permanent(model)
     with unchanged(model):
         save_pruned(model, tmp_path / "pruned.safetensors")
     torch.manual_seed(0)
