@@ -3,7 +3,7 @@
     python benchmarks/open_gates.py                    # all, resumes where it stopped
     python benchmarks/open_gates.py --models resnet50 --seeds 0
     python benchmarks/open_gates.py --table docs/open-gates-table.md
-    python benchmarks/open_gates.py --models test_vit2 --epochs 8
+    python benchmarks/open_gates.py --models test_vit2 --epochs 8  # a table of its own
 
 timm's ResNets start with every residual branch multiplied by 0, its ConvNeXts by 1e-6.
 FORCE prunes each at timm's own initialisation, once with these gates opened while
