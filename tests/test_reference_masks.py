@@ -9,7 +9,8 @@ import pytest
 import torch
 from networks import tiny_resnet
 
-from force_plugin import force_prune, get_masks
+from force_plugin import FORCE, force_prune, get_masks
+from force_plugin.scoring import Probe
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "tiny_resnet.npz")
 SCHEDULES = {"exp": "exponential", "linear": "linear"}
@@ -71,3 +72,33 @@ def test_masks_are_those_of_the_authors_code(case: str) -> None:
         assert (ours & theirs).sum() == ours.sum() >= theirs.sum() - 2
     else:
         assert overlap == 1.0
+
+
+class WithoutDeadChannels(FORCE):
+    """FORCE in which a channel that has lost every weight gets none back."""
+
+    @classmethod
+    def scores(cls, probe: Probe) -> dict[str, torch.Tensor]:
+        scores = super().scores(probe)
+        for name, mask in (probe.masks or {}).items():
+            scores[name][~mask.flatten(1).any(1)] = 0
+        return scores
+
+
+@pytest.mark.parametrize("density", [0.05, 0.01])
+def test_the_authors_masks_are_those_in_which_dead_channels_return(
+    density: float,
+) -> None:
+    # They empty layers of some networks; held back, they would be another method.
+    case = f"force|steps=20|schedule=exp|batches=1|density={density}"
+    for method in (FORCE, WithoutDeadChannels):
+        model = network()
+        options = {"steps": 20, "method": method, "progress": False}
+        force_prune(model, batches("batch", 1), 1 - density, **options)
+        differing = sum(
+            int((mask.flatten().numpy() != theirs).sum())
+            for name, mask in get_masks(model).items()
+            for theirs in [np.unpackbits(GOLDEN[f"{case}/{name}"], count=mask.numel())]
+        )
+        kept = sum(int(mask.sum()) for mask in get_masks(model).values())
+        assert differing == 0 if method is FORCE else differing > kept
