@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import prune
+
+from force_plugin.reparametrisation import find_hook
 
 PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 """Modules whose ``weight`` is pruned unless the caller chooses: every
@@ -59,10 +60,7 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
 
     It is the hook that tells: other modules have buffers called ``weight_mask`` too.
     """
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
-            return module._buffers[f"{name}_mask"]
-    return None
+    return None if find_hook(module, name) is None else module._buffers[f"{name}_mask"]
 
 
 HELD = "_held_zeros"

@@ -91,12 +91,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             weight.dense.data = values.copy_(weight.dense.data).masked_fill_(pruned, 0)
             kept = (~pruned).view(torch.uint8)
             for module, name in weight.owners if hold_zeros else ():
-                zeros = _Zeros(module, name, kept)
-                undo.callback(_holding.discard, zeros)
-                _holding.add(zeros)
-                vars(module).setdefault(HELD, {})[name] = zeros
-                if weight.dense.requires_grad:
-                    undo.callback(zeros.attach(weight.dense))
+                _hold(module, name, weight.dense, kept, undo)
         forget_readers(model)
         undo.pop_all()
 
@@ -120,13 +115,7 @@ def prune_in_place(masks: Iterable[tuple[Weight, Tensor]]) -> None:
                 values = parameter.detach()
                 undo.callback(snapshot([module]))
                 undo.callback(values.copy_, values.clone())
-                zeros = _Zeros(module, name, kept)
-                undo.callback(_holding.discard, zeros)
-                _holding.add(zeros)
-                vars(module).setdefault(HELD, {})[name] = zeros
-                if parameter.requires_grad:
-                    undo.callback(zeros.attach(parameter))
-                zeros.clear(parameter)
+                _hold(module, name, parameter, kept, undo).clear(parameter)
         undo.pop_all()
 
 
@@ -255,6 +244,23 @@ _INTEGERS = {
 
 
 _holding: WeakSet[_Zeros] = WeakSet()
+
+
+def _hold(
+    module: nn.Module,
+    name: str,
+    parameter: nn.Parameter,
+    kept: Tensor,
+    undo: ExitStack,
+) -> _Zeros:
+    """Hold what a mask prunes of a parameter from now on."""
+    zeros = _Zeros(module, name, kept)
+    undo.callback(_holding.discard, zeros)
+    _holding.add(zeros)
+    vars(module).setdefault(HELD, {})[name] = zeros
+    if parameter.requires_grad:
+        undo.callback(zeros.attach(parameter))
+    return zeros
 
 
 def _held_by(optimizer: Optimizer) -> Iterator[tuple[_Zeros, nn.Parameter]]:

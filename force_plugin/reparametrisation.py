@@ -112,7 +112,7 @@ def reparametrise(
     if earlier is None:
         order = list(module._parameters)
         module.register_parameter(f"{name}_orig", module._parameters.pop(name))
-        _reorder(module, [f"{name}_orig" if key == name else key for key in order])
+        reorder(module, [f"{name}_orig" if key == name else key for key in order])
         module.register_forward_pre_hook(hook)
     else:
         hook = Container()
@@ -147,13 +147,13 @@ def _as_it_was(module: nn.Module, name: str) -> Iterator[None]:
     """Leave no hook behind, and the parameter in its place."""
     order = list(module._parameters)
     yield
-    _reorder(module, [name if key == f"{name}_orig" else key for key in order])
+    reorder(module, [name if key == f"{name}_orig" else key for key in order])
     for hook in list(module._forward_hooks.values()):
         if isinstance(hook, _Detach) and hook.name == name:
             hook.handle.remove()
 
 
-def _reorder(module: nn.Module, order: list[str]) -> None:
+def reorder(module: nn.Module, order: list[str]) -> None:
     """Keep parameters in the dense model's order, which optimizers count on."""
     parameters = {key: module._parameters[key] for key in order}
     module._parameters.clear()

@@ -133,7 +133,7 @@ class Probe:
         # Stand-ins of all parameters, and of those that are scored.
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
-        self._scored: set[int] = set()  # their identities
+        self._scored: set[tuple[nn.Module, str]] = set()  # where these are registered
         self._last_batch: Any = None
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
@@ -520,21 +520,23 @@ class Probe:
                     watched = _Watched(module._parameters)
                     watched.note = partial(self._note_read, module)
                     vars(module)["_parameters"] = watched
+                if scored:
+                    self._scored.add((module, key))
                 module._parameters[key] = stand_in
             self._leaves[name] = stand_in
         self._stand_ins = {name: self._leaves[name] for name in self.weights}
-        self._scored = {id(stand_in) for stand_in in self._stand_ins.values()}
         self._mask_stand_ins()
 
     def _enter(self, module: nn.Module, inputs: object) -> None:
         self._calls.append(module)
 
     def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
-        while self._calls.pop() is not module:
-            pass
+        if module in self._calls:  # not where another hook has failed before it began
+            while self._calls.pop() is not module:
+                pass
 
-    def _note_read(self, owner: nn.Module, parameter: Tensor | None) -> None:
-        if owner in self._calls or id(parameter) not in self._scored:
+    def _note_read(self, owner: nn.Module, key: str) -> None:
+        if owner in self._calls or (owner, key) not in self._scored:
             return
         for module in reversed(self._calls):
             prefix = f"{self._names.get(module, '')}.".removeprefix(".")
@@ -744,12 +746,11 @@ def _random_states(model: nn.Module) -> Callable[[], None]:
 class _Watched(dict[str, nn.Parameter | None]):
     """The parameters of a module, as ``_parameters``, with a note of what is read."""
 
-    note: Callable[[Tensor | None], object]
+    note: Callable[[str], object]
 
     def __getitem__(self, key: str) -> nn.Parameter | None:
-        parameter = super().__getitem__(key)
-        self.note(parameter)
-        return parameter
+        self.note(key)
+        return super().__getitem__(key)
 
 
 class _Sums(dict[str, Tensor]):

@@ -15,7 +15,12 @@ from torch.nn.parameter import is_lazy
 from force_plugin.masks import checked_masks
 from force_plugin.methods import SaliencyMethod
 from force_plugin.parameters import find_readers, mask_of, name_some, named_parameters
-from force_plugin.reparametrisation import read_by, reparametrise
+from force_plugin.reparametrisation import (
+    find_hook,
+    read_by,
+    reorder,
+    reparametrise,
+)
 from force_plugin.snapshot import snapshot
 
 
@@ -98,9 +103,10 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
         model.load_state_dict(state)
         for _, module, name in slots:
             # The pruned tensor is one of the values, till the next forward computes it.
-            kept = getattr(module, f"{name}_mask").bool()
-            dense = getattr(module, f"{name}_orig").detach()
-            setattr(module, name, torch.where(kept, dense, 0))
+            hook = find_hook(module, name)
+            assert hook is not None
+            shown = hook.apply_mask(module)  # type: ignore[no-untyped-call]
+            setattr(module, name, shown.detach())
         for reader, path in find_readers([weight for weight, *_ in slots], model):
             read_by(reader, path)
         # PyTorch's pruning puts a parameter behind its module's others, and optimizers
@@ -109,7 +115,11 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
         if hasattr(state, "_metadata"):
             places = {key: place for place, key in enumerate(state)}
             for _, module, _ in slots:
-                _reorder(module, paths[module], places)
+                path = paths[module]
+                order = sorted(
+                    module._parameters, key=lambda k: places.get(path + k, -1)
+                )
+                reorder(module, order)
         undo.pop_all()
 
 
@@ -145,11 +155,3 @@ def _unwrapped(
 def _write_back(tensor: Tensor, values: Tensor, version: int) -> None:
     if tensor._version != version:
         tensor.data.copy_(values)
-
-
-def _reorder(module: nn.Module, path: str, places: Mapping[str, int]) -> None:
-    """Put the parameters of a module in the order that their names have."""
-    order = sorted(module._parameters, key=lambda key: places.get(path + key, -1))
-    parameters = {key: module._parameters[key] for key in order}
-    module._parameters.clear()
-    module._parameters.update(parameters)

@@ -219,21 +219,14 @@ def run(rank: int) -> dict[str, Any]:
         str(diagnose(model, batches)) for model in (wrapped, wrapped.module)
     ]
     seen["wrapped, then pruned"] = train(wrapped, batches)
-    inner = Network()
-    force_prune(inner, batches, 0.8, **STEPS)
-    seen["pruned, then wrapped"] = train(DistributedDataParallel(inner), batches)
-    inner = Network()
-    force_prune(inner, batches, 0.8, **STEPS)
-    make_permanent(inner)
-    seen["permanent, then wrapped"] = train(DistributedDataParallel(inner), batches)
-    inner = Network()
-    force_prune(inner, batches, 0.8, **STEPS)
-    seen["pruned, then sharded"] = train(shard(inner), batches)
+    for how, wrap in {"wrapped": DistributedDataParallel, "sharded": shard}.items():
+        for form in ("pruned", "permanent"):
+            inner = Network()
+            force_prune(inner, batches, 0.8, **STEPS)
+            if form == "permanent":
+                make_permanent(inner)
+            seen[f"{form}, then {how}"] = train(wrap(inner), batches)
 
-    inner = Network()
-    force_prune(inner, batches, 0.8, **STEPS)
-    make_permanent(inner)
-    seen["permanent, then sharded"] = train(shard(inner), batches)
     sharded = shard(Network())
     cross_entropy(sharded(batches[0][0]), batches[0][1]).backward()
     before = {n: whole(p.grad) for n, p in sharded.named_parameters()}

@@ -49,3 +49,24 @@ def vectors(count: int = 1) -> list[tuple[Tensor, Tensor]]:
         )
         for _ in range(count)
     ]
+
+
+def conv_network(seed: int = 0) -> nn.Sequential:
+    """Of 0.weight (4, 2, 3, 3), 3.weight (5, 36) and 5.weight (3, 5)."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    )
+
+
+def tied_layers(seed: int = 0) -> nn.Sequential:
+    """Two linear layers with one weight."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model

@@ -18,6 +18,8 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import conv_network as network
+from networks import tied_layers as tied
 from networks import tiny_resnet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -37,26 +39,6 @@ from force_plugin import (
     sparsity_report,
 )
 from force_plugin.reparametrisation import Container, Reparametrisation
-
-
-def network() -> nn.Sequential:
-    """Of 0.weight (4, 2, 3, 3), 3.weight (5, 36) and 5.weight (3, 5)."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.Flatten(),
-        nn.Linear(36, 5),
-        nn.ReLU(),
-        nn.Linear(5, 3),
-    )
-
-
-def tied() -> nn.Sequential:
-    """Two linear layers with one weight."""
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = model[0].weight
-    return model
 
 
 def random_masks(

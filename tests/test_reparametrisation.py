@@ -523,6 +523,21 @@ READERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def test_synflow_sees_who_reads_what_as_well() -> None:
+    # It measures with other stand-ins than the methods that take gradients of a loss.
+    model = Aliased()
+    x = torch.randn(3, 6)
+    force_prune(model, [x], 0.5, method="synflow", steps=2, progress=False)
+    model(x).square().sum().backward()
+    (weight,) = (p for n, p in model.named_parameters() if n.endswith("_orig"))
+    by_hand = copy.deepcopy(model)
+    masked = (weight * by_hand.body[0].weight_mask).detach().requires_grad_()
+    code = torch.tanh(x @ masked.T + model.body[0].bias.detach())
+    (code @ masked).square().sum().backward()
+    expected = masked.grad * by_hand.body[0].weight_mask
+    torch.testing.assert_close(weight.grad, expected)
+
+
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("way", ["plain", "compiled", "checkpointed"])
 def test_a_weight_that_is_read_has_its_gradient(reader: str, way: str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from networks import conv_network as network
+from networks import tied_layers as tied
 from safetensors.torch import load_file, save_file
 from state import unchanged
 from torch import Tensor, nn
@@ -28,26 +30,6 @@ from force_plugin import (
 )
 
 State = dict[str, Any]
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.Flatten(),
-        nn.Linear(36, 5),
-        nn.ReLU(),
-        nn.Linear(5, 3),
-    )
-
-
-def tied(seed: int = 0) -> nn.Sequential:
-    """Two linear layers with one weight."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = model[0].weight
-    return model
 
 
 def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
