@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from force_plugin import gates, silence
-from force_plugin.distributed import unwrap
+from force_plugin.distributed import ALONE, Ranks, unwrap
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.notes import find_small, sizes
 from force_plugin.parameters import Weight, find_weights, name_layers, name_some
@@ -20,6 +20,7 @@ from force_plugin.report import COLUMNS, stage_of
 from force_plugin.schedules import count_kept
 from force_plugin.scoring import Forward, Loader, LossFn, NoGradientError, Probe
 from force_plugin.selection import top_k_masks
+from force_plugin.sharding import Parts, sharded_modules
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,9 @@ def diagnose(
         sparsities: Fractions of all prunable weights removed, 0 ≤ sparsity < 1, for
             which the layers that would be emptied are counted.
 
+    In a distributed job each process looks at batches of its own, and may do so alone;
+    of a sharded model all ranks look at those of all, and every rank must call it.
+
     Returns:
         The diagnosis.
 
@@ -202,64 +206,80 @@ def diagnose(
         TypeError, ValueError: An argument, a batch or the loss is not as expected.
         RuntimeError: No weight gets a gradient, or a score is not finite.
     """
-    criterion = find_method(method)
     model = unwrap(model)
-    weights = find_weights(model, parameters)
-    fractions = _fractions(sparsities)
+    # The ranks of a sharded model can only look at it together.
+    with Ranks(model) if sharded_modules(model) else ALONE as ranks:
+        parts = Parts(model, ranks)
+        criterion = find_method(method)
+        weights = find_weights(model, parameters)
+        parts.check(weights)
+        fractions = _fractions(sparsities)
 
-    def score(
-        chosen: Sequence[Weight], open_gates: bool
-    ) -> tuple[dict[str, Tensor], Probe, dict[str, str]]:
-        with Probe(
-            model,
-            chosen,
-            loader,
-            batches=batches,
-            loss_fn=loss_fn,
-            forward=forward,
-            open_gates=open_gates and criterion.looks,
-        ) as probe:
-            scores = criterion.scores(probe)
-            blind = [name for name, s in scores.items() if not s.any()]
-            return scores, probe, probe.explain_silence(blind) if open_gates else {}
+        def score(
+            chosen: Sequence[Weight], open_gates: bool
+        ) -> tuple[dict[str, Tensor], Probe, dict[str, str]]:
+            with Probe(
+                model,
+                chosen,
+                loader,
+                batches=batches,
+                loss_fn=loss_fn,
+                forward=forward,
+                open_gates=open_gates and criterion.looks,
+                parts=parts,
+            ) as probe:
+                scores = criterion.scores(probe)
+                blind = parts.empty(scores) if open_gates else ()
+                return scores, probe, probe.explain_silence(blind)
 
-    unused: tuple[str, ...] = ()
-    try:
-        scores, probe, silent = score(weights, True)
-    except NoGradientError as error:
-        unused = tuple(error.names)
-        weights = [weight for weight in weights if weight.name not in unused]
-        if not weights:
-            raise
-        scores, probe, silent = score(weights, True)
-    closed = score(weights, False)[0] if probe.gates else scores
+        unused: tuple[str, ...] = ()
+        try:
+            scores, probe, silent = score(weights, True)
+        except NoGradientError as error:
+            unused = tuple(error.names)
+            weights = [weight for weight in weights if weight.name not in unused]
+            if not weights:
+                raise
+            scores, probe, silent = score(weights, True)
+        closed = score(weights, False)[0] if probe.gates else scores
+        hidden = parts.empty(closed)
 
-    # What an earlier pruning removed has no share, and does not come back.
-    masks = {weight.name: weight.mask for weight in weights}
-    left = [
-        {n: s if (mask := masks[n]) is None else s[mask] for n, s in one.items()}
-        for one in (scores, closed)
-    ]
-    totals = [
-        {name: float(s.double().abs().sum()) for name, s in one.items()} for one in left
-    ]
-    members: dict[str, list[str]] = {}
+        # What an earlier pruning removed has no share, and does not come back.
+        masks = {
+            w.name: parts.part(w.name, w.mask) for w in weights if w.mask is not None
+        }
+        left = [
+            {n: s[masks[n]] if n in masks else s for n, s in one.items()}
+            for one in (scores, closed)
+        ]
+        totals = [
+            dict(zip(one, parts.total(*map(_magnitude, one.values())), strict=True))
+            for one in left
+        ]
+        prunable = sum(weight.dense.numel() for weight in weights)
+        emptied = {
+            sparsity: [
+                _emptied(one, count_kept(prunable, 1 - sparsity), parts) for one in left
+            ]
+            for sparsity in fractions
+        }
+        lost = {name for opened, _ in emptied.values() for name in opened}
+        small = find_small(
+            (name, parts.whole(name, weight))
+            for name, weight in probe.weights.items()
+            if name in lost
+        )
+    members: dict[str, list[Weight]] = {}
     for weight in weights:
-        members.setdefault(stage_of(weight.name), []).append(weight.name)
+        members.setdefault(stage_of(weight.name), []).append(weight)
     stages = []
-    for stage, names in members.items():
+    for stage, layers in members.items():
         shares = [
-            sum(total[name] for name in names) / (sum(total.values()) or 1.0)
+            sum(total[layer.name] for layer in layers) / (sum(total.values()) or 1.0)
             for total in totals
         ]
-        count = sum(scores[name].numel() for name in names)
-        stages.append(StageDiagnosis(stage, len(names), count, *shares))
-    prunable = sum(s.numel() for s in scores.values())
-    emptied = {
-        sparsity: [_emptied(one, count_kept(prunable, 1 - sparsity)) for one in left]
-        for sparsity in fractions
-    }
-    lost = {name for opened, _ in emptied.values() for name in opened}
+        count = sum(layer.dense.numel() for layer in layers)
+        stages.append(StageDiagnosis(stage, len(layers), count, *shares))
     return Diagnosis(
         parameters=sum(w.dense.numel() for w in probe.parameters.values()),
         prunable=prunable,
@@ -267,14 +287,18 @@ def diagnose(
         stages=tuple(stages),
         gates=tuple(probe.gates.values()),
         silent=silent,
-        hidden=tuple(name for name, s in closed.items() if not s.any()),
+        hidden=tuple(hidden),
         unused=unused,
         emptied={
             sparsity: (len(opened), len(closed))
             for sparsity, (opened, closed) in emptied.items()
         },
-        small=find_small({n: w for n, w in probe.weights.items() if n in lost}),
+        small=small,
     )
+
+
+def _magnitude(scores: Tensor) -> float:
+    return float(scores.double().abs().sum())
 
 
 def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
@@ -297,11 +321,11 @@ def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
     return tuple(map(float, fractions))
 
 
-def _emptied(scores: Mapping[str, Tensor], kept: int) -> list[str]:
+def _emptied(scores: Mapping[str, Tensor], kept: int, parts: Parts) -> list[str]:
     """Layers that have none of the weights with the largest scores."""
-    left = sum(s.numel() for s in scores.values())
-    masks, _ = top_k_masks(list(scores.values()), min(kept, left))
-    return [name for name, mask in zip(scores, masks, strict=True) if not mask.any()]
+    left = parts.size([*scores.values()])
+    masks, _ = top_k_masks([*scores.values()], min(kept, left), parts)
+    return parts.empty(dict(zip(scores, masks, strict=True)))
 
 
 def _wrap(line: str) -> list[str]:

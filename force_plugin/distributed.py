@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from force_plugin.snapshot import restored
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
 _LETTERS = 2000
 
@@ -68,11 +61,11 @@ class Ranks:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            self._vote()
+            self.vote()
         elif not isinstance(error, RankError):
             # What has gone wrong here is to be seen, whatever the connection says.
             with suppress(RuntimeError):
-                self._vote(error)
+                self.vote(error=error)
 
     def gather(self, *numbers: float) -> list[Sequence[float]]:
         """The numbers of each rank, in the order of the ranks.
@@ -82,7 +75,7 @@ class Ranks:
         """
         if self.size == 1:
             return [numbers]
-        self._vote()
+        self.vote()
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(rows, mine)
@@ -101,7 +94,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        self._vote()
+        self.vote()
         for name in sorted(tensors):
             tensor = tensors[name]
             # In row-major order: memory formats may differ between ranks.
@@ -117,7 +110,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        self._vote()
+        self.vote()
         for tensor in tensors:
             values = tensor.clone(memory_format=torch.contiguous_format)
             dist.broadcast(values, 0)
@@ -144,20 +137,27 @@ class Ranks:
                 f"{', '.join(map(str, others))} and rank 0 differ; {advice}"
             )
 
-    def _vote(self, error: BaseException | None = None) -> None:
-        """Go on if all ranks can.
+    def vote(self, next_up: int = 0, error: BaseException | None = None) -> None:
+        """Go on if all ranks can, and are about to do the same.
 
         Args:
-            error: Why this one cannot.
+            next_up: A number for what this one is about to exchange.
+            error: Why this one cannot go on.
         """
         if self.size == 1:
             return
         vote = self.size if error is None else self.rank
-        votes = torch.tensor(vote, device=self._device)
+        votes = torch.tensor([vote, next_up, -next_up], device=self._device)
         dist.all_reduce(votes, dist.ReduceOp.MIN)
-        failed = int(votes)
-        if failed == self.size:
+        failed, least, most = votes.tolist()
+        if failed == self.size and least == -most:
             return
+        if failed == self.size:
+            raise RankError(
+                "the ranks do not use the same weights in the same order: expected a "
+                "forward pass that does not depend on the batch, as the ranks of a "
+                "sharded model score together; prune the model before it is sharded"
+            )
         text = f"{type(error).__name__}: {error}".encode()[:_LETTERS]
         letters = torch.frombuffer(bytearray(text.ljust(_LETTERS)), dtype=torch.uint8)
         letters = letters.to(self._device)
@@ -190,81 +190,6 @@ def unwrap(model: nn.Module) -> nn.Module:
                     "one around all of it, or none; prune the model that it was made of"
                 )
     return model
-
-
-@contextmanager
-def gathered(model: nn.Module, ranks: Ranks) -> Iterator[bool]:
-    """Give each rank all values of a model that FSDP2 has sharded, for a while.
-
-    Its modules have plain parameters in the place of the shards, and work by
-    themselves: FSDP2's hooks are off. The shards are not touched.
-
-    Args:
-        model: Any module; one that is not sharded is left alone.
-        ranks: Those that hold the shards.
-
-    Yields:
-        Whether it is sharded.
-
-    Raises:
-        ValueError: It is sharded otherwise than by ``fully_shard`` alone (FSDP1, tensor
-            parallelism), or was pruned before it was sharded.
-    """
-    sharded = _sharded_modules(model)
-    if not sharded:
-        yield False
-        return
-    ranks.any(False)  # nobody gathers alone
-    for unit in sharded:
-        unit.reshard()
-    with restored(model.modules()):
-        whole: dict[int, nn.Parameter] = {}
-        for module in model.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key, hook in list(hooks.items()):
-                    if _home(hook).startswith("torch.distributed.fsdp"):
-                        del hooks[key]
-            for name, shard in module._parameters.items():
-                if shard is not None and hasattr(shard, "device_mesh"):
-                    if id(shard) not in whole:
-                        values = shard.detach().full_tensor()  # type: ignore[attr-defined]
-                        whole[id(shard)] = nn.Parameter(values, shard.requires_grad)
-                    module._parameters[name] = whole[id(shard)]
-        yield True
-
-
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules that ``fully_shard`` was called with."""
-    # Whoever has sharded a model has imported this, which takes half a second.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not isinstance(model, nn.Module):
-        return []
-    for name, module in model.named_modules():
-        if isinstance(module, fsdp.FullyShardedDataParallel):
-            raise ValueError(
-                f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1): "
-                "expected a model that is not sharded, or sharded by fully_shard; "
-                "prune it first, and wrap the pruned model"
-            )
-    sharded = [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
-    for name, parameter in model.named_parameters():
-        shards = [p for p in getattr(parameter, "placements", ()) if p.is_shard()]
-        if len(shards) > 1 or (shards and not sharded):
-            raise ValueError(
-                f"{name} is sharded otherwise than by fully_shard alone (tensor "
-                "parallelism): prune the model first, and shard the pruned one"
-            )
-        if shards and name.endswith("_orig"):
-            raise ValueError(
-                f"{name} was pruned before it was sharded, and cannot be pruned again: "
-                "prune the model as far as it is to be, and shard it then"
-            )
-    return sharded
-
-
-def _home(hook: object) -> str:
-    """The module that a hook comes from."""
-    return getattr(hook, "__module__", None) or ""
 
 
 def _digest(things: Iterable[object]) -> int:

@@ -14,14 +14,14 @@ multiplies leads to weights that no other path leads to.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from force_plugin.parameters import Weight
+from force_plugin.sharding import WHOLE, Parts
 
 CLOSED = 1e-2
 """A gate is closed where none of its values exceeds this share of an open one's: 1 for
@@ -49,47 +49,54 @@ class Gate:
     largest: float
 
 
-def closed_weights(weights: Iterable[Weight]) -> dict[str, Gate]:
+def closed_weights(
+    weights: Mapping[str, torch.Size], small: Mapping[str, float]
+) -> dict[str, Gate]:
     """Weights of more than one dimension that are closed, whatever surrounds them.
 
     Args:
-        weights: Weights of layers.
+        weights: Shapes of the weights of layers, by parameter name.
+        small: What :func:`small` found.
 
     Returns:
         Gates by parameter name.
     """
-    found = {}
-    for weight in weights:
-        values = weight.dense.detach()
-        if values.dim() < 2 or not values.numel():
-            continue
-        largest = _largest(values)
-        if largest * values[0].numel() ** 0.5 <= CLOSED:
-            found[weight.name] = Gate(weight.name, WEIGHT, largest)
-    return found
+    return {
+        name: Gate(name, WEIGHT, small[name])
+        for name, shape in weights.items()
+        if name in small and len(shape) > 1
+        if small[name] * shape[1:].numel() ** 0.5 <= CLOSED
+    }
 
 
-def small(parameters: Mapping[str, Tensor]) -> set[str]:
-    """Names of the parameters that could be gates: none of their values is above 0.01.
+def small(parameters: Mapping[str, Tensor], parts: Parts = WHOLE) -> dict[str, float]:
+    """The parameters that could be gates: none of their values is above 0.01.
 
     Most of them are no gates: biases, the tables of position embeddings.
+
+    Args:
+        parameters: By name; of those that are sharded, this rank's parts.
+        parts: Who has the other parts.
+
+    Returns:
+        The largest magnitude among the values of each, by name.
     """
-    return {
-        name
+    largest = {
+        name: _largest(values) if values.numel() else -1.0
         for name, values in parameters.items()
         if values.is_floating_point()
         and values.layout == torch.strided
         and values.itemsize > 1  # there is no arithmetic in 8 bits
-        and values.numel()
-        and _largest(values.detach()) <= CLOSED
     }
+    found = zip(largest, parts.largest(*largest.values()), strict=True)
+    return {name: value for name, value in found if 0 <= value <= CLOSED}
 
 
 def closed_gates(
     output: Tensor,
     parameters: Mapping[str, Tensor],
     *,
-    candidates: Collection[str],
+    candidates: Mapping[str, float],
     scored: Collection[str],
 ) -> tuple[dict[str, Gate], bool]:
     """The closed gates that hide weights from a gradient.
@@ -102,7 +109,8 @@ def closed_gates(
     Args:
         output: A tensor with its autograd graph, as the loss.
         parameters: The tensors that are the leaves of this graph, by parameter name.
-        candidates: Names of those that may be gates; they must require gradients.
+        candidates: Those that may be gates, as :func:`small` returns them; they must
+            require gradients.
         scored: Names of the weights that must not be hidden.
 
     Returns:
@@ -115,8 +123,7 @@ def closed_gates(
     for crossed in graph.crossings(set(scored), set(candidates)):
         for kind, leaves in crossed:
             for name in leaves:
-                largest = _largest(parameters[name].detach())
-                gates.setdefault(name, Gate(name, kind, largest))
+                gates.setdefault(name, Gate(name, kind, candidates[name]))
     # In the order of the network, not of the search from its end.
     ordered = {name: gates[name] for name in parameters if name in gates}
     return ordered, graph.looked
@@ -250,7 +257,7 @@ def _products(node: Node) -> tuple[tuple[int, str, int, str], ...]:
         For each such pair the index of the first, the attribute under which autograd
         saved its values, the index of the second, and the kind of gate that it makes.
     """
-    name = node.name()
+    name = operation(node)
     if "Norm" in name:
         return ((1, "_saved_weight", 0, NORMALISATION),)
     if name.startswith("MulBackward"):
@@ -262,8 +269,18 @@ def _products(node: Node) -> tuple[tuple[int, str, int, str], ...]:
     return ()
 
 
+def operation(node: Node) -> str:
+    """What autograd calls an operation.
+
+    A user's :class:`torch.autograd.Function` may keep something else as ``ctx.name``.
+    """
+    return type(node).name(node)
+
+
 def open_values(
-    gates: Mapping[str, Gate], parameters: Mapping[str, Tensor]
+    gates: Mapping[str, Gate],
+    parameters: Mapping[str, Tensor],
+    parts: Parts = WHOLE,
 ) -> dict[str, Tensor]:
     """What to score with instead: 1, or for weights a fresh random initialisation.
 
@@ -274,6 +291,7 @@ def open_values(
     Args:
         gates: By parameter name.
         parameters: The closed values, by parameter name.
+        parts: Which part of them these are.
 
     Returns:
         New tensors of the same shapes, dtypes and devices, by parameter name.
@@ -283,9 +301,9 @@ def open_values(
     for name, gate in gates.items():
         values = parameters[name].detach()
         if gate.kind == WEIGHT:
-            fresh = torch.empty(values.shape, dtype=torch.float32)
+            fresh = torch.empty(parts.shape(name, values), dtype=torch.float32)
             nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
-            opened[name] = fresh.to(values)
+            opened[name] = parts.part(name, fresh.to(values))
         else:
             opened[name] = torch.ones_like(values)
     return opened

@@ -24,6 +24,7 @@ from force_plugin.parameters import (
     name_some,
     named_parameters,
     pruned_so_far,
+    whole_of,
 )
 from force_plugin.reparametrisation import read_by, reparametrise
 from force_plugin.snapshot import restored
@@ -42,13 +43,14 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Bool tensors by parameter name (``"layer1.0.conv1.weight"``), each of its
         parameter's shape and on its device, True = kept. Parameters that are not
-        pruned are left out; a shared one comes once.
+        pruned are left out; a shared one comes once. Of a model that was sharded when
+        it was pruned the masks are put together, for which every rank must call it.
 
     Raises:
         TypeError: ``model`` is no module.
     """
     return {
-        name: weight.mask.clone()
+        name: whole_of(weight.mask).clone()
         for name, weight in named_parameters(model).items()
         if weight.mask is not None
     }

@@ -122,10 +122,13 @@ class SaliencyMethod(Reparametrisation):
                 f"{cls.__name__} has no score: expected a subclass of SaliencyMethod "
                 "with a static score(weight, signal) of its own"
             )
-        signal = dict(cls.measure(probe))
+        signal, parts = dict(cls.measure(probe)), probe.parts
         scores = {}
-        for name, weight in probe.weights.items():
-            score = cls.score(weight, signal.pop(name, None))
+        for name, part in probe.weights.items():
+            weight, measured = parts.whole(name, part), signal.pop(name, None)
+            if measured is not None:
+                measured = parts.whole(name, measured)
+            score = cls.score(weight, measured)
             if isinstance(score, Tensor) and score.is_complex():
                 raise ValueError(
                     f"{cls.__name__}.score: expected real scores for {name}, got "
@@ -142,6 +145,9 @@ class SaliencyMethod(Reparametrisation):
                 == weight.untyped_storage().data_ptr()
             ):
                 score = score.clone()
+            if not cls.looks:  # a random one has its own on each rank
+                parts.ranks.share([score])
+            score = parts.part(name, score)
             scores[name] = score if score.is_floating_point() else score.double()
         dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
         scores = {name: score.to(dtype) for name, score in scores.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from force_plugin import silence
 from force_plugin.parameters import name_layers
 from force_plugin.scoring import Probe
 from force_plugin.selection import top_k_masks
+from force_plugin.sharding import WHOLE, Parts
 
 # Rescaled to this size, the layers of timm's MobileViT and MambaOut are not emptied.
 _SMALL = 0.5
@@ -27,19 +28,25 @@ class Notes:
         on_collapse: ``"raise"`` an error where the network is disconnected, or
             ``"warn"``.
         regrows: Whether weights may return that an earlier step has pruned.
+        parts: Which part of scores and masks this process is given.
 
     Attributes:
         problems: A sentence each.
     """
 
     def __init__(  # noqa: D107 (the class has it)
-        self, kept: Sequence[int], on_collapse: str, regrows: bool
+        self,
+        kept: Sequence[int],
+        on_collapse: str,
+        regrows: bool,
+        parts: Parts = WHOLE,
     ) -> None:
         self.problems: list[str] = []
         self._steps = len(kept)
         self._left = kept[-1]
         self._raise = on_collapse == "raise"
         self._regrows = regrows
+        self._parts = parts
         # Of the step at which they had the largest: the share of the saliency that dead
         # channels had, and a sentence about it.
         self._dead: tuple[float, str] = (0.5, "")
@@ -55,7 +62,7 @@ class Notes:
     def on_first_scores(self, scores: Mapping[str, Tensor], probe: Probe) -> None:
         """Look for layers that the dense network cannot rank."""
         self._weights = probe.weights
-        alive = {name: int(s.count_nonzero()) for name, s in scores.items()}
+        alive = self._parts.count(scores)
         self._alive_at_first = sum(alive.values())
         blind = [name for name, count in alive.items() if not count]
         self.problems += silence.describe(probe.explain_silence(blind), len(scores))
@@ -71,12 +78,13 @@ class Notes:
         """Look for emptied layers, and for weights of saliency 0 that were taken."""
         self._layers = len(masks)
         if step == 1 < self._steps:
-            at_once, _ = top_k_masks(list(scores.values()), self._left)
-            pairs = zip(scores, at_once, strict=True)
-            self._kept_at_once = {name for name, mask in pairs if mask.any()}
+            at_once, _ = top_k_masks([*scores.values()], self._left, self._parts)
+            left = self._parts.count(dict(zip(scores, at_once, strict=True)))
+            self._kept_at_once = {name for name, count in left.items() if count}
         emptied = False
-        for name, mask in masks.items():
-            if mask.any():
+        counts = self._parts.count(masks)
+        for name, count in counts.items():
+            if count:
                 self._empty.pop(name, None)
             else:
                 emptied |= self._empty.setdefault(name, step) == step
@@ -85,11 +93,10 @@ class Notes:
         # Scores below 0 are GraSP's, and mean something.
         if self._collapsed or threshold != 0:
             return
-        alive = sum(
-            int(((s != 0) & (s != -torch.inf)).count_nonzero()) for s in scores.values()
-        )
-        kept = sum(int(mask.count_nonzero()) for mask in masks.values())
-        if not alive and kept < sum(mask.numel() for mask in masks.values()):
+        found = ((s != 0) & (s != -torch.inf) for s in scores.values())
+        alive = self._parts.total(sum(int(f.count_nonzero()) for f in found))[0]
+        kept = sum(counts.values())
+        if not alive and kept < self._parts.size([*masks.values()]):
             self._disconnect(
                 "every saliency is exactly 0 at the first step: there is nothing to "
                 "rank by"
@@ -114,8 +121,10 @@ class Notes:
         """See whether a step took layers for the sake of channels without a weight."""
         # Saliency and number of the weights in dead channels, of those kept, of all.
         dead, kept, every = ([0.0, 0.0] for _ in range(3))
-        for name, mask in masks.items():
-            score = scores[name].abs().masked_fill_(scores[name].isinf(), 0)
+        for name in masks:
+            # One layer at a time: whether a channel is empty is told by all of it.
+            mask, score = (self._parts.whole(name, of[name]) for of in (masks, scores))
+            score = score.abs().masked_fill_(score.isinf(), 0)
             rows = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
             for part, weights in ((dead, ~rows), (kept, mask), (every, ...)):
                 part[0] += float(score[weights].sum(dtype=torch.float64))
@@ -163,7 +172,9 @@ class Notes:
             f", the first at step {self._empty[names[0]]}" if self._steps > 1 else ""
         )
         said = [f"{name_layers(names, self._layers)} lost every weight{since}"]
-        if small := find_small({name: self._weights[name] for name in names}):
+        if small := find_small(
+            (name, self._parts.whole(name, self._weights[name])) for name in names
+        ):
             said.append(
                 f"small initial weights in {len(small)} of them: {sizes(small)}"
             )
@@ -172,17 +183,17 @@ class Notes:
         return [*said, self._dead[1]] if self._dead[1] else said
 
 
-def find_small(weights: Mapping[str, Tensor]) -> dict[str, float]:
+def find_small(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     """The size of weights that start small, by parameter name.
 
     It is their root mean square in units of that of PyTorch's convolutions and linear
     layers, which are uniform in ±1/√n for n inputs; less than a half is small.
 
     Args:
-        weights: Dense weights by parameter name.
+        weights: Parameter names and dense weights.
     """
     found = {}
-    for name, weight in weights.items():
+    for name, weight in weights:
         if weight.dim() > 1:
             norm, inputs = float(weight.abs().float().norm()), weight[0].numel()
             size = norm * math.sqrt(3 * inputs / weight.numel())

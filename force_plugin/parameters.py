@@ -43,6 +43,11 @@ class Weight:
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     @property
+    def part(self) -> Tensor:
+        """The values without gradient; of a sharded parameter, this rank's part."""
+        return part_of(self.dense.detach())
+
+    @property
     def prunable(self) -> bool:
         """Whether it is pruned unless the caller chooses."""
         return any(
@@ -61,6 +66,21 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
     It is the hook that tells: other modules have buffers called ``weight_mask`` too.
     """
     return None if find_hook(module, name) is None else module._buffers[f"{name}_mask"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as those of FSDP2; their import takes half a second."""
+    return hasattr(tensor, "device_mesh")
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: all of it, unless it is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All values of a tensor; of one that is sharded, every rank must ask for them."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 HELD = "_held_zeros"

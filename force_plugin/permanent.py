@@ -16,8 +16,17 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from force_plugin.parameters import HELD, Weight, mask_of, named_parameters
+from force_plugin.distributed import Ranks
+from force_plugin.parameters import (
+    HELD,
+    Weight,
+    is_sharded,
+    mask_of,
+    named_parameters,
+    part_of,
+)
 from force_plugin.reparametrisation import forget_readers, remove
+from force_plugin.sharding import Parts, shard_like
 from force_plugin.snapshot import snapshot
 
 
@@ -38,6 +47,8 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
         model.load_state_dict(checkpoint)
         make_permanent(model)
 
+    On a model that ``fully_shard`` has sharded every rank must call it.
+
     Args:
         model: Any module that was pruned with :mod:`torch.nn.utils.prune`; or, with
             ``hold_zeros``, one without masks that has weights of 0 in a convolution or
@@ -51,9 +62,11 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: Nothing is pruned in it; it is unchanged.
+        ValueError: Nothing is pruned in it, or it was pruned and then sharded; it is
+            unchanged.
     """
     parameters = named_parameters(model).values()
+    parts = Parts(model, Ranks(model))
     weights = [weight for weight in parameters if weight.mask is not None]
     if not hold_zeros:
         # Others with a mask are held by an earlier call.
@@ -61,7 +74,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             w for w in weights if any(mask_of(*owner) is not None for owner in w.owners)
         ]
     elif not weights:
-        weights = _with_zeros(parameters)
+        weights = _with_zeros(parameters, parts)
     if not weights:
         raise ValueError(
             "make_permanent: expected a model pruned with torch.nn.utils.prune, or one "
@@ -71,11 +84,8 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
         for weight in weights:
-            # Written where they are: prune.remove lets go of memory that others may
-            # share, and of channels_last.
-            values = weight.dense.data
+            values = weight.part
             undo.callback(values.copy_, values.clone())
-            undo.callback(setattr, weight.dense, "data", values)
             pruned = torch.zeros_like(values, dtype=torch.bool)
             if weight.mask is None:
                 pruned = values == 0
@@ -83,51 +93,54 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                 mask = mask_of(module, name)
                 if mask is not None:
                     pruned |= mask == 0
+                    # Written where they are: prune.remove lets go of memory that others
+                    # may share, and of channels_last.
+                    undo.callback(setattr, weight.dense, "data", values)
                     remove(module, name)
+                    weight.dense.data = values.copy_(weight.dense.data)
                 held = vars(module).get(HELD, {}).get(name)
-                if held is not None and held.kept.shape == pruned.shape:
-                    pruned |= held.kept.to(pruned.device) == 0
-            # Its products are -0 where a weight was negative, NaN where it was inf.
-            weight.dense.data = values.copy_(weight.dense.data).masked_fill_(pruned, 0)
-            kept = (~pruned).view(torch.uint8)
-            for module, name in weight.owners if hold_zeros else ():
-                _hold(module, name, weight.dense, kept, undo)
+                if held is not None and held.kept.shape == weight.dense.shape:
+                    kept = parts.part(weight.name, held.kept)
+                    pruned |= kept.to(pruned.device) == 0
+            # The products are -0 where a weight was negative, NaN where it was inf.
+            values.masked_fill_(pruned, 0)
+            if hold_zeros:
+                _hold(weight, ~pruned, parts, undo)
         forget_readers(model)
         undo.pop_all()
 
 
 @torch.no_grad()
-def prune_in_place(masks: Iterable[tuple[Weight, Tensor]]) -> None:
+def prune_in_place(masks: Iterable[tuple[Weight, Tensor]], parts: Parts) -> None:
     """Set weights to 0 and hold them there, all of them or, after an error, none.
 
     For sharded models: FSDP2 sets a module's parameters by their names, under which a
     reparametrisation keeps something else.
 
     Args:
-        masks: Weights, and bool masks of their whole shapes.
+        masks: Weights, and this rank's parts of their bool masks.
+        parts: How they are divided.
     """
     with ExitStack() as undo:
         for weight, mask in masks:
-            kept = mask.view(torch.uint8)
-            for module, name in weight.owners:
-                parameter = module._parameters[name]
-                assert parameter is not None
-                values = parameter.detach()
-                undo.callback(snapshot([module]))
-                undo.callback(values.copy_, values.clone())
-                _hold(module, name, parameter, kept, undo).clear(parameter)
+            values = weight.part
+            undo.callback(snapshot(module for module, _ in weight.owners))
+            undo.callback(values.copy_, values.clone())
+            values.masked_fill_(~mask, 0)
+            _hold(weight, mask, parts, undo)
         undo.pop_all()
 
 
-def _with_zeros(parameters: Iterable[Weight]) -> list[Weight]:
+def _with_zeros(parameters: Iterable[Weight], parts: Parts) -> list[Weight]:
     """The prunable weights that hold zeros, if they seem to come from a pruning.
 
     Layers start with nothing but zeros too, and other parameters with some.
     """
-    zeros = {w: int((w.dense == 0).sum()) for w in parameters if w.prunable}
-    if not any(0 < count < weight.dense.numel() for weight, count in zeros.items()):
+    prunable = [weight for weight in parameters if weight.prunable]
+    zeros = parts.count({weight.name: weight.part == 0 for weight in prunable})
+    if not any(0 < zeros[w.name] < w.dense.numel() for w in prunable):
         return []
-    return [weight for weight, count in zeros.items() if count]
+    return [weight for weight in prunable if zeros[weight.name]]
 
 
 class _Zeros:
@@ -140,7 +153,8 @@ class _Zeros:
     Args:
         module: Owner of the parameter.
         name: Its name in the module.
-        kept: Tensor of 0 and 1 of its shape, in bytes; 0 = pruned.
+        kept: Tensor of 0 and 1 of its shape, in bytes; 0 = pruned. It is whole, or
+            sharded as the parameter is.
     """
 
     def __init__(self, module: nn.Module, name: str, kept: Tensor) -> None:
@@ -212,25 +226,12 @@ class _Zeros:
 
     def _beside(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Values and their mask; of sharded ones, this rank's part of both."""
-        if not _is_sharded(values):
+        if not is_sharded(values):
             self.kept = self.kept.to(values.device)
             return values, self.kept
         if self._part is None:
-            from torch.distributed.tensor import distribute_tensor
-
-            # Every rank has all of the mask: nothing is sent.
-            self._part = distribute_tensor(
-                self.kept.to(values.device),
-                values.device_mesh,  # type: ignore[attr-defined]
-                values.placements,  # type: ignore[attr-defined]
-                src_data_rank=None,
-            ).to_local()
-        return values.to_local(), self._part  # type: ignore[attr-defined]
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as those of FSDP2; their import takes half a second."""
-    return hasattr(tensor, "device_mesh")
+            self._part = shard_like(values, self.kept.to(values.device))
+        return part_of(values), self._part
 
 
 # A NaN or a negative number, taken for an integer, is 0 too if it is multiplied by 0,
@@ -246,21 +247,16 @@ _INTEGERS = {
 _holding: WeakSet[_Zeros] = WeakSet()
 
 
-def _hold(
-    module: nn.Module,
-    name: str,
-    parameter: nn.Parameter,
-    kept: Tensor,
-    undo: ExitStack,
-) -> _Zeros:
-    """Hold what a mask prunes of a parameter from now on."""
-    zeros = _Zeros(module, name, kept)
-    undo.callback(_holding.discard, zeros)
-    _holding.add(zeros)
-    vars(module).setdefault(HELD, {})[name] = zeros
-    if parameter.requires_grad:
-        undo.callback(zeros.attach(parameter))
-    return zeros
+def _hold(weight: Weight, mask: Tensor, parts: Parts, undo: ExitStack) -> None:
+    """Hold what a mask prunes of a weight from now on."""
+    kept = parts.joined(weight.name, mask.view(torch.uint8))
+    for module, name in weight.owners:
+        zeros = _Zeros(module, name, kept)
+        undo.callback(_holding.discard, zeros)
+        _holding.add(zeros)
+        vars(module).setdefault(HELD, {})[name] = zeros
+        if weight.dense.requires_grad:
+            undo.callback(zeros.attach(weight.dense))
 
 
 def _held_by(optimizer: Optimizer) -> Iterator[tuple[_Zeros, nn.Parameter]]:

@@ -11,16 +11,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from force_plugin import gates
-from force_plugin.distributed import Ranks, gathered, unwrap
+from force_plugin.distributed import Ranks, unwrap
 from force_plugin.masks import prune_with
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.notes import Notes
-from force_plugin.parameters import Weight, find_readers, find_weights, named_parameters
+from force_plugin.parameters import (
+    Weight,
+    find_readers,
+    find_weights,
+    named_parameters,
+)
 from force_plugin.permanent import prune_in_place
 from force_plugin.report import SparsityReport, report_of
 from force_plugin.schedules import Schedule, check_count, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
+from force_plugin.sharding import Parts
 
 _REPORT = "please report this: the ranks had the same scores"
 
@@ -115,10 +121,12 @@ def force_prune(
         UserWarning: The mask is doubtful, as above.
     """
     model = unwrap(model)
-    with Ranks(model) as ranks, gathered(model, ranks) as sharded:
+    with Ranks(model) as ranks:
+        parts = Parts(model, ranks)
         criterion = find_method(method)
         method_name = method if isinstance(method, str) else method.__name__
         weights = find_weights(model, parameters)
+        parts.check(weights)
         check_count("steps", steps)
         if on_collapse not in ("raise", "warn"):
             raise ValueError(
@@ -129,17 +137,19 @@ def force_prune(
             criterion.schedule or schedule, criterion.steps or steps, sparsity, total
         )
         # The mask of an earlier pruning, if any: what it removed never comes back.
-        earlier = {w.name: w.mask for w in weights if w.mask is not None}
-        removed = sum(int((~mask).count_nonzero()) for mask in earlier.values())
-        available = total - removed
+        earlier = {
+            w.name: parts.part(w.name, w.mask) for w in weights if w.mask is not None
+        }
+        removed = parts.count({name: ~mask for name, mask in earlier.items()})
+        available = total - sum(removed.values())
         if kept_after[-1] > available:
             raise ValueError(
                 f"sparsity: the model is pruned to {1 - available / total:.6g} "
                 f"already, and pruning it again only removes more; got {sparsity}"
             )
-        _agree(ranks, model, weights, method_name, open_gates, kept_after)
+        _agree(parts, model, weights, method_name, open_gates, kept_after)
 
-        notes = Notes(kept_after, on_collapse, criterion.regrows)
+        notes = Notes(kept_after, on_collapse, criterion.regrows, parts)
         masks: dict[str, Tensor] = {}
         probe = Probe(
             model,
@@ -152,7 +162,7 @@ def force_prune(
             on_batch=lambda number: (
                 batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
             ),
-            ranks=ranks,
+            parts=parts,
         )
         bar = tqdm(
             total=len(kept_after),
@@ -163,15 +173,13 @@ def force_prune(
         with bar, probe:
             for step, kept in enumerate(kept_after, start=1):
                 scores = criterion.scores(probe)
-                if not criterion.looks:  # a random one has its own on each rank
-                    ranks.share(scores.values())
                 if step == 1:
                     notes.on_first_scores(scores, probe)
                 _exclude(scores, earlier if criterion.regrows else masks or earlier)
                 kept = min(kept, available)
-                selected, threshold = top_k_masks(list(scores.values()), kept)
+                selected, threshold = top_k_masks([*scores.values()], kept, parts)
                 masks = dict(zip(scores, selected, strict=True))
-                ranks.agree(f"the masks of step {step}", _REPORT, *masks.values())
+                parts.agree(f"the masks of step {step}", _REPORT, *masks.values())
                 notes.on_selection(step, scores, masks, threshold, probe.masks)
                 probe.prune(masks)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
@@ -182,17 +190,18 @@ def force_prune(
         for problem in notes.problems if ranks.rank == 0 else ():
             # Before the model is touched: a filter may make errors of warnings.
             warnings.warn(problem, stacklevel=3)  # past inference_mode
+        kept_in = parts.count(masks)
+        remarks = [*gates.describe(probe.gates), *notes.problems, *notes.emptied()]
     pairs = [(weight, masks[weight.name]) for weight in weights]
-    if sharded:
-        prune_in_place(pairs)
+    if parts.sharded:
+        prune_in_place(pairs, parts)
     else:
         readers = [*probe.readers, *find_readers(weights, model)]
         prune_with(pairs, criterion, readers)
-    remarks = [*gates.describe(probe.gates), *notes.problems, *notes.emptied()]
     # 60 is what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
-    return report_of(weights, masks, remarks, method_name)
+    return report_of(weights, kept_in, remarks, method_name)
 
 
 @torch.inference_mode(False)
@@ -229,8 +238,8 @@ def saliency(
 
     Returns:
         By parameter name (``"layer1.0.conv1.weight"``), a tensor of the weight's shape
-        on its device; higher = keep. ``float64`` for SynFlow, at least ``float32`` for
-        the methods that need gradients.
+        on its device, sharded if the weight is; higher = keep. ``float64`` for SynFlow,
+        at least ``float32`` for the methods that need gradients.
 
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected.
@@ -238,10 +247,12 @@ def saliency(
             failed, or the ranks' arguments or weights differ.
     """
     model = unwrap(model)
-    with Ranks(model) as ranks, gathered(model, ranks):
+    with Ranks(model) as ranks:
+        parts = Parts(model, ranks)
         criterion = find_method(method)
         weights = find_weights(model, parameters)
-        _agree(ranks, model, weights, criterion.__name__, open_gates)
+        parts.check(weights)
+        _agree(parts, model, weights, criterion.__name__, open_gates)
         with Probe(
             model,
             weights,
@@ -250,30 +261,28 @@ def saliency(
             loss_fn=loss_fn,
             forward=forward,
             open_gates=open_gates and criterion.looks,
-            ranks=ranks,
+            parts=parts,
         ) as probe:
             scores = criterion.scores(probe)
-            if not criterion.looks:
-                ranks.share(scores.values())
-            return scores
+            return {name: parts.joined(name, part) for name, part in scores.items()}
 
 
 def _agree(
-    ranks: Ranks, model: nn.Module, weights: Sequence[Weight], *settings: object
+    parts: Parts, model: nn.Module, weights: Sequence[Weight], *settings: object
 ) -> None:
     """Make sure that the ranks are about to do the same to the same network."""
-    ranks.agree(
+    parts.ranks.agree(
         "the arguments, or the model",
         "pass the same method, sparsity, steps, schedule, parameters and open_gates, "
         "and a model of the same architecture, on every rank",
         *settings,
         *((w.name, w.dense.shape, w.dense.dtype, w.mask is None) for w in weights),
     )
-    ranks.agree(
+    parts.agree(
         "the model's parameters",
         "seed every rank alike (torch.manual_seed) before the model is made, or wrap "
         "it in DistributedDataParallel first, which copies rank 0's",
-        *(parameter.dense for parameter in named_parameters(model).values()),
+        *(parameter.part for parameter in named_parameters(model).values()),
         *(weight.mask for weight in weights if weight.mask is not None),
     )
 

@@ -11,9 +11,9 @@ from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from force_plugin.parameters import Weight, named_parameters
+from force_plugin.parameters import Weight, named_parameters, whole_of
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped, unused-ignore]
@@ -478,7 +478,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
 def report_of(
     weights: Iterable[Weight],
-    masks: Mapping[str, Tensor] | None = None,
+    kept: Mapping[str, int] | None = None,
     warnings: Sequence[str] = (),
     method: str | None = None,
 ) -> SparsityReport:
@@ -486,14 +486,16 @@ def report_of(
 
     Args:
         weights: Weights in the order of the network.
-        masks: Masks by parameter name; default: those that the weights have.
+        kept: How many weights are left, by parameter name; default: what the masks
+            leave that the weights have, or what is not 0 of a weight without.
         warnings: Sentences for the report.
         method: Name of the method.
     """
     layers = []
     for weight in weights:
-        mask = weight.mask if masks is None else masks[weight.name]
-        left = weight.dense.detach() if mask is None else mask
-        kept = int(left.count_nonzero())
-        layers.append(LayerReport(weight.name, tuple(left.shape), kept, left.numel()))
+        left = weight.dense.detach() if weight.mask is None else weight.mask
+        count = (
+            int(whole_of(left).count_nonzero()) if kept is None else kept[weight.name]
+        )
+        layers.append(LayerReport(weight.name, tuple(left.shape), count, left.numel()))
     return SparsityReport(tuple(layers), tuple(warnings), method)

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 
 from force_plugin import gates, silence
 from force_plugin.connection import leads_through, tensors
-from force_plugin.distributed import ALONE, Ranks
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
+from force_plugin.sharding import WHOLE, Parts
 from force_plugin.snapshot import restored, snapshot
 
 Loader = Iterable[Any]
@@ -66,10 +66,12 @@ class Probe:
         forward: ``forward(model, batch)``, a loss; replaces ``loss_fn``.
         open_gates: Measure with closed gates opened.
         on_batch: Called after each batch with its number within the step, from 1.
-        ranks: The processes that measure together: what is measured is the mean over
-            their batches, and they open the same gates.
+        parts: The processes that measure together: what is measured is the mean over
+            their batches, and they open the same gates. If the network is sharded, each
+            has its part of whatever is said here to have a weight's shape.
 
     Attributes:
+        parts: As given.
         weights: The dense weights θ by parameter name, without gradient.
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         parameters: Every parameter of the model, by name.
@@ -92,7 +94,7 @@ class Probe:
         forward: Forward | None = None,
         open_gates: bool = False,
         on_batch: Callable[[int], object] = lambda number: None,
-        ranks: Ranks = ALONE,
+        parts: Parts = WHOLE,
     ) -> None:
         if batches is not None:
             check_count("batches", batches)
@@ -102,18 +104,23 @@ class Probe:
                     f"{name}: expected a callable, got {type(function).__name__}"
                 )
         self.model = model
+        self.parts = parts
         self.parameters = named_parameters(model)
         self.gates: dict[str, gates.Gate] = {}
         # Parameters that may turn out to be gates when a graph is there to look at.
-        self._candidates: set[str] = set()
+        self._candidates: dict[str, float] = {}
         if open_gates:
-            closed = {w.name: w for w in weights}
-            closed |= {n: w for n, w in self.parameters.items() if w.prunable}
-            self.gates = gates.closed_weights(closed.values())
-            matrices = {w.name for w in weights if w.dense.dim() > 1}
-            self._candidates = gates.small(self._dense()) - set(self.gates) - matrices
-        opened = gates.open_values(self.gates, self._dense())
-        self.weights = {w.name: opened.get(w.name, w.dense.detach()) for w in weights}
+            shapes = {w.name: w.dense.shape for w in weights}
+            others = {
+                n: w.dense.shape for n, w in self.parameters.items() if w.prunable
+            }
+            small = gates.small(self._dense(), parts)
+            self.gates = gates.closed_weights(shapes | others, small)
+            matrices = {name for name, shape in shapes.items() if len(shape) > 1}
+            neither = small.keys() - self.gates.keys() - matrices
+            self._candidates = {name: small[name] for name in small if name in neither}
+        opened = gates.open_values(self.gates, self._dense(), parts)
+        self.weights = {w.name: opened.get(w.name, w.part) for w in weights}
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
         self.loss = float("nan")
@@ -125,7 +132,6 @@ class Probe:
         self._loss_fn = loss_fn
         self._forward = forward
         self._on_batch = on_batch
-        self._ranks = ranks
         self._input_shape: tuple[int, ...] | None = None
         # The modules whose forward is running, from the outermost to the innermost.
         self._calls: list[nn.Module] = []
@@ -133,7 +139,7 @@ class Probe:
         # Stand-ins of all parameters, and of those that are scored.
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
-        self._scored: set[tuple[nn.Module, str]] = set()  # where these are registered
+        self._registered: dict[tuple[nn.Module, str], str] = {}  # where these are
         self._last_batch: Any = None
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
@@ -239,7 +245,7 @@ class Probe:
                         ) from error
                 losses.append(loss.item())
         self._mean_loss(losses)
-        totals.average(self._ranks)
+        totals.average(self.parts)
         return {
             name: totals.get(name, torch.zeros_like(weight))
             for name, weight in self.weights.items()
@@ -303,13 +309,16 @@ class Probe:
 
         Costs one more pass of the last batch, where there is any such weight.
         """
-        masks = {name: self.parameters[name].mask for name in names}
-        pruned = [n for n, mask in masks.items() if mask is not None and not mask.any()]
-        causes = {
-            name: "the method gives it none"
-            if self.weights[name].any()
-            else "its weights are 0"
+        masks = {
+            name: self.parts.part(name, mask)
             for name in names
+            if (mask := self.parameters[name].mask) is not None
+        }
+        pruned = self.parts.empty(masks)
+        alive = self.parts.count({name: self.weights[name] for name in names})
+        causes = {
+            name: "the method gives it none" if count else "its weights are 0"
+            for name, count in alive.items()
         }
         asked = [name for name in names if name not in pruned]
         if asked and self._measure is not None:
@@ -344,15 +353,18 @@ class Probe:
             else:
                 self.model(_to(inputs, self._device))
 
-        if self._forward is None and isinstance(inputs, Tensor):
+        ranks = self.parts.ranks
+        # What fails on one rank only would lose the ranks of a sharded network.
+        few_serve = isinstance(inputs, Tensor) and not self.parts.sharded
+        if self._forward is None and few_serve:
             found: bool | None = False
             # Fewer samples may be too few: for a batch norm, or to wake a sparse unit.
             with suppress(Exception):
                 few = _to(inputs[:8], self._device)
                 found = leads_through(self.model, lambda: self.model(few))
-            if self._ranks.any(bool(found)):
+            if ranks.any(bool(found)):
                 return True
-        if self._ranks.any(bool(leads_through(self.model, run))):
+        if ranks.any(bool(leads_through(self.model, run))):
             return True
         masks, self.masks = self.masks, None
         try:
@@ -361,14 +373,14 @@ class Probe:
         finally:
             self.masks = masks
             self._mask_stand_ins()
-        if self._ranks.any(bool(dense)):
+        if ranks.any(bool(dense)):
             return False
         if math.isnan(self.loss):  # SynFlow's, which has none
             return None
         sums = _Sums(self._stand_ins)
         sums.add_gradients(self._loss(batch))
         kept = self.masks or {}
-        return self._ranks.any(
+        return ranks.any(
             any(bool((g[kept[n]] if n in kept else g).any()) for n, g in sums.items())
         )
 
@@ -410,14 +422,14 @@ class Probe:
                 raise
             found, looked = {}, True
         found = self._found_by_any(found)
-        self._candidates = set()
+        self._candidates = {}
         if not (frozen or looked or found):
             return result, leaves
         result = leaves = None  # type: ignore[assignment]  # frees the graph
         for leaf in frozen:
             leaf.requires_grad_(False)
         rewind()
-        for name, values in gates.open_values(found, self._leaves).items():
+        for name, values in gates.open_values(found, self._leaves, self.parts).items():
             self._leaves[name].data.copy_(values)
             if name in self.weights:
                 self.weights[name] = values
@@ -429,12 +441,11 @@ class Probe:
         kinds = (None, gates.NORMALISATION, gates.SCALE, gates.WEIGHT)
         names = [name for name in self._leaves if name in self._candidates]
         codes = {name: kinds.index(gate.kind) for name, gate in found.items()}
-        rows = self._ranks.gather(*(codes.get(name, 0) for name in names))
+        rows = self.parts.ranks.gather(*(codes.get(name, 0) for name in names))
         agreed = {}
         for name, *given in zip(names, *rows, strict=True):
             if kind := kinds[int(max(given))]:
-                largest = float(self._leaves[name].detach().abs().max())
-                agreed[name] = found.get(name) or gates.Gate(name, kind, largest)
+                agreed[name] = gates.Gate(name, kind, self._candidates[name])
         return agreed
 
     def _remember(self) -> Callable[[], None]:
@@ -451,13 +462,13 @@ class Probe:
                     buffer.copy_(values)
                 for name, leaf in self._leaves.items():
                     if name not in self.weights and name not in self.gates:
-                        leaf.copy_(self.parameters[name].dense)
+                        leaf.copy_(self.parameters[name].part)
 
         return rewind
 
     def _dense(self) -> dict[str, Tensor]:
         """The model's own parameters by name."""
-        return {n: weight.dense.detach() for n, weight in self.parameters.items()}
+        return {name: weight.part for name, weight in self.parameters.items()}
 
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Absolute values in the place of all parameters and buffers; parameters."""
@@ -497,6 +508,8 @@ class Probe:
             return
         self._exit.enter_context(_without_trace(self.model, self._loader))
         self._exit.callback(torch.clear_autocast_cache)
+        self._exit.enter_context(self.parts.reading())
+        self.parts.detach(self.model)
         if "torch._dynamo" in sys.modules:
             # A model that was compiled is measured as it is written: compiling it anew
             # for stand-ins would cost more, and has no second derivatives.
@@ -510,18 +523,19 @@ class Probe:
                     if id(buffer) not in copies:
                         copies[id(buffer)] = buffer.detach().clone()
                     module._buffers[key] = copies[id(buffer)]
-        opened = gates.open_values(self.gates, self._dense())
+        opened = gates.open_values(self.gates, self._dense(), self.parts)
         for name, parameter in self.parameters.items():
             scored = name in self.weights
-            values = opened.get(name, parameter.dense.detach()).clone()
+            values = opened.get(name, parameter.part).clone()
             stand_in = nn.Parameter(values, scored or parameter.dense.requires_grad)
             for module, key in parameter.slots():
-                if scored and not isinstance(module._parameters, _Watched):
+                if not isinstance(module._parameters, _Watched) and (
+                    scored or self.parts.sharded
+                ):
                     watched = _Watched(module._parameters)
-                    watched.note = partial(self._note_read, module)
+                    watched.read = partial(self._read, module)
                     vars(module)["_parameters"] = watched
-                if scored:
-                    self._scored.add((module, key))
+                self._registered[module, key] = name
                 module._parameters[key] = stand_in
             self._leaves[name] = stand_in
         self._stand_ins = {name: self._leaves[name] for name in self.weights}
@@ -535,9 +549,15 @@ class Probe:
             while self._calls.pop() is not module:
                 pass
 
-    def _note_read(self, owner: nn.Module, key: str) -> None:
-        if owner in self._calls or (owner, key) not in self._scored:
-            return
+    def _read(self, owner: nn.Module, key: str, value: Any) -> Any:
+        name = self._registered.get((owner, key))
+        if name is None or value is None:
+            return value
+        if name in self.weights and owner not in self._calls:
+            self._note_reader(owner)
+        return self.parts.read(name, value)
+
+    def _note_reader(self, owner: nn.Module) -> None:
         for module in reversed(self._calls):
             prefix = f"{self._names.get(module, '')}.".removeprefix(".")
             if self._names[owner].startswith(prefix):
@@ -566,6 +586,7 @@ class Probe:
                 batch = next(self._iterator)
             except StopIteration:
                 if wanted is None and number:
+                    self._go_on_together(False)
                     return
                 self._iterator = self._start()
                 try:
@@ -573,9 +594,21 @@ class Probe:
                 except StopIteration:
                     raise ValueError(self._dry(number)) from None
             number += 1
+            if wanted is None:
+                self._go_on_together(True)
             self._last_batch = batch
             yield batch
             self._on_batch(number)
+
+    def _go_on_together(self, more: bool) -> None:
+        """Make sure that the ranks of a sharded network have equally many batches."""
+        if self.parts.sharded:
+            others = [row[0] for row in self.parts.ranks.gather(more)]
+            if min(others) != max(others):
+                raise ValueError(
+                    "loader: expected as many batches on every rank, as the ranks of a "
+                    f"sharded model score together, got fewer on rank {others.index(0)}"
+                )
 
     def _start(self) -> Iterator[Any]:
         try:
@@ -676,14 +709,14 @@ class Probe:
 
     def _mean_loss(self, losses: Sequence[float]) -> float:
         """Note the mean loss of the batches of all ranks; their number on a rank."""
-        rows = self._ranks.gather(sum(losses), len(losses))
+        rows = self.parts.ranks.gather(sum(losses), len(losses))
         count = sum(row[1] for row in rows)
         self.loss = sum(row[0] for row in rows) / count
         return count / len(rows)
 
     def _complete(self, sums: _Sums) -> dict[str, Tensor]:
         """The mean of the ranks' sums, in the order of the weights."""
-        sums.average(self._ranks)
+        sums.average(self.parts)
         missing = [name for name in self.weights if name not in sums]
         if missing:
             raise NoGradientError(missing, self.step)
@@ -744,13 +777,12 @@ def _random_states(model: nn.Module) -> Callable[[], None]:
 
 
 class _Watched(dict[str, nn.Parameter | None]):
-    """The parameters of a module, as ``_parameters``, with a note of what is read."""
+    """The parameters of a module, as ``_parameters``, with a say in what is read."""
 
-    note: Callable[[str], object]
+    read: Callable[[str, Any], Any]
 
     def __getitem__(self, key: str) -> nn.Parameter | None:
-        self.note(key)
-        return super().__getitem__(key)
+        return self.read(key, super().__getitem__(key))  # type: ignore[no-any-return]
 
 
 class _Sums(dict[str, Tensor]):
@@ -774,14 +806,14 @@ class _Sums(dict[str, Tensor]):
             else:
                 self[name] = gradient.float() if gradient.itemsize < 4 else gradient
 
-    def average(self, ranks: Ranks) -> None:
+    def average(self, parts: Parts) -> None:
         """Average over ranks; what only some of them have is 0 on the others."""
-        rows = ranks.gather(*(name in self for name in self._leaves))
+        rows = parts.ranks.gather(*(name in self for name in self._leaves))
         for (name, leaf), *held in zip(self._leaves.items(), *rows, strict=True):
             if any(held) and name not in self:
                 dtype = torch.promote_types(leaf.dtype, torch.float32)
                 self[name] = torch.zeros_like(leaf, dtype=dtype, requires_grad=False)
-        ranks.average(self)
+        parts.average(self)
 
 
 def _is_pair(batch: Any) -> bool:

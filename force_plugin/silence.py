@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from force_plugin.gates import operation
 from force_plugin.parameters import name_layers, name_some
 
 _LAYERS = {
@@ -106,13 +107,13 @@ def _cause(
 
 def _multiplies_zeros(node: Node, operand: Node) -> bool:
     """Whether an operation is a layer with this weight, and its inputs are all 0."""
-    index, saved = _LAYERS.get(node.name(), (0, ""))
+    index, saved = _LAYERS.get(operation(node), (0, ""))
     if not saved or node.next_functions[index][0] is not operand:
         return False
     # Between a layer and its weight is at most what belongs to the weight alone, such
     # as a mask; what another layer makes is no weight.
     while operands := _operands(operand):
-        if len(operands) > 1 or operand.name() in _LAYERS:
+        if len(operands) > 1 or operation(operand) in _LAYERS:
             return False
         (operand,) = operands
     inputs: Tensor = getattr(node, saved)
@@ -121,7 +122,7 @@ def _multiplies_zeros(node: Node, operand: Node) -> bool:
 
 def _word(node: Node) -> str:
     """What an operation is called: "log softmax" for LogSoftmaxBackward0."""
-    name = re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+    name = re.sub(r"Backward\d*$", "", operation(node).rpartition("::")[2])
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 

@@ -63,7 +63,7 @@ class Routed(nn.Module):
         torch.manual_seed(0)
         self.shared = nn.Linear(4, 6)
         self.branch = nn.Linear(6, 6)
-        self.gain = nn.Parameter(torch.zeros(()))
+        self.gain = nn.Parameter(torch.zeros(1))
         self.head = nn.Linear(6, 3)
         self.double()
 
@@ -227,27 +227,6 @@ def run(rank: int) -> dict[str, Any]:
                 make_permanent(inner)
             seen[f"{form}, then {how}"] = train(wrap(inner), batches)
 
-    sharded = shard(Network())
-    cross_entropy(sharded(batches[0][0]), batches[0][1]).backward()
-    before = {n: whole(p.grad) for n, p in sharded.named_parameters()}
-    with torch.no_grad():
-        sharded(batches[0][0])  # leaves the root's own parameters unsharded
-    scores = {m: saliency(sharded, batches, m) for m in METHODS if m != "random"}
-    with torch.no_grad():
-        sharded(batches[0][0])
-    seen["sharded scores"] = scores
-    seen["sharded, failed"] = failed(
-        lambda: force_prune(sharded, batches[: 1 - rank], 0.8, **STEPS)
-    )
-    report = force_prune(sharded, batches, 0.8, **STEPS)
-    seen["sharded report"] = report.to_dict()
-    seen["sharded masks"] = get_masks(sharded)
-    after = {n: whole(p.grad) for n, p in sharded.named_parameters()}
-    seen["sharded gradients"] = before, after
-    seen["sharded, then pruned"] = train(sharded, batches)
-    again = force_prune(sharded, batches, 0.9, **STEPS)
-    seen["sharded, pruned again"] = again.kept, get_masks(sharded)
-
     nested, pruned = Network(), Network()
     nested.body = DistributedDataParallel(nested.body)
     force_prune(pruned, batches, 0.5, **STEPS)
@@ -348,8 +327,8 @@ def run(rank: int) -> dict[str, Any]:
     if rank == 1:
         select = force_plugin.pruning.top_k_masks
 
-        def other(scores: list[Tensor], k: int) -> tuple[list[Tensor], float]:
-            masks, threshold = select(scores, k)
+        def other(scores: list[Tensor], *rest: Any) -> tuple[list[Tensor], float]:
+            masks, threshold = select(scores, *rest)
             return [masks[0].roll(1), *masks[1:]], threshold
 
         force_plugin.pruning.top_k_masks = other

@@ -5,67 +5,18 @@ The ranks are real processes, started once for all tests of a kind.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from distributed_worker import STEPS, Network, Routed, images, routed, train
-from torch import Tensor
+from processes import Seen, launch, same
 from torch.nn.functional import cross_entropy
 
 from force_plugin import METHODS, force_prune, get_masks, make_permanent, saliency
-
-Seen = list[dict[str, Any]]
-HERE = Path(__file__).parent
-
-
-def launch(worker: str, folder: Path, seconds: float = 120) -> Seen:
-    """What two ranks that run a script have seen."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(HERE / worker), str(folder)]
-    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-    }
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        # The ranks are children of torchrun.
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"{worker} took more than {seconds} s\n{output[-4000:]}")
-    assert process.returncode == 0, output[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return launch("distributed_worker.py", tmp_path_factory.mktemp("ranks"))
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> bool:
-    """Whether tensors are equal: bit by bit, or up to rounding."""
-    return list(a) == list(b) and all(
-        torch.allclose(a[name], b[name], rtol=tolerance, atol=tolerance * 1e-3)
-        if tolerance
-        else torch.equal(a[name], b[name])
-        for name in a
-    )
 
 
 # The same mask as one process.
@@ -142,14 +93,13 @@ def test_network_that_leads_through_on_one_rank_is_connected(ranks: Seen) -> Non
         "permanent, then wrapped",
         "pruned, then sharded",
         "permanent, then sharded",
-        "sharded, then pruned",
     ],
 )
 def test_training_is_that_of_one_process(ranks: Seen, order: str) -> None:
     model = Network()
     force_prune(model, images(), 0.8, **STEPS)
     masks = get_masks(model)
-    plain = order in ("sharded, then pruned",) or order.startswith("permanent")
+    plain = order.startswith("permanent")
     if plain:
         make_permanent(model)
     alone = train(model, images())
@@ -173,52 +123,13 @@ def test_names_are_those_of_the_wrapped_module(ranks: Seen) -> None:
         assert wrapped == inside
 
 
-# Models that are sharded.
-
-
-def test_sharded_model_gets_the_masks_of_one_process(ranks: Seen) -> None:
-    model = Network()
-    report = force_prune(model, images(), 0.8, **STEPS)
-    for seen in ranks:
-        assert same(seen["sharded masks"], get_masks(model))
-        assert seen["sharded report"] == report.to_dict()
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "random"])
-def test_sharded_model_gets_the_scores_of_one_process(ranks: Seen, method: str) -> None:
-    alone = saliency(Network(), images(), method)
-    for seen in ranks:
-        assert same(seen["sharded scores"][method], alone, 1e-9)
-
-
-def test_scoring_leaves_the_gradients_of_shards_alone(ranks: Seen) -> None:
-    for seen in ranks:
-        assert same(*seen["sharded gradients"])
-
-
-def test_sharded_model_is_pruned_further(ranks: Seen) -> None:
-    for seen in ranks:
-        kept, masks = seen["sharded, pruned again"]
-        assert kept == sum(int(mask.sum()) for mask in masks.values()) == 70
-        earlier = seen["sharded masks"]
-        assert not any((masks[name] & ~earlier[name]).any() for name in masks)
-
-
-def test_sharded_model_whose_pruning_failed_is_what_it_was(ranks: Seen) -> None:
-    # What is pruned and trained afterwards is that of one process.
-    assert ranks[0]["sharded, failed"].startswith("RankError: rank 1 of 2 failed")
-    assert ranks[1]["sharded, failed"].startswith("ValueError: loader")
-
-
 # What goes wrong.
 
 
 @pytest.mark.parametrize("call", ["force_prune", "saliency"])
 def test_model_that_is_pruned_and_sharded_is_an_error(ranks: Seen, call: str) -> None:
     for seen in ranks:
-        assert (
-            "stem.weight_orig was pruned before" in seen[f"pruned and sharded {call}"]
-        )
+        assert "stem.weight was pruned before" in seen[f"pruned and sharded {call}"]
         assert "body is a DistributedDataParallel" in seen[f"nested {call}"]
 
 

@@ -1,0 +1,56 @@
+"""Real processes under torchrun, for the tests that need several ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+Seen = list[dict[str, Any]]
+HERE = Path(__file__).parent
+
+
+def launch(worker: str, folder: Path, seconds: float = 120) -> Seen:
+    """What two ranks that run a script have seen."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(HERE / worker), str(folder)]
+    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        # The ranks are children of torchrun.
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{worker} took more than {seconds} s\n{output[-4000:]}")
+    assert process.returncode == 0, output[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> bool:
+    """Whether tensors are equal: bit by bit, or up to rounding."""
+    return list(a) == list(b) and all(
+        torch.allclose(a[name], b[name], rtol=tolerance, atol=tolerance * 1e-3)
+        if tolerance
+        else torch.equal(a[name], b[name])
+        for name in a
+    )

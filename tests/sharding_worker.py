@@ -1,0 +1,358 @@
+"""What each of two ranks does in ``test_sharding.py``; torchrun starts it.
+
+Everything that a rank has seen goes into one file, and the tests read it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from distributed_worker import (
+    STEPS,
+    Batch,
+    Network,
+    Routed,
+    images,
+    part,
+    routed,
+    shard,
+    train,
+    whole,
+)
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.functional import cross_entropy, linear, mse_loss
+from torch.utils.checkpoint import checkpoint
+
+import force_plugin.pruning
+from force_plugin import (
+    METHODS,
+    diagnose,
+    force_prune,
+    get_masks,
+    make_permanent,
+    saliency,
+    sparsity_report,
+)
+from force_plugin.methods import SaliencyMethod
+
+
+class Gated(nn.Module):
+    """Closed gates of every kind, a layer of zeros, and one that is run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(4, 6)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.gain = nn.Parameter(torch.zeros(6))
+        self.last = nn.Linear(6, 1)
+        self.head = nn.Linear(6, 3)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.head.weight)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        x = x + self.norm(torch.tanh(self.first(x)))
+        x = x + self.gain * checkpoint(self._branch, x, use_reentrant=False)
+        return self.head(x) + self.last(x)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(x))
+
+
+class Tied(nn.Module):
+    """A weight of two modules, and one that is read without a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Linear(4, 5)
+        self.inner, self.again = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.again.weight = self.inner.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.encoder(x))
+        x = self.again(torch.tanh(self.inner(x)))
+        return linear(x, self.encoder.weight.t())
+
+
+class Normalised(SaliencyMethod):
+    """Needs all of a weight at once, to compare its rows."""
+
+    @staticmethod
+    def score(weight: Tensor, gradient: Tensor) -> Tensor:
+        score = (weight * gradient).abs()
+        return score / score.norm(dim=0, keepdim=True)
+
+
+def reconstruct(model: nn.Module, batch: Batch) -> Tensor:
+    return mse_loss(model(batch[0]), batch[0])
+
+
+def vectors(count: int = 4) -> list[Batch]:
+    """Whole batches of eight."""
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (
+            torch.randn(8, 4, generator=generator, dtype=torch.float64),
+            torch.randint(3, (8,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def sharded(model: nn.Module, *units: str, **options: Any) -> nn.Module:
+    for unit in units:
+        fully_shard(model.get_submodule(unit), **options)
+    return fully_shard(model, **options)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """What a rank holds, gradients and hooks included."""
+    found = {}
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor)
+        found[name] = p.to_local().detach().clone()
+        if p.grad is not None:
+            found[f"{name}.grad"] = p.grad.to_local().clone()
+    hooks = [
+        (n, len(m._forward_hooks), len(m._forward_pre_hooks))
+        for n, m in model.named_modules()
+    ]
+    return found | {str(hooks): torch.zeros(())}
+
+
+def failed(run: Callable[[], object], model: nn.Module) -> str:
+    """The error of a call that leaves the shards as they were."""
+    before = state(model)
+    try:
+        run()
+    except BaseException as error:
+        after = state(model)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def failures(rank: int) -> dict[str, str]:
+    """Calls that go wrong on rank 1 alone, at any place of a pass."""
+    batches = part(images(), rank)
+    seen: dict[str, str] = {}
+
+    def prune(what: str, loader: Any = batches, **options: Any) -> None:
+        model = shard(Network())
+        call = {"sparsity": 0.8, **STEPS, **options}
+        seen[what] = failed(lambda: force_prune(model, loader, **call), model)
+        # What is left is a network that trains.
+        train(model, batches)
+
+    def hooked(module: str, method: str) -> None:
+        model = shard(Network())
+
+        def hook(*args: object) -> None:
+            if rank == 1:
+                raise OSError(f"broken in {module or 'all'}")
+
+        model.get_submodule(module).register_forward_hook(hook)
+        seen[f"forward {module} {method}"] = failed(
+            lambda: force_prune(model, batches, 0.8, method=method, **STEPS), model
+        )
+
+    def broken(outputs: Tensor, targets: Tensor) -> Tensor:
+        def hook(gradient: Tensor) -> Tensor:
+            if rank == 1:
+                raise OSError("broken in the backward pass")
+            return gradient
+
+        outputs.register_hook(hook)
+        return cross_entropy(outputs, targets)
+
+    def interrupted(outputs: Tensor, targets: Tensor) -> Tensor:
+        if rank == 1:
+            raise KeyboardInterrupt
+        return cross_entropy(outputs, targets)
+
+    def bad() -> Iterator[Batch]:
+        yield from batches[:2]
+        if rank == 1:
+            raise OSError("the disk is gone")
+        yield from batches[2:]
+
+    prune("empty loader", batches[: 6 * (1 - rank)])
+    prune("loader raises", bad())
+    prune("loss", loss_fn=interrupted)
+    prune("backward", loss_fn=broken)
+    prune("fewer batches", batches[: 3 - rank], batches=None)
+    prune("no such method", method="forse" if rank else "force")
+    for module in ("stem", "body", "head", ""):
+        for method in ("force", "grasp", "synflow"):
+            hooked(module, method)
+    model = sharded(Routed())
+    seen["routed"] = failed(lambda: saliency(model, [routed(rank)]), model)
+    return seen
+
+
+def misfits() -> dict[str, str]:
+    """Models that cannot be pruned as they are sharded."""
+    seen = {}
+    mesh = init_device_mesh("cpu", (2,))
+    tensor_parallel = parallelize_module(
+        nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double(),
+        mesh,
+        {"0": ColwiseParallel()},
+    )
+    partly = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
+    fully_shard(partly[0])
+    models = {
+        "tensor parallel": tensor_parallel,
+        "partly": partly,
+        "fsdp 1": FullyShardedDataParallel(
+            nn.Linear(4, 3).double(), device_id=torch.device("cpu")
+        ),
+    }
+    for what, model in models.items():
+        with pytest.raises(ValueError, match="shard") as error:
+            force_prune(model, vectors(), 0.5, **STEPS)
+        seen[what] = str(error.value)
+    pruned = Network()
+    force_prune(pruned, images(), 0.8, **STEPS)
+    model = shard(pruned)
+    seen["permanent"] = failed(lambda: make_permanent(model), model)
+    return seen
+
+
+def run(rank: int) -> dict[str, Any]:
+    batches = part(images(), rank)
+    seen: dict[str, Any] = {}
+
+    # All methods, and how much of the scores a rank ever sees.
+    select, largest = force_plugin.pruning.top_k_masks, [0]
+
+    def watched(scores: list[Tensor], *rest: Any) -> tuple[list[Tensor], float]:
+        assert not any(isinstance(score, DTensor) for score in scores)
+        largest[0] = max(largest[0], sum(score.numel() for score in scores))
+        return select(scores, *rest)
+
+    force_plugin.pruning.top_k_masks = watched
+    for method in METHODS:
+        for per_step in (1, 2, None):
+            model = shard(Network())
+            torch.manual_seed(10 + rank)
+            report = force_prune(
+                model, batches, 0.8, method=method, batches=per_step, **STEPS
+            )
+            seen[f"masks {method} {per_step}"] = get_masks(model)
+            seen[f"report {method} {per_step}"] = report.to_dict()
+            seen[f"counted {method} {per_step}"] = sparsity_report(model).to_dict()
+        model = shard(Network())
+        torch.manual_seed(10 + rank)
+        scores = saliency(model, batches, method)
+        assert all(isinstance(score, DTensor) for score in scores.values())
+        seen[f"scores {method}"] = {n: whole(score) for n, score in scores.items()}
+    seen["held"] = largest[0]
+    force_plugin.pruning.top_k_masks = select
+    model = shard(Network())
+    seen["rows"] = {
+        n: whole(s) for n, s in saliency(model, batches, Normalised).items()
+    }
+
+    # Gates, shared weights, other ways to shard.
+    model = sharded(Gated(), "second", "norm")
+    report = force_prune(model, part(vectors(), rank), 0.5, **STEPS)
+    seen["gated"] = get_masks(model), report.to_dict()
+    model = sharded(Gated(), "second")
+    seen["diagnosis"] = str(diagnose(model, part(vectors(), rank)))
+    for how, model in {
+        "two units": sharded(Tied(), "encoder"),
+        "one unit": sharded(Tied()),
+    }.items():
+        force_prune(model, part(vectors(), rank), 0.5, forward=reconstruct, **STEPS)
+        seen[how] = get_masks(model)
+    for how, (mesh, options) in {
+        "replicas": ((2, 1), {}),
+        "no replicas": ((1, 2), {}),
+        "columns": (None, {"shard_placement_fn": lambda p: Shard(min(1, p.ndim - 1))}),
+        "not resharded": (None, {"reshard_after_forward": False}),
+    }.items():
+        if mesh is not None:
+            options["mesh"] = init_device_mesh(
+                "cpu", mesh, mesh_dim_names=("replicate", "shard")
+            )
+        model = sharded(Network(), "body", **options)
+        report = force_prune(model, batches, 0.8, **STEPS)
+        seen[how] = get_masks(model), report.to_dict()
+        seen[f"{how}, trained"] = train(model, batches)
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit2", num_classes=5, img_size=32).double().eval()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    y = torch.randint(5, (8,), generator=generator)
+    report = force_prune(model, part([(x, y)], rank), 0.9, **STEPS)
+    seen["vit"] = get_masks(model), report.to_dict()
+
+    # What it leaves behind.
+    model = shard(Network())
+    cross_entropy(model(batches[0][0]), batches[0][1]).backward()
+    seen["gradients"] = [{n: whole(p.grad) for n, p in model.named_parameters()}]
+    with torch.no_grad():
+        model(batches[0][0])  # leaves the root's own parameters whole
+    saliency(model, batches)
+    seen["gradients"].append({n: whole(p.grad) for n, p in model.named_parameters()})
+    force_prune(model, batches, 0.8, **STEPS)
+    seen["trained"] = train(model, batches)
+    earlier = get_masks(model)
+    again = force_prune(model, batches, 0.9, **STEPS)
+    seen["again"] = again.kept, earlier, get_masks(model)
+    model = Network()
+    force_prune(model, batches, 0.8, **STEPS)
+    make_permanent(model)
+    force_prune(shard(model), batches, 0.9, **STEPS)
+    seen["permanent, again"] = earlier, get_masks(model)
+
+    # A restart: the zeros of a checkpoint are held in the shards of a fresh model.
+    model = shard(Network())
+    force_prune(model, batches, 0.8, **STEPS)
+    full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    checkpoint = get_model_state_dict(model, options=full)
+    fresh = shard(Network(seed=1))
+    set_model_state_dict(fresh, checkpoint, options=full)
+    make_permanent(fresh)
+    seen["restart"] = get_masks(model), get_masks(fresh)
+    seen["restart, trained"] = train(fresh, batches)
+
+    seen["failures"] = failures(rank)
+    seen["misfits"] = misfits()
+    return seen
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    this = dist.get_rank()
+    torch.save(run(this), Path(sys.argv[1]) / f"{this}.pt")
+    dist.destroy_process_group()
