@@ -50,7 +50,10 @@ from force_plugin import (
     saliency,
     sparsity_report,
 )
+from force_plugin.distributed import Ranks
 from force_plugin.methods import SaliencyMethod
+from force_plugin.selection import top_k_masks
+from force_plugin.sharding import Parts
 
 
 class Gated(nn.Module):
@@ -154,6 +157,37 @@ def failed(run: Callable[[], object], model: nn.Module) -> str:
         assert all(torch.equal(before[key], after[key]) for key in before)
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def selections(rank: int) -> list[str]:
+    """Where the k largest of all parts are not those of the whole."""
+    parts = Parts(model := shard(Network()), Ranks(model))
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(150_000, generator=generator, dtype=torch.float64)
+    kinds = {
+        "normal": values,
+        "heavy tails": values.exp().pow(20),
+        "mostly zeros": values * (values > 1.5),
+        "few values": (values * 2).round(),
+        "all equal": torch.ones_like(values),
+        "pruned": values.masked_fill(values < 1, -torch.inf),
+        "denormal": values * 5e-324,
+    }
+    wrong = []
+    for kind, scores in kinds.items():
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            tensors = scores.to(dtype).split([140_000, 9_999, 1])
+            tensors = (tensors[0].view(700, 4, 50), *tensors[1:])
+            for k in (0, 1, 100, 10_001, 75_000, 149_999, 150_000):
+                expected, threshold = top_k_masks(tensors, k)
+                own = [t.tensor_split(2)[rank] for t in tensors]
+                masks, found = top_k_masks(own, k, parts)
+                pairs = zip(masks, expected, strict=True)
+                if found != threshold or not all(
+                    torch.equal(mask, e.tensor_split(2)[rank]) for mask, e in pairs
+                ):
+                    wrong.append(f"{kind}, {dtype}, {k}")
+    return wrong
 
 
 def failures(rank: int) -> dict[str, str]:
@@ -277,6 +311,8 @@ def run(rank: int) -> dict[str, Any]:
     seen["rows"] = {
         n: whole(s) for n, s in saliency(model, batches, Normalised).items()
     }
+
+    seen["selections"] = selections(rank)
 
     # Gates, shared weights, other ways to shard.
     model = sharded(Gated(), "second", "norm")

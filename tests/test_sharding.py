@@ -68,6 +68,10 @@ def test_no_rank_has_more_scores_than_its_own(ranks: Seen) -> None:
     assert max(held) < 0.6 * total
 
 
+def test_k_largest_of_all_parts_are_those_of_the_whole(ranks: Seen) -> None:
+    assert [seen["selections"] for seen in ranks] == [[], []]
+
+
 def test_gates_are_opened_as_in_one_process(ranks: Seen) -> None:
     model = Gated()
     report = force_prune(model, vectors(), 0.5, **STEPS)

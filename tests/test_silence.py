@@ -61,6 +61,7 @@ class DeadEnd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.name = "a name that hides the method of autograd's nodes"
         return x.clone()
 
     @staticmethod
