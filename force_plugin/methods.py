@@ -12,10 +12,10 @@ one is a class with a ``score``, and the attributes that differ from the base cl
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,20 @@ from force_plugin.reparametrisation import Reparametrisation, reparametrise
 from force_plugin.schedules import count_kept
 from force_plugin.scoring import Probe
 from force_plugin.selection import top_k_masks
+from force_plugin.sharding import WHOLE
+
+Score = TypeVar("Score", bound=Callable[..., Tensor])
+
+
+def elementwise(score: Score) -> Score:
+    """Say of a ``score`` that it looks at each weight and its signal alone.
+
+    The parts of a sharded weight are then scored where they are; for any other one each
+    weight is put together first. It is said of this function, and not of one that
+    overrides it.
+    """
+    score.elementwise = True  # type: ignore[attr-defined]
+    return score
 
 
 class SaliencyMethod(Reparametrisation):
@@ -123,6 +137,9 @@ class SaliencyMethod(Reparametrisation):
                 "with a static score(weight, signal) of its own"
             )
         signal, parts = dict(cls.measure(probe)), probe.parts
+        alone = getattr(cls.score, "elementwise", False)
+        if alone:
+            parts = WHOLE
         scores = {}
         for name, part in probe.weights.items():
             weight, measured = parts.whole(name, part), signal.pop(name, None)
@@ -145,8 +162,8 @@ class SaliencyMethod(Reparametrisation):
                 == weight.untyped_storage().data_ptr()
             ):
                 score = score.clone()
-            if not cls.looks:  # a random one has its own on each rank
-                parts.ranks.share([score])
+            if not (cls.looks or alone):  # a random one has its own on each rank
+                probe.parts.ranks.share([score])
             score = parts.part(name, score)
             scores[name] = score if score.is_floating_point() else score.double()
         dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
@@ -289,6 +306,7 @@ class SNIP(SaliencyMethod):
     steps: ClassVar[int | None] = 1
 
     @staticmethod
+    @elementwise
     def score(weight: Tensor, gradient: Tensor) -> Tensor:  # noqa: D102
         return gradient.mul_(weight).abs_()
 
@@ -332,6 +350,7 @@ class GraSP(SaliencyMethod):
         return probe.hessian_gradients(cls.temperature)
 
     @staticmethod
+    @elementwise
     def score(weight: Tensor, hessian_gradient: Tensor) -> Tensor:  # noqa: D102
         return hessian_gradient.mul_(weight)
 
@@ -343,6 +362,7 @@ class GraSPIt(SaliencyMethod):
     """
 
     @staticmethod
+    @elementwise
     def score(weight: Tensor, gradient: Tensor) -> Tensor:  # noqa: D102
         return gradient.square_()
 
@@ -361,6 +381,7 @@ class SynFlow(SaliencyMethod):
         return probe.synflow_gradients()
 
     @staticmethod
+    @elementwise
     def score(weight: Tensor, gradient: Tensor) -> Tensor:  # noqa: D102
         return gradient.mul_(weight).abs_()
 
@@ -394,6 +415,7 @@ class Magnitude(SaliencyMethod):
         return dict.fromkeys(probe.weights)
 
     @staticmethod
+    @elementwise
     def score(weight: Tensor, signal: None) -> Tensor:  # noqa: D102
         return weight.abs()
 

@@ -1,0 +1,109 @@
+"""Memory of scoring a model that is sharded over ranks, over that of a whole one.
+
+    python benchmarks/sharded_memory.py
+
+Each number of ranks has processes of its own (gloo, on the CPU), which hold the model
+whole or sharded by ``fully_shard``, one unit a block, and prune it by FORCE. Told is
+the largest peak of any rank, in bytes a weight: of the whole process, less what one has
+that made no model. What is freed goes back to the system at once, so that a peak is
+what was in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.distributed.fsdp import fully_shard
+
+from force_plugin import force_prune
+
+
+def work(
+    rank: int, size: int, form: str, args: argparse.Namespace, folder: str
+) -> None:
+    """Prune, and write down the peak of this rank and how long a step took."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    generator = torch.Generator().manual_seed(rank)
+    inputs = torch.randn(
+        args.batch_size, 3, args.image, args.image, generator=generator
+    )
+    batches = [(inputs, torch.zeros(args.batch_size, dtype=torch.int64))]
+    seconds = 0.0
+    if form != "nothing":
+        torch.manual_seed(0)
+        with torch.device("meta" if form == "sharded" else "cpu"):
+            model = timm.create_model(args.model, img_size=args.image)
+        if form == "sharded":
+            # The whole model is never there.
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+            model.to_empty(device="cpu")
+            model.init_weights()
+        start = time.perf_counter()
+        force_prune(
+            model, batches, 0.9, steps=args.steps, on_collapse="warn", progress=False
+        )
+        seconds = (time.perf_counter() - start) / args.steps
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(folder, str(rank)).write_text(f"{peak} {seconds}", encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(size: int, form: str, args: argparse.Namespace) -> tuple[float, float]:
+    """The largest peak of any rank in bytes, and seconds a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (size, form, args, folder), nprocs=size)
+        rows = [Path(folder, str(r)).read_text("utf-8").split() for r in range(size)]
+    peaks, seconds = zip(*rows, strict=True)
+    return max(map(float, peaks)), max(map(float, seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT")
+    parser.add_argument("--image", type=int, default=64, help="height and width")
+    parser.add_argument("--batch-size", type=int, default=1, help="of each rank")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    args = parser.parse_args()
+
+    # For glibc: by itself it keeps what is freed, more or less of it by chance.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    with torch.device("meta"):
+        model = timm.create_model(args.model, img_size=args.image)
+    weights = sum(p.numel() for p in model.parameters())
+    print(
+        f"{args.model} at {args.image}x{args.image}, {weights:,} parameters, batch "
+        f"{args.batch_size}, FORCE, {args.steps} steps\n"
+        f"cpu, 1 thread a rank, {platform.machine()}, torch {torch.__version__}, timm "
+        f"{timm.__version__}\n"
+    )
+    print(f"ranks   model   {'peak, bytes a weight':>22}{'ratio':>8}{'s a step':>10}")
+    for size in args.ranks:
+        nothing, _ = measure(size, "nothing", args)
+        base = 0.0
+        for form in ("whole", "sharded"):
+            peak, seconds = measure(size, form, args)
+            used = (peak - nothing) / weights
+            base = base or used
+            print(f"{size:<8}{form:<8}{used:22.1f}{used / base:8.2f}{seconds:10.2f}")
+
+
+if __name__ == "__main__":
+    main()
