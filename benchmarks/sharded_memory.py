@@ -23,6 +23,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from force_plugin import force_prune
@@ -51,7 +52,8 @@ def work(
                 fully_shard(block)
             fully_shard(model)
             model.to_empty(device="cpu")
-            model.init_weights()
+            for parameter in model.parameters():
+                nn.init.normal_(parameter.to_local(), 0.02, 0.02)
         start = time.perf_counter()
         force_prune(
             model, batches, 0.9, steps=args.steps, on_collapse="warn", progress=False

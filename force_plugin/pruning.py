@@ -68,9 +68,10 @@ def force_prune(
     Args:
         model: Any module. On one that is pruned already, only more is removed. Of
             :class:`torch.nn.parallel.DistributedDataParallel` it is the module inside,
-            also in the names. One that ``fully_shard`` has sharded is gathered on each
-            rank while it is scored; then its weights are 0 where they are pruned, and
-            held there, as :func:`force_plugin.make_permanent` holds them.
+            also in the names. One that ``fully_shard`` has sharded is pruned in its
+            shards: no rank holds it or its scores, and afterwards its weights are 0
+            where they are pruned, and held there, as
+            :func:`force_plugin.make_permanent` holds them.
         loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
             Each step takes the next ones, from the beginning again when it ends. Their
             tensors are moved to the device of the model's first prunable weight.
