@@ -130,9 +130,8 @@ class Parts:
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that is whole or sharded; nothing is sent."""
-        if name not in self._layouts or is_sharded(whole):
-            return part_of(whole)
-        return shard_like(self._layouts[name], whole).clone()
+        layout = self._layouts.get(name)
+        return whole if layout is None else shard_like(layout, whole).clone()
 
     def joined(self, name: str, part: Tensor) -> Tensor:
         """The parts of all ranks as one tensor, of which each holds its own."""
@@ -308,17 +307,20 @@ class _Sum(torch.autograd.Function):
         return _Whole.apply(gradient, ctx.name, ctx.parts), None, None
 
 
-def shard_like(layout: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has whole; nothing is sent.
+def shard_like(layout: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is whole on every rank, or sharded already.
 
     Args:
         layout: A sharded tensor of the same shape.
-        whole: The tensor.
+        tensor: The tensor.
     """
-    from torch.distributed.tensor import distribute_tensor
+    if is_sharded(tensor):
+        return part_of(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = layout.device_mesh, layout.placements  # type: ignore[attr-defined]
-    return part_of(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+    whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return part_of(whole.redistribute(placements=placements))  # nothing is sent
 
 
 def _checked(weight: Weight, units: Sequence[FSDPModule], ranks: Ranks) -> DTensor:

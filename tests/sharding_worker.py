@@ -339,7 +339,9 @@ def run(rank: int) -> dict[str, Any]:
         model = sharded(Network(), "body", **options)
         report = force_prune(model, batches, 0.8, **STEPS)
         seen[how] = get_masks(model), report.to_dict()
-        seen[f"{how}, trained"] = train(model, batches)
+        # FSDP2 of torch 2.7 has no replicas on a CPU.
+        if "replicas" not in how or torch.__version__ >= (2, 8):
+            seen[f"{how}, trained"] = train(model, batches)
     torch.manual_seed(0)
     model = timm.create_model("test_vit2", num_classes=5, img_size=32).double().eval()
     for block in model.blocks:

@@ -101,8 +101,9 @@ def test_other_ways_to_shard(ranks: Seen, how: str) -> None:
         found, described = seen[how]
         assert same(found, masks)
         assert described == report.to_dict()
-    make_permanent(model)
-    check_training(ranks, f"{how}, trained", model, masks)
+    if f"{how}, trained" in ranks[0]:
+        make_permanent(model)
+        check_training(ranks, f"{how}, trained", model, masks)
 
 
 def test_vision_transformer(ranks: Seen) -> None:
