@@ -71,7 +71,9 @@ class _Detach:
 
     def detach(self, module: nn.Module) -> None:
         inside = getattr(module, self.name)
-        outside = vars(module).pop(f"_{self.name}_outside", None)
+        outside = getattr(module, f"_{self.name}_outside", None)
+        if outside is not None:
+            delattr(module, f"_{self.name}_outside")
         # After a prune.remove that does not know of this hook it is a parameter.
         if not isinstance(inside, nn.Parameter):
             value = inside.detach() if outside is None else outside
