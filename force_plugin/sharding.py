@@ -72,7 +72,13 @@ class Parts:
         self._tags = {name: tag for tag, name in enumerate(self._layouts, start=1)}
         self.sharded = bool(self._layouts)
         if self.sharded:
-            layout = next(iter(self._layouts.values()))
+            first, layout = next(iter(self._layouts.items()))
+            for name, other in self._layouts.items():
+                if other.device_mesh != layout.device_mesh:
+                    raise ValueError(
+                        f"{name} is sharded over another mesh than {first}: expected "
+                        "the same for the whole model"
+                    )
             across = layout.device_mesh.mesh
             for placement in layout.placements:
                 across = across.movedim(0, -1) if placement.is_shard() else across[0]
@@ -326,7 +332,8 @@ def shard_like(layout: Tensor, tensor: Tensor) -> Tensor:
 def _checked(weight: Weight, units: Sequence[FSDPModule], ranks: Ranks) -> DTensor:
     name, layout = weight.name, cast("DTensor", weight.dense)
     mesh = layout.device_mesh
-    if not units or sum(p.is_shard() for p in layout.placements) != 1:
+    divided = [p for p in layout.placements if not p.is_replicate()]
+    if not units or len(divided) != 1 or not divided[0].is_shard():
         raise ValueError(
             f"{name} is sharded otherwise than by fully_shard alone (tensor "
             "parallelism): prune the model first, and shard the pruned one"
