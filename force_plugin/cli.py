@@ -1,4 +1,11 @@
-"""``force-prune``: prune a timm model at initialisation from the command line."""
+"""``force-prune``: prune a timm model at initialisation from the command line.
+
+    force-prune resnet50 --data data --sparsity 0.99
+    torchrun --nproc-per-node 4 -m force_plugin.cli resnet50 --data data --sparsity 0.99
+
+Under ``torchrun`` the processes prune one model, each with its part of the data. The
+first of them prints and writes what one process alone would.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +13,19 @@ import argparse
 import ast
 import csv
 import json
+import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from timm.utils import random_seed
+from torch import nn
 
 from force_plugin import (
     SparsityReport,
@@ -22,6 +33,7 @@ from force_plugin import (
     get_masks,
     save_masks,
 )
+from force_plugin.distributed import Ranks
 from force_plugin.hold import save_pruned
 from force_plugin.methods import METHODS
 from force_plugin.schedules import SCHEDULES
@@ -41,6 +53,10 @@ examples:
     force-prune resnet50 --data data --sparsity 0.99 --steps 60 --batches 40 \\
         --workers 4 --out runs/r50
 
+  the same on four GPUs, 40 batches a step on each:
+    torchrun --nproc-per-node 4 -m force_plugin.cli resnet50 --data data \\
+        --sparsity 0.99 --steps 60 --batches 40 --workers 4 --out runs/r50
+
   then timm's own train.py, as it is:
     python -m force_plugin.hold train.py --model resnet50 --data-dir data \\
         --initial-checkpoint runs/r50/pruned.safetensors
@@ -52,15 +68,17 @@ timm.utils.random_seed(seed) has the weights that these masks were chosen for.""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage above it."""
+    """A parser that leaves it to ``main`` to say what is wrong, in one line."""
 
-    def error(self, message: str, status: int = 2) -> NoReturn:
-        # Errors of the libraries below can have several lines.
-        self.exit(status, f"{self.prog}: error: {' '.join(message.split())}\n")
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``force-prune``.
+
+    In a process of a ``torchrun`` with several, every one of them must run it. They end
+    with a status other than 0 where any of them fails; the first says why.
 
     Args:
         argv: The arguments after the program's name. None: those of the process.
@@ -70,22 +88,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: After one line on stderr, with status 2 for wrong arguments and 1
-            where the pruning failed (memory, gradients that are not finite, ...); with
-            status 0 after ``--help``.
+            where the pruning failed (memory, gradients that are not finite, another
+            process, ...); with status 0 after ``--help``.
     """
     parser = _make_parser()
-    args = parser.parse_args(argv)
+    with _process_group() as ranks:
+        try:
+            _prune(parser, argv, ranks)
+            return 0
+        except (ValueError, OSError) as error:
+            status, said = 2, f"error: {error}"
+        except RuntimeError as error:
+            advice = str(error).replace('on_collapse="warn"', "--on-collapse warn")
+            status, said = 1, f"error: {advice}"
+        except KeyboardInterrupt:
+            status, said = 130, "interrupted"
+        if ranks.rank == 0:
+            # Errors of the libraries below can have several lines.
+            print(f"{parser.prog}: {' '.join(said.split())}", file=sys.stderr)
+    if status == 130:
+        return status
+    raise SystemExit(status)
+
+
+@contextmanager
+def _process_group() -> Iterator[Ranks]:
+    """The processes of a ``torchrun``, or this one by itself."""
+    # Other launchers set WORLD_SIZE alone, and mean machines.
+    several = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:
+        dist.init_process_group()  # gloo for tensors on a CPU, NCCL for those on GPUs
     try:
-        _prune(args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except RuntimeError as error:
-        advice = str(error).replace('on_collapse="warn"', "--on-collapse warn")
-        parser.error(advice, status=1)
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        # Without parameters: what the ranks tell each other stays on the CPU.
+        yield Ranks(nn.Module())
+    finally:
+        if several:
+            dist.destroy_process_group()
 
 
 def _make_parser() -> _Parser:
@@ -122,7 +160,7 @@ def _make_parser() -> _Parser:
         type=_count,
         default=128,
         metavar="N",
-        help="images a batch (default: %(default)s)",
+        help="images a batch, of each process (default: %(default)s)",
     )
     data.add_argument(
         "--image-size",
@@ -190,8 +228,8 @@ def _make_parser() -> _Parser:
         type=_batches,
         default=1,
         metavar="N",
-        help="batches a step, or 'all' for the whole data set once a step (default: "
-        "%(default)s)",
+        help="batches a step, of each process, or 'all' for the whole data set once a "
+        "step (default: %(default)s)",
     )
     pruning.add_argument(
         "--open-gates",
@@ -219,8 +257,8 @@ def _make_parser() -> _Parser:
         "--device",
         type=_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to prune, e.g. cpu or cuda:1 (default: cuda if there is one, "
-        "else cpu)",
+        help="where to prune, e.g. cpu or cuda:1; under torchrun, cuda is a GPU for "
+        "each process (default: cuda if there is one, else cpu)",
     )
 
     output = parser.add_argument_group("output")
@@ -237,25 +275,36 @@ def _make_parser() -> _Parser:
     return parser
 
 
-def _prune(args: argparse.Namespace) -> None:
+def _prune(parser: _Parser, argv: Sequence[str] | None, ranks: Ranks) -> None:
     """Do what the arguments say, the cheap checks before the pruning."""
-    random_seed(args.seed)
-    dataset = load_dataset(args.data, dataset=args.dataset, download=args.download)
-    options = {
-        "num_classes": args.num_classes or count_classes(dataset),
-        "image_size": args.image_size,
-        **dict(args.model_kwargs),
-    }
-    model = load_model(args.model, **options).to(args.device)
-    loader = load_data(
-        model,
-        dataset,
-        image_size=args.image_size,
-        batch_size=args.batch_size,
-        workers=args.workers,
-    )
-    out = args.out or Path("runs", f"{args.model}-{args.method}-{args.sparsity}")
-    _make_writable(out)
+    with ranks:
+        args = parser.parse_args(argv)
+        random_seed(args.seed)
+        # One process of each machine downloads, and the others wait.
+        waits = os.environ.get("LOCAL_RANK", "0") != "0"
+        if waits:
+            ranks.any(False)
+        dataset = load_dataset(args.data, dataset=args.dataset, download=args.download)
+        if not waits:
+            ranks.any(False)
+        made_with = {
+            "num_classes": args.num_classes or count_classes(dataset),
+            "image_size": args.image_size,
+            **dict(args.model_kwargs),
+        }
+        model = load_model(args.model, **made_with).to(args.device)
+        loader = load_data(
+            model,
+            dataset,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            workers=args.workers,
+        )
+        out = args.out or Path("runs", f"{args.model}-{args.method}-{args.sparsity}")
+        if ranks.rank == 0:
+            _make_writable(out)
+        else:  # the same weights, but not the same crops and flips
+            random_seed(args.seed, ranks.rank)
 
     with warnings.catch_warnings():
         # The report has them too.
@@ -272,14 +321,27 @@ def _prune(args: argparse.Namespace) -> None:
             on_collapse=args.on_collapse,
             progress=not args.quiet,
         )
+    with ranks:
+        if ranks.rank == 0:
+            options = {**vars(args), "processes": ranks.size}
+            _write(model, report, out, options)
+            _print(report, out, args.quiet)
+
+
+def _write(
+    model: nn.Module, report: SparsityReport, out: Path, options: dict[str, Any]
+) -> None:
     # Paths and devices are written as text.
-    options = json.loads(json.dumps(vars(args), default=str))
+    options = json.loads(json.dumps(options, default=str))
     save_masks(get_masks(model), out / "masks.safetensors", _made_by(options))
     save_pruned(model, out / "pruned.safetensors")
     _write_json(report, out / "report.json", options)
     _write_csv(report, out / "report.csv")
     report.plot(out / "sparsity.png")
-    if args.quiet:
+
+
+def _print(report: SparsityReport, out: Path, quiet: bool) -> None:
+    if quiet:
         for warning in report.warnings:
             print(f"force-prune: warning: {warning}", file=sys.stderr)
         return
@@ -366,6 +428,8 @@ def _batches(text: str) -> int | None:
 
 
 def _device(text: str) -> torch.device:
+    if text == "cuda":
+        text = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         # Only a tensor shows whether this machine has the device.
         return torch.empty(0, device=text).device

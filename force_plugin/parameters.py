@@ -91,13 +91,14 @@ as ``kept``."""
 def pruned_so_far(module: nn.Module, name: str) -> Tensor | None:
     """Bool mask of a tensor that was pruned, made permanent or not, else ``None``."""
     mask = mask_of(module, name)
-    parameter = module._parameters.get(name)
+    mask = None if mask is None else mask.bool()
+    parameter = module._parameters.get(parameter_key(module, name))
     held = vars(module).get(HELD, {}).get(name)
-    if mask is not None or parameter is None or held is None:
-        return None if mask is None else mask.bool()
     # Another parameter may have come in its place.
-    fits = held.kept.shape == parameter.shape
-    return held.kept.to(parameter.device).bool() if fits else None
+    if parameter is None or held is None or held.kept.shape != parameter.shape:
+        return mask
+    kept: Tensor = held.kept.to(parameter.device).bool()
+    return kept if mask is None else kept & mask
 
 
 def parameter_key(module: nn.Module, name: str) -> str:

@@ -23,6 +23,7 @@ from force_plugin.parameters import (
     is_sharded,
     mask_of,
     named_parameters,
+    parameter_key,
     part_of,
 )
 from force_plugin.reparametrisation import forget_readers, remove
@@ -176,7 +177,9 @@ class _Zeros:
     def find_parameter(self) -> nn.Parameter | None:
         """The parameter, if the module has one that the mask fits."""
         module = self._module()
-        found = None if module is None else module._parameters.get(self._name)
+        found = None
+        if module is not None:  # another pruning may have been put on it
+            found = module._parameters.get(parameter_key(module, self._name))
         return found if found is None or found.shape == self.kept.shape else None
 
     def attached_to(self, parameter: nn.Parameter) -> bool:

@@ -24,8 +24,10 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import v2
+
+from force_plugin.distributed import Ranks
 
 DIGITS_SIZE = 32
 """Height and width of the digits, in pixels, for models that take any size."""
@@ -273,14 +275,17 @@ def load_data(
     generator, which ``torch.manual_seed`` fixes; the augmentation draws from Python's
     too, and ``timm.utils.random_seed`` fixes both.
 
+    Where :mod:`torch.distributed` is initialised, each rank loads a part of its own;
+    the parts are of the same size and have no image in common.
+
     Args:
         model: A timm model.
         dataset: A data set of ``load_dataset``'s; but for ``digits``, its
             ``transform`` is replaced.
         image_size: Height and width, in pixels, as ``load_model`` was given it. None:
             as above.
-        batch_size: Samples a batch; a smaller data set makes one batch. The last,
-            incomplete batch is left out.
+        batch_size: Samples a batch, of each rank; a smaller data set makes one batch.
+            The last, incomplete batch is left out.
         workers: Processes that load; 0 loads in this one.
 
     Returns:
@@ -290,7 +295,7 @@ def load_data(
     Raises:
         TypeError: If ``model`` is no module.
         ValueError: If the model takes other than 3 channels and the data are not the
-            ``digits``.
+            ``digits``, or if there are more ranks than images.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -299,27 +304,29 @@ def load_data(
     config = timm.data.resolve_model_data_config(model)
     channels, *own_size = config["input_size"]
     size = [image_size, image_size] if image_size else own_size
-    if not isinstance(dataset, IterableDataset):
-        batch_size = min(batch_size, len(dataset))  # type: ignore[arg-type]
-
     if isinstance(dataset, Digits):
         if image_size is None and _takes_any_size(model):
             size = [DIGITS_SIZE, DIGITS_SIZE]
+        dataset = replace(dataset, size=tuple(size), channels=channels)
+    elif channels != 3:
+        raise ValueError(
+            f"model: expected in_chans=3, as images are read in colour, got {channels}"
+        )
+    part = _part_of(dataset, Ranks(model))
+    if not isinstance(part, IterableDataset):
+        batch_size = min(batch_size, len(part))  # type: ignore[arg-type]
+    if isinstance(dataset, Digits):
         return DataLoader(
-            replace(dataset, size=tuple(size), channels=channels),
+            part,
             batch_size=batch_size,
             shuffle=True,
             drop_last=True,
             num_workers=workers,
         )
 
-    if channels != 3:
-        raise ValueError(
-            f"model: expected in_chans=3, as images are read in colour, got {channels}"
-        )
     config["input_size"] = (channels, *size)
     loader: DataLoader[Any] = timm.data.create_loader(
-        dataset,
+        part,
         **config,
         batch_size=batch_size,
         is_training=True,
@@ -328,9 +335,28 @@ def load_data(
         use_prefetcher=False,
     )
     # MNIST and other data sets of torchvision are grey.
-    images: Any = loader.dataset
-    images.transform = v2.Compose([v2.RGB(), images.transform])
+    made: Any = loader.dataset
+    images: Any = dataset
+    images.transform = v2.Compose([v2.RGB(), made.transform])
     return loader
+
+
+def _part_of(dataset: Dataset[Any], ranks: Ranks) -> Dataset[Any]:
+    """What one of several ranks loads."""
+    # timm's streams divide themselves.
+    if ranks.size == 1 or isinstance(dataset, IterableDataset):
+        return dataset
+    count = len(dataset)  # type: ignore[arg-type]
+    if count < ranks.size:
+        raise ValueError(
+            f"dataset: expected an image or more for each of {ranks.size} processes, "
+            f"got {count} in all"
+        )
+    # Folders are in the order of their classes. A DistributedSampler would go through
+    # its part in one and the same order, unless told of each pass.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    shares = order[: count - count % ranks.size].view(-1, ranks.size)
+    return Subset(dataset, shares[:, ranks.rank].tolist())
 
 
 def _takes_any_size(model: nn.Module) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import socket
 import subprocess
 import sys
 from datetime import datetime
@@ -37,16 +39,17 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of real images, ``train/CLASS/NUMBER.png``, of four classes."""
+    images = tmp_path_factory.mktemp("data") / "images"
     bunch = load_digits(n_class=4)
     for i in range(40):
-        folder = tmp_path / "images" / "train" / str(bunch.target[i])
+        folder = images / "train" / str(bunch.target[i])
         folder.mkdir(parents=True, exist_ok=True)
         pixels = (bunch.images[i] * 15).astype("uint8")
         Image.fromarray(pixels).resize((48, 48)).save(folder / f"{i}.png")
-    return tmp_path / "images"
+    return images
 
 
 # What it writes and prints.
@@ -144,6 +147,7 @@ def test_the_masks_file_says_what_made_the_masks(tmp_path: Path) -> None:
         "on_collapse": "raise",
         "seed": 3,
         "device": metadata["device"],
+        "processes": 1,
     }
 
 
@@ -384,3 +388,144 @@ def test_help_names_every_option_with_its_default() -> None:
     without_default = ("download", "quiet", "sparsity")
     for option in options:
         assert "(default:" in option or option.startswith(without_default)
+
+
+# Several processes.
+
+
+Run = subprocess.CompletedProcess[str]
+COMMAND = [sys.executable, "-m", "force_plugin.cli", MODEL, *QUICK]
+LIBRARY = """
+import sys
+
+import torch
+import torch.distributed as dist
+from timm.utils import random_seed
+
+from force_plugin import force_prune, get_masks
+from force_plugin.zoo import load_data, load_dataset, load_model
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+random_seed(0)
+dataset = load_dataset(sys.argv[1])
+model = load_model("test_resnet", num_classes=4)
+loader = load_data(model, dataset, image_size=32, batch_size=16)
+if rank:
+    random_seed(0, rank)
+force_prune(model, loader, 0.9, steps=2, progress=False)
+torch.save(get_masks(model), f"{sys.argv[2]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def environment(**variables: object) -> dict[str, str]:
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        **{name: str(value) for name, value in variables.items()},
+    }
+
+
+def run_ranks(command: list[str], *folders: Path) -> list[Run]:
+    """Run a command once in each folder, in the environment that torchrun sets."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment(
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE=len(folders),
+                MASTER_ADDR="localhost",
+                MASTER_PORT=port,
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, folder in enumerate(folders)
+    ]
+    try:
+        output = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(command, process.returncode, *printed)
+        for process, printed in zip(processes, output, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def together(
+    tmp_path_factory: pytest.TempPathFactory, images: Path
+) -> tuple[Run, Path]:
+    """Two processes of a torchrun: what they printed, and the folder they wrote to."""
+    out = tmp_path_factory.mktemp("together")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "force_plugin.cli", MODEL, *QUICK[:-1]]
+    command += ["--data", str(images), "--image-size", "32", "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=out, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+def test_several_processes_print_once_and_write_one_set_of_files(
+    together: tuple[Run, Path],
+) -> None:
+    done, out = together
+    assert done.stdout.count("90.00 %") == 1
+    assert done.stdout.count(f"written to {out}") == 1
+    assert len(list(out.iterdir())) == 5
+    assert load_metadata(out / "masks.safetensors")["processes"] == 2
+
+
+def test_several_processes_prune_as_the_library_does_in_them(
+    together: tuple[Run, Path], images: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", LIBRARY, str(images), str(tmp_path)]
+    for done in run_ranks(command, tmp_path, tmp_path):
+        assert done.returncode == 0, done.stderr
+    masks = load_masks(together[1] / "masks.safetensors")
+    for rank in (0, 1):
+        assert same(torch.load(tmp_path / f"{rank}.pt"), masks)
+    alone = prune(tmp_path / "alone", "--data", str(images), "--image-size", "32")
+    assert not same(alone, masks)
+
+
+def failed(first: Run, second: Run) -> str:
+    """The one line that two processes print that both fail."""
+    assert first.returncode in (1, 2) and second.returncode in (1, 2)
+    assert first.stdout + second.stdout + second.stderr == ""
+    assert first.stderr.startswith("force-prune: error: ")
+    assert first.stderr.count("\n") == 1
+    return first.stderr
+
+
+def test_a_wrong_value_in_several_processes_is_one_line(tmp_path: Path) -> None:
+    command = [*COMMAND, "--batches", "some"]
+    assert "--batches" in failed(*run_ranks(command, tmp_path, tmp_path))
+
+
+def test_what_one_of_several_processes_lacks_is_one_line(
+    tmp_path: Path, images: Path
+) -> None:
+    command = [*COMMAND, "--data", images.name, "--out", str(tmp_path)]
+    said = failed(*run_ranks(command, images.parent, tmp_path))
+    assert "rank 1 of 2 failed" in said
+    assert "got 'images', which does not exist" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_fail_where_the_first_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "masks.safetensors").mkdir()
+    command = [*COMMAND, "--out", str(tmp_path)]
+    assert "masks.safetensors" in failed(*run_ranks(command, tmp_path, tmp_path))

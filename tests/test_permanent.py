@@ -842,6 +842,18 @@ def test_what_a_permanent_model_has_pruned_does_not_return(method: str) -> None:
     assert holds(model, more)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_zeros_are_held_under_a_mask_that_knows_nothing_of_them(name: str) -> None:
+    model, masks = permanent_network()
+    weights = [(module, "weight") for module in (model[0], model[4], model[6])]
+    # Fewer than are 0 already: the others count as kept.
+    prune.global_unstructured(weights, prune.RandomUnstructured, amount=0.2)
+    found = get_masks(model)
+    assert not any((found[n] & ~mask).any() for n, mask in masks.items())
+    train(model, timm.optim.create_optimizer_v2(model, name, lr=0.01), steps=3)
+    assert holds(model, masks)
+
+
 def test_what_an_earlier_call_holds_stays_held() -> None:
     model, masks = permanent_network()
     _again_by_pytorch(model)

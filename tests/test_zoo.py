@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from force_plugin.distributed import Ranks
 from force_plugin.zoo import (
+    _part_of,
     count_classes,
     digits,
     load_data,
@@ -205,6 +207,29 @@ def test_a_data_set_smaller_than_a_batch_makes_one_batch(tmp_path: Path) -> None
     model = load_model(ANY_SIZE, num_classes=10)
     loader = load_data(model, dataset, image_size=32, batch_size=128)
     assert [len(targets) for _, targets in loader] == [20]
+
+
+def rank(number: int, size: int) -> Ranks:
+    ranks = Ranks(None)
+    ranks.rank, ranks.size = number, size
+    return ranks
+
+
+def test_ranks_share_out_a_data_set() -> None:
+    dataset, _ = digits()
+    parts = [_part_of(dataset, rank(number, 5)) for number in range(5)]
+    (size,) = {len(part) for part in parts}
+    assert size == len(dataset) // 5
+    assert len({index for part in parts for index in part.indices}) == 5 * size
+    for part in parts:
+        counts = torch.stack([target for _, target in part]).bincount()
+        assert counts.min() > size / 20  # of 10 classes
+
+
+def test_more_ranks_than_images_are_refused(tmp_path: Path) -> None:
+    dataset = load_dataset(write_digits(tmp_path, count=20))
+    with pytest.raises(ValueError, match=r"each of 21 processes, got 20"):
+        _part_of(dataset, rank(0, 21))
 
 
 def test_a_grey_data_set_is_read_by_name(tmp_path: Path) -> None:
