@@ -31,8 +31,8 @@ MODEL = "test_resnet"
 
 
 def write_images(folder: Path) -> None:
-    """``train/CLASS/NUMBER.png`` and ``validation/CLASS/NUMBER.png``, 32x32 pixels."""
-    for split, part in zip(("train", "validation"), digits(), strict=True):
+    """``train/CLASS/NUMBER.png`` and ``val/CLASS/NUMBER.png``, 32x32 pixels."""
+    for split, part in zip(("train", "val"), digits(), strict=True):
         low, high = part.images.min(), part.images.max()
         grey = ((part.images - low) / (high - low) * 255).byte().squeeze(1).numpy()
         for number, (pixels, target) in enumerate(zip(grey, part.targets, strict=True)):
@@ -51,16 +51,19 @@ def prune(folder: Path, path: Path) -> None:
     print(f"pruned: sparsity {report.sparsity:.2%}, written to {path.name}")
 
 
-def pruned_weights(start: dict[str, torch.Tensor], checkpoint: Path) -> str:
-    """How many of the weights that were pruned are still 0 in a checkpoint."""
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    counts = []
-    for key in ("state_dict", "state_dict_ema"):
-        weights = [(w, saved[key][name]) for name, w in start.items() if w.ndim > 1]
-        pruned = [values[w == 0] for w, values in weights]
-        zeros = sum(int((values == 0).sum()) for values in pruned)
-        counts.append(f"{zeros:,} of {sum(map(len, pruned)):,} in {key}")
-    return ", ".join(counts)
+def print_zeros(start: Path, checkpoints: list[Path], *keys: str) -> None:
+    """How many of the weights that were pruned are still 0 in each checkpoint."""
+    print("pruned weights that are 0:")
+    weights = {name: w for name, w in load_file(start).items() if w.ndim > 1}
+    for path in checkpoints:
+        saved = torch.load(path, map_location="cpu", weights_only=False)
+        counts = []
+        for key in keys:
+            state = {k.removeprefix("module."): v for k, v in saved[key].items()}
+            pruned = [state[name][w == 0] for name, w in weights.items()]
+            zeros = sum(int((values == 0).sum()) for values in pruned)
+            counts.append(f"{zeros:,} of {sum(map(len, pruned)):,} in {key}")
+        print(f"  {path.parent.name}/{path.name}: {', '.join(counts)}")
 
 
 def main() -> None:
@@ -92,11 +95,12 @@ def main() -> None:
         subprocess.run(
             [*command, "second", "--epochs", "4", "--resume", str(last)], check=True
         )
-        start = load_file(folder / "pruned.safetensors")
-        print("pruned weights that are 0:")
-        for checkpoint in sorted(folder.glob("runs/*/*.pth.tar")):
-            print(f"  {checkpoint.parent.name}/{checkpoint.name}: ", end="")
-            print(pruned_weights(start, checkpoint))
+        print_zeros(
+            folder / "pruned.safetensors",
+            sorted(folder.glob("runs/*/*.pth.tar")),
+            "state_dict",
+            "state_dict_ema",
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """``python -m force_plugin.hold``: run a training script, and pruned weights stay 0.
 
+    python -m force_plugin.hold --initial-weights pruned.safetensors train.py ...
     python -m force_plugin.hold train.py --initial-checkpoint pruned.safetensors ...
     torchrun --nproc-per-node 4 -m force_plugin.hold train.py ...
 
-The script is somebody else's, timm's ``train.py`` say, and runs as it is. All that it
-needs is an option to start from given weights; nothing of the script or its libraries
-is replaced. When an optimizer takes its first step, the zeros of its weights are noted,
-and after this and every later step they are 0 again. So it also holds what was loaded
-from a checkpoint of the same training.
+The script is somebody else's, timm's or torchvision's ``train.py`` say, and runs as it
+is; nothing of the script or its libraries is replaced. It starts from pruned weights by
+an option of its own, or by ``--initial-weights``: then the first module that is called
+and has the keys of the file gets its values, unless it has the zeros already. When an
+optimizer takes its first step, the zeros of its weights are noted, and after this and
+every later step they are 0 again. So it also holds what was loaded from a checkpoint of
+the same training.
 
 Weights are parameters with two dimensions or more. What is 0 in them was pruned: some
 heads start at 0 without, and :func:`save_pruned` writes 1e-30 in its place.
@@ -15,32 +18,46 @@ heads start at 0 without, and :func:`save_pruned` writes 1e-30 in its place.
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import runpy
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors.torch import save
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from force_plugin.masks import apply_masks, get_masks
+from force_plugin.parameters import name_some
 from force_plugin.permanent import make_permanent
 
 USAGE = """\
-usage: python -m force_plugin.hold SCRIPT [ARGUMENT ...]
+usage: python -m force_plugin.hold [--initial-weights FILE] SCRIPT [ARGUMENT ...]
 
 Runs a Python script that trains a network with torch.optim, as it is. Weights that are
 0 at an optimizer's first step are 0 after every step.
 
-example:
+  --initial-weights FILE  for scripts that have no such option: start from this
+                          safetensors file. The first module that is called and has its
+                          keys and shapes gets its values, and so do copies of the
+                          module, unless it has the zeros already, as after --resume
+
+examples:
   force-prune resnet50 --data data --sparsity 0.99 --out runs/r50
+  python -m force_plugin.hold --initial-weights runs/r50/pruned.safetensors \\
+      train.py --model resnet50 --data-path data
   python -m force_plugin.hold train.py --model resnet50 --data-dir data \\
       --initial-checkpoint runs/r50/pruned.safetensors"""
 
@@ -72,7 +89,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
             zeros = weight == 0
             if name in masks:
                 zeros &= masks[name]
-            weight.masked_fill_(zeros, max(1e-30, torch.finfo(weight.dtype).tiny))
+            weight.masked_fill_(zeros, _least(weight.dtype))
     # Safetensors takes no tensors that share memory, as tied weights do.
     state = {key: value.clone() for key, value in plain.state_dict().items()}
     # save_file makes files that only their owner may read.
@@ -85,38 +102,242 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a script with its optimizers' zeros held.
 
     Args:
-        argv: The script and its arguments. None: those of the process.
+        argv: Options, the script and its arguments. None: those of the process.
 
     Raises:
-        SystemExit: There is no such script (status 2), help was asked for (status 0),
-            or the script exits.
+        SystemExit: There is no such script or file (status 2), help was asked for
+            (status 0), or the script exits.
         RuntimeError: Raised in the script, by the first step of an optimizer none of
-            whose weights is partly 0.
+            whose weights is partly 0; or there or at its end, where no module that was
+            called has the keys and shapes of the file with initial weights.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
         sys.exit(0)
+    file = None
+    if arguments[:1] == ["--initial-weights"]:
+        file, arguments = arguments[1:2], arguments[2:]
     if not arguments or not Path(arguments[0]).is_file():
         came = repr(arguments[0]) if arguments else "nothing"
-        print(
-            f"force_plugin.hold: error: expected a Python script to run, got {came}; "
-            "see --help",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        _refuse(f"expected a Python script to run, got {came}; see --help")
+    start = None
+    if file is not None:
+        # PyTorch would advise model.compile(), after which the hook sees no call.
+        warnings.filterwarnings("ignore", r"Using `torch\.compile.* global hooks")
+        try:
+            start = InitialWeights(file[0])
+        except ValueError as error:
+            _refuse(str(error))
     sys.argv = arguments
     # As `python SCRIPT` has it, for the modules beside the script.
     sys.path[0] = str(Path(arguments[0]).resolve().parent)
     register_optimizer_step_pre_hook(_before_step)
     runpy.run_path(arguments[0], run_name="__main__")
+    if start is not None:
+        start.require("the end of the script")
 
 
-def _weights(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-) -> dict[str, nn.Parameter]:
+def _refuse(message: str) -> NoReturn:
+    print(f"force_plugin.hold: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _say(message: str) -> None:
+    """Once, where there are several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"force_plugin.hold: {message}", file=sys.stderr)
+
+
+_AnyTensor = TypeVar("_AnyTensor", bound=Tensor)
+
+
+def _weights(parameters: Iterable[tuple[str, _AnyTensor]]) -> dict[str, _AnyTensor]:
     """Without biases and normalisations, which are 0 without having been pruned."""
     return {name: p for name, p in parameters if p.ndim > 1 and p.is_floating_point()}
+
+
+def _least(dtype: torch.dtype) -> float:
+    """What stands for the 0 of a weight that was not pruned."""
+    return max(1e-30, torch.finfo(dtype).tiny)
+
+
+class InitialWeights:
+    """Loads weights into the first module that is called and that they fit.
+
+    Then all is as if the module had been made with them: what was copied from it
+    before, as an average of the weights is, gets them too. A module that has their
+    zeros comes from a checkpoint, and stays as it is.
+
+    Args:
+        path: Safetensors file, as :func:`save_pruned` writes it.
+
+    Raises:
+        ValueError: It cannot be read, or no zeros are among its weights.
+    """
+
+    def __init__(self, path: str) -> None:  # noqa: D107 (the class has it)
+        expected = (
+            "expected a safetensors file of pruned weights, as force-prune and "
+            f"force_plugin.hold.save_pruned write it, got {path!r}"
+        )
+        try:
+            values = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{expected}: {error}") from None
+        if not any((weight == 0).any() for weight in _weights(values.items()).values()):
+            raise ValueError(f"{expected}, which has no zeros among its weights")
+        self._path = path
+        self._values = {_plain(key): value for key, value in values.items()}
+        self._shapes = {key: value.shape for key, value in self._values.items()}
+        self._found = False
+        # Name and shapes of what came closest, of all that was called.
+        self._closest: tuple[str, dict[str, torch.Size]] | None = None
+        self._hooks = (
+            register_module_forward_pre_hook(self._before_forward),
+            register_optimizer_step_pre_hook(self._before_first_step),
+        )
+
+    def remove(self) -> None:
+        """Let go of the weights, and leave modules and optimizers alone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._values.clear()
+
+    def require(self, moment: str) -> None:
+        """Raise RuntimeError if no module that they fit was called until now."""
+        if self._found:
+            return
+        came = "none that has parameters was called"
+        if self._closest is not None:
+            name, shapes = self._closest
+            differing = [
+                f"{key} is {_shown(shapes.get(key))} instead of "
+                f"{_shown(self._shapes.get(key))}"
+                for key in {**shapes, **self._shapes}
+                if shapes.get(key) != self._shapes.get(key)
+            ]
+            came = f"the closest that was called is {name}, where "
+            came += name_some(differing) or "no parameter requires a gradient"
+        raise RuntimeError(
+            "force_plugin.hold: expected a module with the keys and shapes of "
+            f"{self._path} to be called before {moment}, got none; {came}. Write the "
+            "file from the model that the script makes, with as many classes; what is "
+            "called as model.forward(inputs) or after model.compile() is not seen"
+        )
+
+    def _before_first_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.require(f"the first step of {type(optimizer).__name__}")
+
+    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
+        # Nothing can be loaded while torch.compile traces. Transforms are modules too.
+        if torch.compiler.is_compiling() or next(module.parameters(), None) is None:
+            return
+        shapes = _shapes(module)
+        # A teacher may have the same keys, and is frozen.
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        if shapes == self._shapes and trained:
+            self._found = True
+            self._start(module)
+            self.remove()
+        elif self._closest is None or (
+            len(shapes.items() ^ self._shapes.items())
+            < len(self._closest[1].items() ^ self._shapes.items())
+        ):
+            self._closest = type(module).__name__, shapes
+
+    def _start(self, module: nn.Module) -> None:
+        """Give the values to a module and its copies, and say what was done."""
+        name = type(module).__name__
+        weights = _named_weights(module)
+        # Pruned in the file and not in the module.
+        dense = {
+            key: weight.clone()
+            for key, weight in weights.items()
+            if weight[(self._values[key] == 0).to(weight.device)].any()
+        }
+        if not dense:
+            _say(
+                f"did not load {self._path}: {name} has its zeros already, as from a "
+                "checkpoint"
+            )
+            return
+        gc.collect()  # what nobody has any more is no average
+        classes = {type(part) for part in module.modules()}
+        copies = {id(next(module.parameters())): module}
+        copies |= {
+            id(next(other.parameters())): other  # wrappers share their parameters
+            for other in gc.get_objects()
+            if type(other) in classes
+            and _shapes(other) == self._shapes
+            and _equal(_named_weights(other), weights)
+        }
+        for copy in copies.values():
+            copy.load_state_dict(
+                {
+                    key: _as(self._values[_plain(key)], value)
+                    for key, value in copy.state_dict().items()
+                }
+            )
+        others = {1: "", 2: " and a copy of it"}
+        _say(
+            f"loaded {self._path} into {name}"
+            + others.get(len(copies), f" and {len(copies) - 1} copies of it")
+        )
+        tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
+        left = sum(_is_copy(tensor, dense.values()) for tensor in tensors)
+        if left:
+            _say(
+                f"warning: {left} other tensors have its weights from before; an "
+                "average that starts from those will not be pruned, so let it start "
+                "after the first call of the model"
+            )
+
+
+def _plain(key: str) -> str:
+    """A state-dict key without what torch.compile and DistributedDataParallel add."""
+    return re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {
+        _plain(key): value.shape
+        for key, value in module.state_dict().items()
+        if isinstance(value, Tensor) and not is_lazy(value)
+    }
+
+
+def _shown(shape: torch.Size | None) -> str:
+    return "nothing" if shape is None else str(tuple(shape))
+
+
+def _named_weights(module: nn.Module) -> dict[str, Tensor]:
+    return {_plain(n): p for n, p in _weights(module.named_parameters()).items()}
+
+
+def _equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return all(torch.equal(some[key], others[key].to(some[key])) for key in some)
+
+
+def _is_copy(tensor: Tensor, weights: Collection[Tensor]) -> bool:
+    """Whether it has the values of one of them, and is none of them."""
+    return not any(tensor is weight for weight in weights) and any(
+        tensor.shape == weight.shape
+        # An average may be more precise.
+        and tensor.dtype in (weight.dtype, torch.float32)
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+        and torch.equal(tensor, weight.to(tensor))
+        for weight in weights
+    )
+
+
+def _as(value: Tensor, like: Tensor) -> Tensor:
+    """A value in another's precision, in which no more of it is 0."""
+    result = value.to(like.dtype)
+    if result.is_floating_point():
+        result.masked_fill_((result == 0) & (value != 0), _least(result.dtype))
+    return result
 
 
 # A holder lives as long as its optimizer, and its zeros are held as long as it lives.
@@ -144,8 +365,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         raise RuntimeError(
             "force_plugin.hold: expected pruned weights at the first step of "
             f"{type(optimizer).__name__}, got {len(weights)} tensors of which none has "
-            "zeros among its weights; give the script the pruned weights to start "
-            "from, as in timm's --initial-checkpoint runs/r50/pruned.safetensors"
+            "zeros among its weights; start from pruned weights, by --initial-weights "
+            "FILE before the script or an option of its own, as timm's "
+            "--initial-checkpoint FILE"
         )
     apply_masks(holder, {n: m for n, m in masks.items() if kept[n] < m.numel()})
     make_permanent(holder)
@@ -153,13 +375,10 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # This step's gradients were there before.
         if weight.grad is not None:
             weight.grad.masked_fill_(~masks[name], 0)
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"force_plugin.hold: {held:,} of {total:,} weights are 0 "
-            f"({held / total:.2%}) and stay 0; {list(kept.values()).count(0)} of "
-            f"{len(kept)} tensors hold nothing else",
-            file=sys.stderr,
-        )
+    _say(
+        f"{held:,} of {total:,} weights are 0 ({held / total:.2%}) and stay 0; "
+        f"{list(kept.values()).count(0)} of {len(kept)} tensors hold nothing else"
+    )
 
 
 if __name__ == "__main__":

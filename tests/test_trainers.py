@@ -6,6 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,13 +16,16 @@ import pytest
 import timm
 import torch
 from networks import tiny_resnet
-from safetensors.torch import load_file
-from state import unchanged
+from safetensors.torch import load_file, save_file
+from state import differences, process_state, unchanged
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from force_plugin import force_prune, get_masks, make_permanent
-from force_plugin.hold import save_pruned
+from force_plugin.hold import InitialWeights, save_pruned
 from force_plugin.zoo import digits
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +103,16 @@ def test_timms_own_script_keeps_every_zero() -> None:
     assert all(zeros == pruned == "352,990" for zeros, pruned in counts)
 
 
+def test_torchvisions_own_script_keeps_every_zero() -> None:
+    script = os.environ.get("TORCHVISION_TRAIN")
+    if not script:
+        pytest.skip("set TORCHVISION_TRAIN to references/classification/train.py")
+    printed = run_example("torchvision_loop.py", script)
+    counts = re.findall(r"([\d,]+) of ([\d,]+) in model", printed)
+    assert len(counts) == 8  # checkpoints, each with its average
+    assert all(zeros == pruned == "309,672" for zeros, pruned in counts)
+
+
 # python -m force_plugin.hold
 
 
@@ -114,6 +130,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
 
 
 def assert_held(state: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+    state = {name.removeprefix("module."): value for name, value in state.items()}
     for name, mask in masks.items():
         assert not state[name][~mask].any(), name
         assert state[name][mask].any(), name
@@ -177,6 +194,114 @@ def test_weights_that_were_not_pruned_are_an_error(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize("average", ["timm", "torch"])
+def test_a_script_without_such_an_option_starts_from_the_file(
+    average: str, start: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    path, masks = start
+    hold = ["-m", "force_plugin.hold", "--initial-weights", path, SCRIPT]
+    first, second = tmp_path / "1.pt", tmp_path / "2.pt"
+    done = python(*hold, first, "--average", average)
+    assert done.returncode == 0, done.stderr
+    assert f"loaded {path} into ResNet and a copy of it" in done.stderr
+    assert "(90.00%) and stay 0" in done.stderr
+    # The same command, as one has it in the shell's history.
+    done = python(*hold, second, "--average", average, "--resume", first)
+    assert done.returncode == 0, done.stderr
+    assert f"did not load {path}: ResNet has its zeros already" in done.stderr
+    states = [torch.load(file) for file in (first, second)]
+    for state in states:
+        assert_held(state["model"], masks)
+        assert_held(state["average"], masks)
+    # What was learned before the checkpoint has not been overwritten.
+    steps = [state["model"]["bn1.num_batches_tracked"] for state in states]
+    assert [int(step) for step in steps] == [3, 6]
+
+
+def test_both_ways_to_start_are_the_same_training(
+    start: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    path, _ = start
+    mine, theirs = tmp_path / "1.pt", tmp_path / "2.pt"
+    hold = ["-m", "force_plugin.hold"]
+    python(*hold, "--initial-weights", path, SCRIPT, mine)
+    python(*hold, SCRIPT, theirs, "--initial-checkpoint", path)
+    for part in ("model", "average"):
+        torch.testing.assert_close(torch.load(mine)[part], torch.load(theirs)[part])
+
+
+def test_every_process_starts_from_the_file_and_one_says_so(
+    start: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    path, masks = start
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    hold = ["-m", "force_plugin.hold", "--initial-weights", path, SCRIPT]
+    done = python(*torchrun, *hold, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"loaded {path}") == 1
+    for rank in "01":
+        state = torch.load(tmp_path / f"out{rank}")
+        assert_held(state["model"], masks)
+        assert_held(state["average"], masks)
+
+
+def test_weights_that_the_model_does_not_fit_are_an_error(tmp_path: Path) -> None:
+    path, out = tmp_path / "pruned.safetensors", tmp_path / "1.pt"
+    save_pruned(pruned_network(), path)
+    done = python("-m", "force_plugin.hold", "--initial-weights", path, SCRIPT, out)
+    assert done.returncode == 1
+    assert (
+        f"shapes of {path} to be called before the first step of AdamW, got none"
+        in (done.stderr)
+    )
+    assert not out.exists()
+
+
+def test_a_script_that_calls_no_such_model_is_an_error(tmp_path: Path) -> None:
+    path, script = tmp_path / "pruned.safetensors", tmp_path / "script.py"
+    save_pruned(pruned_network(), path)
+    script.write_text("print('done')\n")
+    done = python("-m", "force_plugin.hold", "--initial-weights", path, script)
+    assert done.returncode == 1
+    assert done.stdout == "done\n"
+    assert "to be called before the end of the script, got none; none that has" in (
+        done.stderr
+    )
+
+
+def test_what_pytorch_says_of_hooks_and_compilation_is_not_repeated(
+    tmp_path: Path,
+) -> None:
+    path, script = tmp_path / "pruned.safetensors", tmp_path / "script.py"
+    save_pruned(pruned_network(), path)
+    script.write_text(
+        "import torch\n"
+        "torch.compile(torch.nn.Linear(2, 2), backend='eager')(torch.ones(2))\n"
+    )
+    done = python("-m", "force_plugin.hold", "--initial-weights", path, script)
+    assert "the closest that was called is OptimizedModule" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["missing", "none", "dense"])
+def test_what_is_no_file_of_pruned_weights_is_one_line(
+    kind: str, tmp_path: Path
+) -> None:
+    path, script = tmp_path / "weights", tmp_path / "script.py"
+    if kind == "none":
+        torch.save(pruned_network().state_dict(), path)
+    if kind == "dense":
+        save_file(tiny_resnet().state_dict(), path)
+    script.write_text("print('started')\n")
+    done = python("-m", "force_plugin.hold", "--initial-weights", path, script)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"force_plugin.hold: error: expected a safetensors file of pruned weights, .*, "
+        rf"got {re.escape(repr(str(path)))}(: |, which has no zeros ).*\n",
+        done.stderr,
+    )
+
+
 def test_a_script_runs_as_it_does_by_itself(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("NAME = 'neighbour'\n")
     script = tmp_path / "script.py"
@@ -195,7 +320,9 @@ def test_a_script_runs_as_it_does_by_itself(tmp_path: Path) -> None:
     [
         ([], 2, "expected a Python script to run, got nothing"),
         (["missing.py"], 2, "expected a Python script to run, got 'missing.py'"),
-        (["--help"], 0, "usage: python -m force_plugin.hold SCRIPT"),
+        (["--help"], 0, "usage: python -m force_plugin.hold [--initial-weights FILE]"),
+        (["--initial-weights"], 2, "expected a Python script to run, got nothing"),
+        (["--initial-weights", "f", "a.py"], 2, "script to run, got 'a.py'"),
     ],
 )
 def test_what_is_no_script_is_one_line(
@@ -268,3 +395,303 @@ def test_a_model_that_is_not_pruned_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a model pruned with"):
         save_pruned(tiny_resnet(), tmp_path / "pruned.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+# InitialWeights
+
+INPUTS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Iterator[dict[str, Tensor]]:
+    """Those of a file that waits for the first call of a module which it fits."""
+    model = pruned_network()
+    for value in [*model.buffers(), *model.parameters()]:
+        if value.ndim == 1 and value.is_floating_point():
+            nn.init.uniform_(value)
+    save_pruned(model, tmp_path / "pruned.safetensors")
+    waiting = InitialWeights(str(tmp_path / "pruned.safetensors"))
+    yield load_file(tmp_path / "pruned.safetensors")
+    waiting.remove()
+
+
+def dense_network(seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return tiny_resnet().eval()
+
+
+def assert_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in state.items():
+        assert torch.equal(value, expected[name].to(value)), name
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled(model: nn.Module, fullgraph: bool = False) -> nn.Module:
+    torch.compiler.reset()
+    return torch.compile(model, backend="eager", fullgraph=fullgraph)
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        partial(compiled, fullgraph=True),
+        nn.DataParallel,
+        DistributedDataParallel,
+        lambda model: DistributedDataParallel(compiled(model)),
+        lambda model: compiled(DistributedDataParallel(model)),
+        nn.Sequential,  # a part of something else
+    ],
+)
+def test_the_model_has_the_weights_before_its_first_forward_pass(
+    wrap: Callable[[nn.Module], nn.Module], weights: dict[str, Tensor]
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = dense_network().to(device)
+    model[0].weight.requires_grad_(False)
+    expected = dense_network().to(device)
+    expected.load_state_dict(weights)
+    parameters = dict(model.named_parameters())  # as an optimizer has them
+    outputs = wrap(model)(INPUTS.to(device))
+    assert_state(model, weights)
+    torch.testing.assert_close(outputs, expected(INPUTS.to(device)))
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+        assert parameter.requires_grad == (name != "0.weight")
+
+
+def test_nothing_is_left_in_the_way(tmp_path: Path) -> None:
+    save_pruned(pruned_network(), tmp_path / "pruned.safetensors")
+    model = dense_network()
+    before, steps = process_state(), dict(_global_optimizer_pre_hooks)
+    InitialWeights(str(tmp_path / "pruned.safetensors"))
+    assert differences(before, process_state()) == ["hooks"]
+    assert steps != _global_optimizer_pre_hooks
+    model(INPUTS)
+    assert differences(before, process_state()) == []  # nor in the random states
+    assert steps == _global_optimizer_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_compiled_module_called_before_is_no_obstacle(
+    weights: dict[str, Tensor],
+) -> None:
+    compiled(nn.Conv2d(3, 3, 1), fullgraph=True)(INPUTS)
+    model = dense_network()
+    compiled(model, fullgraph=True)(INPUTS)
+    assert_state(model, weights)
+
+
+def test_a_model_is_evaluated_with_the_weights(weights: dict[str, Tensor]) -> None:
+    model = dense_network()
+    with torch.inference_mode():
+        model(INPUTS)
+    assert_state(model, weights)
+    model(INPUTS).sum().backward()  # none of its tensors is one of inference mode
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_no_weight_becomes_0_in_the_precision_of_the_model(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = tiny_resnet()
+    nn.init.zeros_(model[-1].weight)  # 1e-30 in the file
+    force_prune(model, [], 0.5, method="random", progress=False)
+    save_pruned(model, tmp_path / "pruned.safetensors")
+    InitialWeights(str(tmp_path / "pruned.safetensors"))
+    dense = dense_network().to(dtype)
+    dense(INPUTS.to(dtype))
+    for name, mask in get_masks(model).items():
+        assert dense.get_parameter(name).dtype == dtype
+        assert torch.equal(dense.get_parameter(name) != 0, mask)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        deepcopy,
+        AveragedModel,
+        lambda model: AveragedModel(compiled(model)),
+        lambda model: deepcopy(model).requires_grad_(False).double().float(),
+        lambda model: {"average": [deepcopy(model)]},
+    ],
+)
+def test_copies_get_the_weights_too(
+    copy: Callable[[nn.Module], object],
+    weights: dict[str, Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = dense_network()
+    average = copy(model)
+    model(INPUTS)
+    said = capsys.readouterr().err
+    assert "into Sequential and a copy of it\n" in said
+    assert "warning" not in said
+    if isinstance(average, dict):
+        average = average["average"][0]
+    average = getattr(average, "module", average)
+    assert_state(getattr(average, "_orig_mod", average), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_copy_in_another_precision_gets_the_weights_too(
+    dtype: torch.dtype, weights: dict[str, Tensor]
+) -> None:
+    model = dense_network().to(dtype)
+    average = deepcopy(model)
+    average.bfloat16() if dtype == torch.float32 else average.float()
+    model(INPUTS.to(dtype))
+    assert_state(average, weights)
+    assert_state(model, weights)
+
+
+def test_an_average_that_is_called_first_is_no_harm(
+    weights: dict[str, Tensor],
+) -> None:
+    model = dense_network()
+    average = AveragedModel(model)
+    average(INPUTS)
+    assert_state(model, weights)
+    assert_state(average.module, weights)
+
+
+def test_a_teacher_keeps_its_weights(weights: dict[str, Tensor]) -> None:
+    teacher, student = dense_network(2).requires_grad_(False), dense_network()
+    teacher(INPUTS)
+    student(INPUTS)
+    assert_state(student, weights)
+    assert_state(teacher, dense_network(2).state_dict())
+
+
+@pytest.mark.usefixtures("weights")
+def test_what_nobody_has_any_more_is_no_copy(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = dense_network()
+    copy = deepcopy(model)
+    copy.itself = [copy]
+    del copy
+    model(INPUTS)
+    assert capsys.readouterr().err.endswith("into Sequential\n")
+
+
+def shadow(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+
+def half_copied(model: nn.Module) -> nn.Module:
+    copy = deepcopy(model)
+    nn.init.normal_(model[-1].weight)
+    return copy
+
+
+@pytest.mark.usefixtures("weights")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("copy", "number"), [(shadow, 7), (half_copied, 6)])
+def test_copies_that_are_not_found_as_modules_are_said_aloud(
+    copy: Callable[[nn.Module], object],
+    number: int,
+    dtype: torch.dtype,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = dense_network().to(dtype)
+    average = copy(model)
+    model(INPUTS.to(dtype))
+    assert f"warning: {number} other tensors have its" in capsys.readouterr().err
+    del average
+
+
+def test_a_model_from_a_checkpoint_stays_as_it_is(
+    weights: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = dense_network()
+    model.load_state_dict(weights)
+    make_permanent(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    average = deepcopy(model)
+    before = deepcopy(model.state_dict())
+    model(INPUTS)
+    assert_state(model, before)
+    assert_state(average, before)
+    assert "Sequential has its zeros already" in capsys.readouterr().err
+
+
+def test_other_zeros_are_not_those_of_a_checkpoint(weights: dict[str, Tensor]) -> None:
+    model = dense_network()
+    model.load_state_dict(weights)
+    pruned = (model[0].weight == 0).nonzero()[0]
+    with torch.no_grad():
+        model[0].weight[tuple(pruned)] = 1
+    model(INPUTS)
+    assert_state(model, weights)
+
+
+def test_one_process_of_several_says_what_was_loaded(
+    weights: dict[str, Tensor],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    model = dense_network()
+    model(INPUTS)
+    assert_state(model, weights)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "came"),
+    [
+        (None, "none that has parameters was called."),
+        (
+            tiny_resnet().append(nn.Linear(10, 2)),
+            "the closest that was called is Sequential, where 11.weight is (2, 10) "
+            "instead of nothing, 11.bias is (2,) instead of nothing.",
+        ),
+        (
+            tiny_resnet()[:-1].append(nn.Linear(48, 100)),
+            "where 10.weight is (100, 48) instead of (10, 48), 10.bias is (100,) "
+            "instead of (10,).",
+        ),
+        (tiny_resnet()[:-1], "where 10.bias is nothing instead of (10,), 10.weight"),
+        (nn.Conv2d(3, 3, 1), "is Conv2d, where weight is (3, 3, 1, 1) instead of"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "Sequential, where 1.num"),
+        (
+            tiny_resnet().requires_grad_(False),
+            "is Sequential, where no parameter requires a gradient.",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("weights")
+def test_the_error_says_what_came(model: nn.Module | None, came: str) -> None:
+    nn.Flatten()(INPUTS)
+    if model is not None:
+        model(INPUTS)
+    parameter = nn.Parameter(torch.ones(3, 3))
+    parameter.grad = torch.ones(3, 3)
+    with pytest.raises(RuntimeError, match=r"to be called before the first") as raised:
+        torch.optim.SGD([parameter]).step()
+    assert came in str(raised.value)
+    assert (parameter == 1).all()
+
+
+@pytest.mark.usefixtures("weights")
+def test_a_call_that_is_not_seen_is_an_error_too() -> None:
+    torch.compiler.reset()
+    model = dense_network()
+    model.compile(backend="eager")
+    model(INPUTS).sum().backward()
+    with pytest.raises(RuntimeError, match=r"or after model.compile\(\) is not seen"):
+        torch.optim.SGD(model.parameters()).step()
