@@ -140,7 +140,7 @@ class SaliencyMethod(Reparametrisation):
         alone = getattr(cls.score, "elementwise", False)
         if alone:
             parts = WHOLE
-        scores = {}
+        scores, sums = {}, []
         for name, part in probe.weights.items():
             weight, measured = parts.whole(name, part), signal.pop(name, None)
             if measured is not None:
@@ -166,11 +166,11 @@ class SaliencyMethod(Reparametrisation):
                 probe.parts.ranks.share([score])
             score = parts.part(name, score)
             scores[name] = score if score.is_floating_point() else score.double()
+            # While it is in the cache; a sum may overflow where every score is finite.
+            sums.append(scores[name].sum())
         dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
         scores = {name: score.to(dtype) for name, score in scores.items()}
-        # A sum is one fast pass; it may overflow where every score is finite.
-        sums = torch.stack([s.sum().cpu() for s in scores.values()])
-        if not sums.isfinite().all():
+        if not torch.stack([s.double().cpu() for s in sums]).isfinite().all():
             broken = [name for name, s in scores.items() if not s.isfinite().all()]
             if broken:
                 raise RuntimeError(

@@ -48,6 +48,7 @@ from force_plugin import (
     get_masks,
     make_permanent,
     saliency,
+    selection,
     sparsity_report,
 )
 from force_plugin.distributed import Ranks
@@ -312,6 +313,7 @@ def run(rank: int) -> dict[str, Any]:
         n: whole(s) for n, s in saliency(model, batches, Normalised).items()
     }
 
+    selection._SMALL = 1 << 14
     seen["selections"] = selections(rank)
 
     # Gates, shared weights, other ways to shard.

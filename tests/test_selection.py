@@ -22,6 +22,15 @@ INF = math.inf
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def in_small() -> Iterator[None]:
+    """What takes a million scores otherwise takes a few thousand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_SMALL", 1 << 16)
+        patch.setattr(selection, "_BLOCK", 10_000)
+        yield
+
+
 def naive_top_k(scores: Sequence[Tensor], k: int) -> tuple[list[bool], float]:
     """The first k after a stable sort in descending order, and the last of them."""
     values = [value for score in scores for value in score.flatten().tolist()]
