@@ -13,10 +13,10 @@ from torch import Tensor
 from force_plugin.sharding import WHOLE, Parts
 
 # Up to this many candidates, to select among all is as cheap as to narrow further.
-_SMALL = 1 << 20
+_SMALL = 1 << 21
 _SAMPLE = 1 << 14
 # Values that stay in a core's cache while they are looked at.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 
 
 def top_k_masks(
@@ -46,9 +46,8 @@ def top_k_masks(
         raise ValueError(f"k: expected 0 <= k <= {total} scores, got {k}")
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores], math.inf
-    threshold = kth_largest(scores, k, parts)
+    threshold, surplus = kth_largest(scores, k, parts)
     masks = [score >= threshold for score in scores]
-    surplus = _count(masks, parts) - k
     for score, mask in zip(reversed(scores), reversed(masks), strict=True):
         if not surplus:
             break
@@ -67,7 +66,9 @@ def top_k_masks(
     return masks, threshold
 
 
-def kth_largest(scores: Sequence[Tensor], k: int, parts: Parts = WHOLE) -> float:
+def kth_largest(
+    scores: Sequence[Tensor], k: int, parts: Parts = WHOLE
+) -> tuple[float, int]:
     """The k-th largest value of all tensors together, exactly.
 
     A random sample brackets the value, one pass counts what lies above the bracket and
@@ -80,6 +81,9 @@ def kth_largest(scores: Sequence[Tensor], k: int, parts: Parts = WHOLE) -> float
         scores: As in :func:`top_k_masks`.
         k: Rank, 1 ≤ k ≤ number of scores.
         parts: As in :func:`top_k_masks`.
+
+    Returns:
+        The value, and how many more than k values are at least as large.
     """
     candidates = [_flat(score.detach()) for score in scores]
     generator = torch.Generator().manual_seed(0)
@@ -90,9 +94,8 @@ def kth_largest(scores: Sequence[Tensor], k: int, parts: Parts = WHOLE) -> float
         number, between = _split(candidates, low, high)
         from_high, inside = map(int, parts.total(number, sum(map(len, between))))
         if k <= from_high:
-            above = _count((c > high for c in candidates), parts)
-            if k > above:
-                return high
+            if k > _count((c > high for c in candidates), parts):
+                return high, from_high - k
             candidates = [c[c > high] for c in candidates]
         elif k <= from_high + inside:
             k -= from_high
@@ -100,13 +103,14 @@ def kth_largest(scores: Sequence[Tensor], k: int, parts: Parts = WHOLE) -> float
         else:
             k -= from_high + inside
             at_low = _count((c == low for c in candidates), parts) if low < high else 0
-            if 0 < k <= at_low:
-                return low
+            if k <= at_low:
+                return low, at_low - k
             k -= at_low
             candidates = [c[c < low] for c in candidates]
     device = candidates[0].device
     merged = parts.concatenate(torch.cat([c.to(device) for c in candidates]))
-    return _kth_of(merged, k)
+    value = _kth_of(merged, k)
+    return value, int((merged >= value).count_nonzero()) - k
 
 
 def _kth_of(values: Tensor, k: int) -> float:
@@ -135,13 +139,14 @@ def _split(
 
     def split_all(values: Tensor) -> tuple[int, Tensor]:
         upper = values >= high
-        return int(upper.count_nonzero()), values[(values > low) & ~upper]
+        between = (values > low) ^ upper if low < high else slice(0)
+        return int(upper.count_nonzero()), values[between]
 
     def split_block(block: Tensor) -> tuple[int, Tensor]:
         # NumPy takes values by a mask many times as fast as PyTorch does.
         values = (block if block.itemsize > 2 else block.float()).numpy()
         upper = values >= high
-        between = (values > low) & ~upper
+        between = (values > low) ^ upper if low < high else slice(0)
         return int(np.count_nonzero(upper)), torch.from_numpy(values[between])
 
     if any(c.device.type != "cpu" for c in candidates):

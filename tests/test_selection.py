@@ -326,7 +326,8 @@ def test_every_rank_of_the_threshold_is_the_value_of_that_rank() -> None:
     descending = np.sort(values)[::-1]
     scores = split(values)
     for k in _rng().integers(1, TOTAL + 1, 25):
-        assert kth_largest(scores, int(k)) == descending[k - 1]
+        more = int((values >= descending[k - 1]).sum()) - k
+        assert kth_largest(scores, int(k)) == (descending[k - 1], more)
 
 
 # Chance
@@ -416,5 +417,6 @@ def test_any_brackets_lead_to_the_same_value(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_SMALL", 0)
         patch.setattr(selection, "_bracket", bracket)
-        found = kth_largest([torch.tensor(values).double()], k)
+        found, more = kth_largest([torch.tensor(values).double()], k)
     assert found == sorted(values, reverse=True)[k - 1]
+    assert more == sum(value >= found for value in values) - k
