@@ -1,23 +1,28 @@
-"""A callback for Lightning: prune when training starts.
+"""Callbacks for Lightning: prune when training starts, or while it goes on.
 
     from force_plugin.lightning import ForcePruning
 
     trainer = lightning.Trainer(callbacks=[ForcePruning(0.99)])
 
-It needs ``pip install lightning``; nothing else in this package does.
+They need ``pip install lightning``; nothing else in this package does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor
+from torch.nn.utils import prune
 
 from force_plugin.masks import apply_masks, get_masks
+from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.parameters import find_weights
 from force_plugin.permanent import make_permanent
-from force_plugin.pruning import force_prune
+from force_plugin.pruning import force_prune, saliency
 from force_plugin.report import SparsityReport, sparsity_report
 
 
@@ -66,25 +71,11 @@ class ForcePruning(Callback):
         make_permanent(pl_module)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> SparsityReport:
-        def training_loss(module: LightningModule, batch: Any) -> Tensor:
-            batch = trainer.precision_plugin.convert_input(batch)
-            result = module.training_step(batch, 0)
-            loss = result["loss"] if isinstance(result, Mapping) else result
-            assert isinstance(loss, Tensor)
-            return loss
-
         # Lightning asks for the dataloader after this hook, unless it has it already.
         trainer.fit_loop.setup_data()
-        loader: Any = trainer.train_dataloader
-        options = dict(self.options)
-        if "loss_fn" not in options:
-            options.setdefault("forward", training_loss)
-        # Lightning refuses to log in this hook, and these steps train nothing.
-        vars(pl_module)["log"] = lambda *args, **kwargs: None
-        try:
+        with _training_loss(trainer, pl_module, self.options) as options:
+            loader: Any = trainer.train_dataloader
             return force_prune(pl_module, loader, self.sparsity, **options)
-        finally:
-            del vars(pl_module)["log"]
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, bool tensors by parameter name, for a checkpoint."""
@@ -93,3 +84,87 @@ class ForcePruning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the masks of a checkpoint."""
         self._masks = state_dict["masks"]
+
+
+class SaliencyPruning(ModelPruning):
+    """Lightning's ``ModelPruning``, for the methods that need scores.
+
+    Mirrors :class:`lightning.pytorch.callbacks.ModelPruning`, which prunes after every
+    epoch, and in all but this: what it prunes by are the scores of
+    :func:`force_plugin.saliency` at that moment, on the train dataloader and with the
+    module's own ``training_step`` as the loss. Like it, it sets the weights back to
+    their values before training, unless ``use_lottery_ticket_hypothesis=False``. Until
+    training ends the masks are those of
+    :func:`torch.nn.utils.prune.global_unstructured`, which cannot be copied.
+
+    Args:
+        pruning_fn: A name of ``force_plugin.METHODS`` or a class. Default:
+            ``"force"``.
+        scoring: Keyword arguments of :func:`force_plugin.saliency`: ``batches``, ...
+        options: Those of ``ModelPruning``: ``amount``, the share of what is left that
+            each pruning removes, ``parameter_names``, ...
+
+    Raises:
+        TypeError, ValueError: There is no such method.
+        MisconfigurationException: What ``ModelPruning`` raises.
+        RuntimeError: When it prunes, what ``saliency`` raises.
+    """
+
+    pruning_fn: type[SaliencyMethod]
+
+    def __init__(  # noqa: D107 (the class has it)
+        self,
+        pruning_fn: str | type[SaliencyMethod] = "force",
+        *,
+        scoring: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(find_method(pruning_fn), **options)
+        self._scoring = scoring or {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the parameters, as ``ModelPruning`` does."""
+        super().setup(trainer, pl_module, stage)
+        self._scored = trainer, pl_module
+
+    def apply_pruning(self, amount: int | float) -> None:
+        """Score, and prune what ``ModelPruning`` chose by that."""
+        trainer, module = self._scored
+        pairs = list(self._parameters_to_prune)
+        with _training_loss(trainer, module, self._scoring) as options:
+            loader: Any = trainer.train_dataloader
+            scores = saliency(
+                module, loader, self.pruning_fn, parameters=pairs, **options
+            )
+        prune.global_unstructured(
+            pairs,
+            pruning_method=self.pruning_fn,
+            importance_scores={
+                owner: scores[weight.name]
+                for weight in find_weights(module, pairs)
+                for owner in weight.owners
+            },
+            amount=amount,
+        )
+
+
+@contextmanager
+def _training_loss(
+    trainer: Trainer, pl_module: LightningModule, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Options with the module's ``training_step`` as the loss, unless there is one."""
+
+    def training_loss(module: LightningModule, batch: Any) -> Tensor:
+        batch = trainer.precision_plugin.convert_input(batch)
+        result = module.training_step(batch, 0)
+        loss = result["loss"] if isinstance(result, Mapping) else result
+        assert isinstance(loss, Tensor)
+        return loss
+
+    forward = {} if "loss_fn" in options else {"forward": training_loss}
+    # Lightning refuses to log in some hooks, and these steps train nothing.
+    vars(pl_module)["log"] = lambda *args, **kwargs: None
+    try:
+        yield {**forward, **options}
+    finally:
+        del vars(pl_module)["log"]

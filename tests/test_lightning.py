@@ -11,14 +11,14 @@ from networks import tiny_resnet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from force_plugin import FORCE, Magnitude, force_prune, get_masks
+from force_plugin import FORCE, Magnitude, force_prune, get_masks, saliency
 from force_plugin.zoo import digits
 
 lightning = pytest.importorskip("lightning", reason="needs pip install lightning")
 
 from lightning.pytorch.callbacks import ModelPruning  # noqa: E402
 
-from force_plugin.lightning import ForcePruning  # noqa: E402
+from force_plugin.lightning import ForcePruning, SaliencyPruning  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec"),
@@ -142,3 +142,58 @@ def test_lightnings_own_pruning_takes_the_classes_that_need_no_scores(
     assert pruned == sum(weight.numel() for weight in weights) // 2
     with pytest.raises(ValueError, match="FORCE ranks weights by their saliency"):
         fit(tmp_path, own(FORCE), steps=4)
+
+
+class Watch(lightning.Callback):
+    """Scores by hand at the end of each epoch, before it is pruned, and the masks."""
+
+    def __init__(self) -> None:
+        self.scores: list[dict[str, Tensor]] = []
+        self.masks: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pairs = chosen(pl_module)
+        self.masks.append(get_masks(pl_module))
+        scores = saliency(pl_module.net, loader(), "force", batches=2, parameters=pairs)
+        self.scores.append({f"net.{name}": score for name, score in scores.items()})
+
+
+def chosen(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [
+        (part, "weight")
+        for part in module.modules()
+        if isinstance(part, nn.Conv2d | nn.Linear)
+    ]
+
+
+def test_lightnings_own_pruning_with_the_scores_that_a_method_needs(
+    tmp_path: Path,
+) -> None:
+    class Chosen(SaliencyPruning):
+        def filter_parameters_to_prune(self, parameters_to_prune: Any = ()) -> Any:
+            return [
+                pair
+                for pair in parameters_to_prune
+                if isinstance(pair[0], nn.Conv2d | nn.Linear)
+            ]
+
+    watch = Watch()
+    callback = Chosen(
+        "force",
+        parameter_names=["weight"],
+        amount=0.5,
+        use_lottery_ticket_hypothesis=False,
+        scoring={"batches": 2},
+    )
+    module, _ = fit(tmp_path, watch, callback, steps=8)  # two epochs
+    final = {name: ~zero for name, zero in zeros(module).items()}
+    before = {name: torch.ones_like(mask) for name, mask in final.items()}
+    for scores, masks in zip(watch.scores, [watch.masks[1], final], strict=True):
+        ranked = torch.cat(
+            [s.masked_fill(~before[n], -torch.inf).flatten() for n, s in scores.items()]
+        )
+        kept = torch.cat([masks[n].flatten() for n in scores])
+        left = int(sum(mask.sum() for mask in before.values()))
+        assert int(kept.sum()) == left - round(left / 2)
+        assert ranked[kept].min() >= ranked[~kept].max()
+        before = masks
