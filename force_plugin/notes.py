@@ -94,7 +94,7 @@ class Notes:
         if self._collapsed or threshold != 0:
             return
         found = ((s != 0) & (s != -torch.inf) for s in scores.values())
-        alive = self._parts.total(sum(int(f.count_nonzero()) for f in found))[0]
+        alive = int(*self._parts.total(sum(int(f.count_nonzero()) for f in found)))
         kept = sum(counts.values())
         if not alive and kept < self._parts.size([*masks.values()]):
             self._disconnect(

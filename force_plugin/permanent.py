@@ -66,8 +66,8 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
         ValueError: Nothing is pruned in it, or it was pruned and then sharded; it is
             unchanged.
     """
-    parameters = named_parameters(model).values()
     parts = Parts(model, Ranks(model))
+    parameters = named_parameters(model).values()
     weights = [weight for weight in parameters if weight.mask is not None]
     if not hold_zeros:
         # Others with a mask are held by an earlier call.

@@ -147,7 +147,7 @@ class Parts:
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(
-            part.detach(),
+            part.detach().contiguous(),
             layout.device_mesh,
             layout.placements,
             run_check=False,

@@ -84,6 +84,22 @@ class Gated(nn.Module):
         return torch.tanh(self.second(x))
 
 
+class Silent(nn.Module):
+    """A layer whose inputs are 0, and one whose gradient ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.dead = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.flat, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        x = x + self.dead(torch.relu(-x.abs())) + torch.sign(self.flat(x))
+        return self.head(x)
+
+
 class Tied(nn.Module):
     """A weight of two modules, and one that is read without a call."""
 
@@ -322,6 +338,15 @@ def run(rank: int) -> dict[str, Any]:
     seen["gated"] = get_masks(model), report.to_dict()
     model = sharded(Gated(), "second")
     seen["diagnosis"] = str(diagnose(model, part(vectors(), rank)))
+    model = sharded(Silent(), "dead")
+    with torch.no_grad():
+        model(vectors()[0][0])  # leaves the root's own parameters whole
+    report = force_prune(model, part(vectors(), rank), 0.5, **STEPS)
+    seen["silent"] = report.to_dict()
+    with torch.no_grad():
+        model(vectors()[0][0])
+    make_permanent(model)
+    seen["silent, permanent"] = get_masks(model)
     for how, model in {
         "two units": sharded(Tied(), "encoder"),
         "one unit": sharded(Tied()),

@@ -10,7 +10,7 @@ import timm
 import torch
 from distributed_worker import STEPS, Network, images, train
 from processes import Seen, launch, same
-from sharding_worker import Gated, Normalised, Tied, reconstruct, vectors
+from sharding_worker import Gated, Normalised, Silent, Tied, reconstruct, vectors
 from torch import Tensor
 
 from force_plugin import (
@@ -82,6 +82,17 @@ def test_gates_are_opened_as_in_one_process(ranks: Seen) -> None:
         assert same(masks, get_masks(model))
         assert found == report.to_dict()
         assert seen["diagnosis"] == str(diagnose(Gated(), vectors()))
+
+
+def test_silent_layers_are_explained_as_in_one_process(ranks: Seen) -> None:
+    model = Silent()
+    report = force_prune(model, vectors(), 0.5, **STEPS)
+    text = " ".join(report.warnings)
+    assert "what it multiplies is 0" in text
+    assert "the gradient ends at sign" in text
+    for seen in ranks:
+        assert seen["silent"] == report.to_dict()
+        assert same(seen["silent, permanent"], get_masks(model))
 
 
 @pytest.mark.parametrize("how", ["one unit", "two units"])
