@@ -84,6 +84,7 @@ def test_gates_are_opened_as_in_one_process(ranks: Seen) -> None:
         assert seen["diagnosis"] == str(diagnose(Gated(), vectors()))
 
 
+@pytest.mark.filterwarnings("ignore:1 of 4 layers:UserWarning")
 def test_silent_layers_are_explained_as_in_one_process(ranks: Seen) -> None:
     model = Silent()
     report = force_prune(model, vectors(), 0.5, **STEPS)
