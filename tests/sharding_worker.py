@@ -420,4 +420,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     this = dist.get_rank()
     torch.save(run(this), Path(sys.argv[1]) / f"{this}.pt")
+    dist.barrier()  # nobody leaves while others still exchange something
     dist.destroy_process_group()
