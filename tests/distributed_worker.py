@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import take_part
 from state import unchanged
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -340,9 +338,4 @@ def run(rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    this = dist.get_rank()
-    torch.save(run(this), Path(sys.argv[1]) / f"{this}.pt")
-    dist.barrier()  # nobody leaves while others still exchange something
-    dist.destroy_process_group()
+    take_part(run)

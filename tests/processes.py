@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Seen = list[dict[str, Any]]
@@ -54,3 +57,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> 
         else torch.equal(a[name], b[name])
         for name in a
     )
+
+
+def take_part(run: Callable[[int], dict[str, Any]]) -> None:
+    """What a worker does: join the ranks, and leave what it has seen in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    torch.save(run(rank), Path(sys.argv[1]) / f"{rank}.pt")
+    dist.barrier()  # nobody leaves while others still exchange something
+    dist.destroy_process_group()

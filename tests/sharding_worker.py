@@ -5,16 +5,12 @@ Everything that a rank has seen goes into one file, and the tests read it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from distributed_worker import (
     STEPS,
     Batch,
@@ -27,6 +23,7 @@ from distributed_worker import (
     train,
     whole,
 )
+from processes import take_part
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -416,9 +413,4 @@ def run(rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    this = dist.get_rank()
-    torch.save(run(this), Path(sys.argv[1]) / f"{this}.pt")
-    dist.barrier()  # nobody leaves while others still exchange something
-    dist.destroy_process_group()
+    take_part(run)
