@@ -21,6 +21,7 @@ from force_plugin.methods import SaliencyMethod
 from force_plugin.parameters import (
     Weight,
     find_readers,
+    is_sharded,
     name_some,
     named_parameters,
     pruned_so_far,
@@ -71,9 +72,9 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
     Raises:
         TypeError: ``masks`` is no mapping of tensors.
-        ValueError: Names or shapes do not fit the model (the message says which), or a
-            mask is sparse, has no values, or others than 0 and 1; the model is
-            unchanged.
+        ValueError: Names or shapes do not fit the model (the message says which), the
+            model is sharded, or a mask is sparse, has no values, or others than 0 and
+            1; the model is unchanged.
     """
     parameters = named_parameters(model)
     checked = checked_masks(masks)
@@ -98,6 +99,12 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         )
     if misfits:
         raise ValueError(f"masks: {'; '.join(misfits)}")
+    sharded = [name for name in checked if is_sharded(parameters[name].dense)]
+    if sharded:
+        raise ValueError(
+            f"model: expected one that is not sharded, but {name_some(sharded)} is; "
+            "apply the masks before fully_shard is called"
+        )
     pairs = [(parameters[name], mask) for name, mask in checked.items()]
     readers = find_readers([weight for weight, _ in pairs], model)
     prune_with(pairs, readers=readers)

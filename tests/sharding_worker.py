@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 import force_plugin.pruning
 from force_plugin import (
     METHODS,
+    apply_masks,
     diagnose,
     force_prune,
     get_masks,
@@ -288,6 +289,8 @@ def misfits() -> dict[str, str]:
     force_prune(pruned, images(), 0.8, **STEPS)
     model = shard(pruned)
     seen["permanent"] = failed(lambda: make_permanent(model), model)
+    masks, dense = get_masks(pruned), shard(Network())
+    seen["masks"] = failed(lambda: apply_masks(dense, masks), dense)
     return seen
 
 

@@ -227,6 +227,7 @@ def test_forward_that_depends_on_the_batch(ranks: Seen) -> None:
         "partly": "1.weight is not sharded, and other weights are",
         "fsdp 1": "the model is a FullyShardedDataParallel (FSDP1)",
         "permanent": "stem.weight was pruned before it was sharded",
+        "masks": "expected one that is not sharded, but stem.weight",
     }.items(),
 )
 def test_models_that_cannot_be_pruned(ranks: Seen, what: str, said: str) -> None:
