@@ -79,15 +79,11 @@ class Notes:
         self._layers = len(masks)
         if step == 1 < self._steps:
             at_once, _ = top_k_masks([*scores.values()], self._left, self._parts)
-            left = self._parts.count(dict(zip(scores, at_once, strict=True)))
-            self._kept_at_once = {name for name, count in left.items() if count}
-        emptied = False
-        counts = self._parts.count(masks)
-        for name, count in counts.items():
-            if count:
-                self._empty.pop(name, None)
-            else:
-                emptied |= self._empty.setdefault(name, step) == step
+            none = self._parts.empty(dict(zip(scores, at_once, strict=True)))
+            self._kept_at_once = scores.keys() - none
+        empty = self._parts.empty(masks)
+        emptied = [name for name in empty if name not in self._empty]
+        self._empty = {name: self._empty.get(name, step) for name in empty}
         if emptied and self._regrows and before is not None:
             self._look_at_dead_channels(step, scores, before)
         # Scores below 0 are GraSP's, and mean something.
@@ -95,7 +91,7 @@ class Notes:
             return
         found = ((s != 0) & (s != -torch.inf) for s in scores.values())
         alive = int(*self._parts.total(sum(int(f.count_nonzero()) for f in found)))
-        kept = sum(counts.values())
+        kept = sum(self._parts.count(masks).values())
         if not alive and kept < self._parts.size([*masks.values()]):
             self._disconnect(
                 "every saliency is exactly 0 at the first step: there is nothing to "

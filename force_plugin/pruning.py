@@ -182,6 +182,7 @@ def force_prune(
                 masks = dict(zip(scores, selected, strict=True))
                 parts.agree(f"the masks of step {step}", _REPORT, *masks.values())
                 notes.on_selection(step, scores, masks, threshold, probe.masks)
+                del scores, selected  # not to be there beside the next step's gradients
                 probe.prune(masks)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
                 bar.update()

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from force_plugin import gates, silence
+from force_plugin.allocation import freed_memory_kept
 from force_plugin.connection import leads_through, tensors
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
@@ -507,6 +508,8 @@ class Probe:
         if self._stand_ins:
             return
         self._exit.enter_context(_without_trace(self.model, self._loader))
+        if self._device.type == "cpu":
+            self._exit.enter_context(freed_memory_kept())
         self._exit.callback(torch.clear_autocast_cache)
         self._exit.enter_context(self.parts.reading())
         self.parts.detach(self.model)
@@ -799,17 +802,24 @@ class _Sums(dict[str, Tensor]):
         # are added up have one gradient) and would be overwritten twice by a score.
         torch.autograd.backward(loss, inputs=list(self._leaves.values()))
         for name, leaf in self._leaves.items():
-            gradient, leaf.grad = leaf.grad, None
-            if gradient is None:
+            gradient = leaf.grad
+            if gradient is None or gradient is self.get(name):
                 continue
-            gradient = gradient.to_dense()  # an embedding may ask for sparse ones
+            dense = gradient.to_dense()  # an embedding may ask for sparse ones
+            wide = dense.float() if dense.itemsize < 4 else dense
+            if wide is gradient:  # the next batch's is added to it by the backward pass
+                self[name] = wide
+                continue
+            leaf.grad = None
             if name in self:
-                self[name].add_(gradient)
+                self[name].add_(wide)
             else:
-                self[name] = gradient.float() if gradient.itemsize < 4 else gradient
+                self[name] = wide
 
     def average(self, parts: Parts) -> None:
         """Average over ranks; what only some of them have is 0 on the others."""
+        for leaf in self._leaves.values():
+            leaf.grad = None  # or the next sum would begin with this one
         rows = parts.ranks.gather(*(name in self for name in self._leaves))
         for (name, leaf), *held in zip(self._leaves.items(), *rows, strict=True):
             if any(held) and name not in self:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor
 from force_plugin.sharding import WHOLE, Parts
 
 # Up to this many candidates, to select among all is as cheap as to narrow further.
-_SMALL = 1 << 21
-_SAMPLE = 1 << 14
+_SMALL = 1 << 16
+_LARGEST_SAMPLE = 1 << 20
 # Values that stay in a core's cache while they are looked at.
 _BLOCK = 1 << 19
 
@@ -46,8 +48,18 @@ def top_k_masks(
         raise ValueError(f"k: expected 0 <= k <= {total} scores, got {k}")
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores], math.inf
-    threshold, surplus = kth_largest(scores, k, parts)
-    masks = [score >= threshold for score in scores]
+    flat = [_flat(score.detach()) for score in scores]
+    # Nearly always one pass finds the value and makes the masks.
+    found = _split(flat, *_bracket(flat, total, k / total, parts), parts)
+    if found.from_high < k <= found.from_high + found.inside:
+        rank = k - found.from_high
+        threshold, surplus = kth_largest([found.between], rank, parts)
+        for mask, at, values in found.blocks:
+            mask.scatter_(0, at, values >= threshold)
+        masks = list(map(_unflat, found.upper, scores))
+    else:
+        threshold, surplus = kth_largest(flat, k, parts)
+        masks = [score >= threshold for score in scores]
     for score, mask in zip(reversed(scores), reversed(masks), strict=True):
         if not surplus:
             break
@@ -71,11 +83,10 @@ def kth_largest(
 ) -> tuple[float, int]:
     """The k-th largest value of all tensors together, exactly.
 
-    A random sample brackets the value, one pass counts what lies above the bracket and
-    copies what lies inside, and only this is looked at in the next round: the idea of
-    Floyd and Rivest (1975), on tensors that are never concatenated. The sample comes
-    from a generator of its own, so the global random state is left alone; an unlucky
-    sample costs another round, never exactness.
+    A sample brackets the value, one pass counts what lies above the bracket and copies
+    what lies inside, and only this is looked at in the next round: the idea of Floyd
+    and Rivest (1975), on tensors that are never concatenated. A misleading sample costs
+    another round, never exactness.
 
     Args:
         scores: As in :func:`top_k_masks`.
@@ -86,20 +97,18 @@ def kth_largest(
         The value, and how many more than k values are at least as large.
     """
     candidates = [_flat(score.detach()) for score in scores]
-    generator = torch.Generator().manual_seed(0)
     while (total := parts.size(candidates)) > _SMALL:
-        low, high = _bracket(candidates, total, k / total, generator, parts)
+        low, high = _bracket(candidates, total, k / total, parts)
         # Both ends stay outside of the next round: a value that most scores share
         # (0, as a rule) would otherwise be carried from round to round.
-        number, between = _split(candidates, low, high)
-        from_high, inside = map(int, parts.total(number, sum(map(len, between))))
+        from_high, inside, between, *_ = _split(candidates, low, high, parts)
         if k <= from_high:
             if k > _count((c > high for c in candidates), parts):
                 return high, from_high - k
             candidates = [c[c > high] for c in candidates]
         elif k <= from_high + inside:
             k -= from_high
-            candidates = between
+            candidates = [between]
         else:
             k -= from_high + inside
             at_low = _count((c == low for c in candidates), parts) if low < high else 0
@@ -126,37 +135,65 @@ def _kth_of(values: Tensor, k: int) -> float:
     return float(values.kthvalue(at + 1).values)
 
 
+def _order(tensor: Tensor) -> list[int]:
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """Its values in the order of its memory, a view if they are all of it."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(order).flatten()
+    return tensor.permute(_order(tensor)).flatten()
+
+
+def _unflat(flat: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`_flat` for values that are in the same order."""
+    order = _order(like)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([like.shape[dim] for dim in order]).permute(back)
+
+
+class _Split(NamedTuple):
+    """Values divided into those of at least ``high``, those between, and the rest."""
+
+    from_high: int  # how many are at least ``high``, in all parts
+    inside: int  # how many are between, in all parts
+    between: Tensor  # those of this part
+    upper: list[Tensor]  # of each tensor, which are at least ``high``
+    # Of each block of each tensor: its view of ``upper``, and where those between are.
+    blocks: list[tuple[Tensor, Tensor, Tensor]]
 
 
 def _split(
-    candidates: Sequence[Tensor], low: float, high: float
-) -> tuple[int, list[Tensor]]:
-    """How many values are at least ``high``, and those between the two."""
+    candidates: Sequence[Tensor], low: float, high: float, parts: Parts
+) -> _Split:
+    """Divide values in one pass."""
 
-    def split_all(values: Tensor) -> tuple[int, Tensor]:
-        upper = values >= high
-        between = (values > low) ^ upper if low < high else slice(0)
-        return int(upper.count_nonzero()), values[between]
+    def split(values: Tensor, upper: Tensor) -> tuple[int, Tensor, Tensor]:
+        if values.device.type != "cpu":
+            torch.ge(values, high, out=upper)
+            at = ((values > low) ^ upper).nonzero().squeeze(1) if low < high else none
+            return int(upper.count_nonzero()), at, values[at]
+        # NumPy finds the few that are between many times as fast as PyTorch does.
+        array = (values if values.itemsize > 2 else values.float()).numpy()
+        above = np.greater_equal(array, high, out=upper.numpy())
+        where = np.flatnonzero((array > low) ^ above) if low < high else none.numpy()
+        at = torch.from_numpy(where)
+        return int(np.count_nonzero(above)), at, torch.from_numpy(array[where])
 
-    def split_block(block: Tensor) -> tuple[int, Tensor]:
-        # NumPy takes values by a mask many times as fast as PyTorch does.
-        values = (block if block.itemsize > 2 else block.float()).numpy()
-        upper = values >= high
-        between = (values > low) ^ upper if low < high else slice(0)
-        return int(np.count_nonzero(upper)), torch.from_numpy(values[between])
-
-    if any(c.device.type != "cpu" for c in candidates):
-        pairs = list(map(split_all, candidates))
-    else:
-        blocks = [block for c in candidates for block in torch.split(c, _BLOCK)]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            pairs = list(pool.map(split_block, blocks))
-    numbers, between = zip(*pairs, strict=True)
-    return sum(numbers), list(between)
+    none = torch.empty(0, dtype=torch.long)
+    upper = [torch.empty_like(c, dtype=torch.bool) for c in candidates]
+    on_cpu = all(c.device.type == "cpu" for c in candidates)
+    size = _BLOCK if on_cpu else sys.maxsize
+    blocks, marks = (
+        [block for whole in wholes for block in torch.split(whole, size)]
+        for wholes in (candidates, upper)
+    )
+    with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
+        numbers, at, values = zip(*pool.map(split, blocks, marks), strict=True)
+    device = values[0].device
+    between = torch.cat([v.to(device) for v in values])
+    from_high, inside = map(int, parts.total(sum(numbers), len(between)))
+    places = list(zip(marks, at, values, strict=True))
+    return _Split(from_high, inside, between, upper, places)
 
 
 def _count(masks: Iterable[Tensor], parts: Parts) -> int:
@@ -164,27 +201,27 @@ def _count(masks: Iterable[Tensor], parts: Parts) -> int:
 
 
 def _bracket(
-    candidates: Sequence[Tensor],
-    total: int,
-    rank: float,
-    generator: torch.Generator,
-    parts: Parts,
+    candidates: Sequence[Tensor], total: int, rank: float, parts: Parts
 ) -> tuple[float, float]:
     """Two values that most likely enclose the value at the rank (0 = largest)."""
+    # The larger the sample, the less lies inside: about as much work each.
+    stride = total // min(_LARGEST_SAMPLE, math.ceil(2 * total ** (2 / 3)))
+    # Not in step with the rows and kernels of a weight.
+    while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
+        stride += 1
     device = candidates[0].device
-    drawn = []
+    drawn, start = [], 0
     for c in candidates:
-        share = math.ceil(_SAMPLE * c.numel() / total)
-        at = torch.randint(max(1, c.numel()), (share,), generator=generator)
-        drawn.append(c[at.to(c.device)].to(device))
-    sample = parts.concatenate(torch.cat(drawn)).sort(descending=True).values
-    # Six standard deviations of the rank of the wanted value within the sample.
-    margin = 6 * math.sqrt(len(sample) * rank * (1 - rank)) + 2
+        drawn.append(c[start::stride].to(device))
+        start = (start - len(c)) % stride
+    sample = parts.concatenate(torch.cat(drawn))
+    # Four standard deviations of the rank of the wanted value within the sample.
+    margin = 4 * math.sqrt(len(sample) * rank * (1 - rank)) + 2
     last = len(sample) - 1
     first = math.floor(rank * last - margin)
     final = math.ceil(rank * last + margin)
     if first < 0 and final > last:  # too few to say anything but on which side it is
         first = final = round(rank * last)
-    high = float(sample[first]) if first >= 0 else math.inf
-    low = float(sample[final]) if final <= last else -math.inf
+    high = _kth_of(sample, first + 1) if first >= 0 else math.inf
+    low = _kth_of(sample, final + 1) if final <= last else -math.inf
     return low, high

@@ -262,7 +262,8 @@ class Parts:
 
     def empty(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The names of those whose values are 0, in all parts."""
-        return [name for name, count in self.count(tensors).items() if not count]
+        found = self.total(*(_any(tensor) for tensor in tensors.values()))
+        return [name for name, some in zip(tensors, found, strict=True) if not some]
 
     def size(self, tensors: Sequence[Tensor]) -> int:
         """How many values tensors have, all parts together."""
@@ -285,6 +286,12 @@ class Parts:
             [row.view(torch.uint8) for row in rows], padded.view(torch.uint8)
         )
         return torch.cat([rows[rank][: lengths[rank]] for rank in self._holders])
+
+
+def _any(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.bool and tensor.device.type == "cpu":
+        return bool(tensor.numpy().any())  # stops at the first
+    return bool(tensor.any())
 
 
 class _Whole(torch.autograd.Function):

@@ -90,7 +90,7 @@ def test_narrowing_down_to_a_handful_gives_the_same(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_SMALL", small)
-        patch.setattr(selection, "_SAMPLE", sample)
+        patch.setattr(selection, "_LARGEST_SAMPLE", sample)
         assert_as_naive(*case)
 
 
