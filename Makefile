@@ -24,7 +24,7 @@ docs: .venv/.installed
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/cost.py
 
 ci:
 	.ci/run

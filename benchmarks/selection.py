@@ -16,9 +16,9 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from force_plugin.selection import kth_largest
+
+Method = Callable[[list[Tensor], int], float]
 
 INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x.abs_(),
@@ -73,37 +75,49 @@ def make_scores(size: int, kind: str, device: str) -> list[Tensor]:
     return scores
 
 
-def measure(size: int, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds of each, by the number that is asked for."""
-    scores = make_scores(size, kind, args.device)
-    methods = {"ours": by_ours, "topk": by_topk, "kthvalue": by_kthvalue}
-    if args.device == "cpu":
-        methods["partition"] = by_partition
+def methods(device: str) -> dict[str, Method]:
+    """What takes turns, by name."""
+    found: dict[str, Method] = {
+        "ours": by_ours,
+        "topk": by_topk,
+        "kthvalue": by_kthvalue,
+        "partition": by_partition,
+    }
+    if device != "cpu":
+        del found["partition"]
+    return found
 
-    def seconds(
-        run: Callable[[list[Tensor], int], float], k: int
-    ) -> tuple[float, float]:
-        if args.device != "cpu":
+
+def rows(
+    sizes: Sequence[int],
+    kinds: Sequence[str] = tuple(INPUTS),
+    shares: Sequence[str] = tuple(SHARES),
+    runs: int = 5,
+    device: str = "cpu",
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each run of each method, a row for each number asked for."""
+
+    def timed(run: Method, scores: list[Tensor], k: int) -> tuple[float, float]:
+        if device != "cpu":
             torch.cuda.synchronize()
         start = time.perf_counter()
         found = run(scores, k)  # a number: it has waited for the device
-        return time.perf_counter() - start, found
+        return 1000 * (time.perf_counter() - start), found
 
-    rows = []
-    for name, share in SHARES.items():
-        k = min(max(1, int(share * size)), size - 1)
-        times: dict[str, list[float]] = {method: [] for method in methods}
-        for _ in range(args.runs):
-            found = set()
-            for method, run in methods.items():
-                spent, value = seconds(run, k)
-                times[method].append(1000 * spent)
-                found.add(value)
-            if len(found) > 1:
-                raise AssertionError(f"{size} scores, {kind}, {name}: found {found}")
-        row = {"size": size, "scores": kind, "asked": name}
-        rows.append(row | {method: min(spent) for method, spent in times.items()})
-    return rows
+    for size, kind in product(sizes, kinds):
+        scores = make_scores(size, kind, device)
+        for share in shares:
+            k = min(max(1, int(SHARES[share] * size)), size - 1)
+            times: dict[str, list[float]] = {method: [] for method in methods(device)}
+            for _ in range(runs):
+                found = set()
+                for method, run in methods(device).items():
+                    spent, value = timed(run, scores, k)
+                    times[method].append(spent)
+                    found.add(value)
+                if len(found) > 1:
+                    raise AssertionError(f"{size} scores, {kind}, {share}: {found}")
+            yield {"size": size, "scores": kind, "asked": share, "times": times}
 
 
 def main() -> None:
@@ -121,26 +135,22 @@ def main() -> None:
         f"torch {torch.__version__}, numpy {np.__version__}"
     )
     print(f"{machine}, milliseconds, the least of {args.runs}\n")
-    rows = []
-    for size in map(int, args.sizes):
-        for kind in INPUTS:
-            for row in measure(size, kind, args):
-                if not rows:
-                    columns = [f"{name:>10}" for name in list(row)[3:]]
-                    print(
-                        f"{'scores':>11}  {'':14}{'asked':10}{''.join(columns)}  ratio"
-                    )
-                others = [row[name] for name in list(row)[4:]]
-                row["ratio"] = row["ours"] / min(others)
-                times = "".join(f"{row[name]:10.2f}" for name in list(row)[3:-1])
-                asked = f"{kind:14}{row['asked']:10}"
-                print(f"{size:11,}  {asked}{times}{row['ratio']:7.2f}", flush=True)
-                rows.append(row)
+    columns = "".join(f"{name:>10}" for name in methods(args.device))
+    print(f"{'scores':>11}  {'':14}{'asked':10}{columns}  ratio")
+    stored = []
+    for row in rows([int(s) for s in args.sizes], runs=args.runs, device=args.device):
+        least = {name: min(times) for name, times in row.pop("times").items()}
+        row |= least
+        row["ratio"] = least.pop("ours") / min(least.values())
+        times = "".join(f"{row[name]:10.2f}" for name in ("ours", *least))
+        asked = f"{row['scores']:14}{row['asked']:10}"
+        print(f"{row['size']:11,}  {asked}{times}{row['ratio']:7.2f}", flush=True)
+        stored.append(row)
     print("\nratio: ours over the fastest of the others")
     if args.store:
-        stored = {"machine": machine, "date": str(date.today()), "rows": rows}
+        record = {"machine": machine, "date": str(date.today()), "rows": stored}
         args.store.parent.mkdir(exist_ok=True)
-        args.store.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        args.store.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

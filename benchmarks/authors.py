@@ -1,0 +1,427 @@
+"""Time, memory and masks of the methods' own authors' code, beside ours.
+
+    python benchmarks/authors.py --force-repo PATH --grasp-repo PATH
+
+The paths are checkouts of https://github.com/naver/force (FORCE, Iter SNIP, GraSP-It)
+and of https://github.com/alecwangcq/GraSP; either may be left out. Both sides get the
+same weights and the same batch of noise, are called as the authors' scripts call
+theirs, and prune the network at the end (GraSP's authors stop at the masks). They
+differ from those scripts in two things:
+
+- FORCE's code takes ``nll_loss`` of what the network returns. Theirs returns logits,
+  the paper's loss is the cross entropy: a log-softmax at the end of the network makes
+  it that, for both sides.
+- GraSP's code draws the last layer anew before it scores; it has an option not to, and
+  that is taken here. It picks samples of each class, as many as its authors do if the
+  batch has them, and ours gets the same ones in the same two halves.
+
+Bare steps (forward and backward of as many samples, in one batch), theirs and ours
+alternate in one process, the first round warms up, and a ratio is that of the medians.
+Peaks of memory are those of processes of their own, less that of one which takes the
+bare steps; on the CPU they need Linux. FORCE is ill-conditioned: compare masks with
+``--dtype float64``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import io
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from force_plugin import force_prune, get_masks
+
+CLASSES = 10
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Methods of the FORCE authors' code, by the number they have there.
+NUMBERS = {"force": 3, "iter_snip": 1, "grasp_it": 2}
+REPOSITORIES = {
+    "naver/force": "pruning/pruning_algos.py",
+    "alecwangcq/GraSP": "pruner/GraSP.py",
+}
+
+Batch = tuple[Tensor, Tensor]
+Result = TypeVar("Result")
+# Their masks, in the order of the modules, and the same of a network that ours pruned.
+Theirs = Callable[[nn.Module], Iterable[Tensor]]
+Ours = Callable[[nn.Module], object]
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """What both of their codes prune, in their order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+def named(model: nn.Module, masks: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Masks by parameter name; theirs have none."""
+    by_name = {}
+    for (name, module), mask in zip(prunable(model).items(), masks, strict=True):
+        if mask.shape != module.weight.shape:
+            raise ValueError(
+                f"{name}: expected a mask of shape {tuple(module.weight.shape)}, "
+                f"theirs has {tuple(mask.shape)}"
+            )
+        by_name[f"{name}.weight"] = mask.bool()
+    return by_name
+
+
+def load(repo: str, name: str) -> Any:
+    """A module of their checkout, which nothing is written to."""
+    sys.dont_write_bytecode = True
+    if repo not in sys.path:
+        sys.path.insert(0, repo)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{repo} needs {error.name}: pip install {error.name}")
+
+
+def build(args: argparse.Namespace) -> tuple[nn.Module, Batch]:
+    """The network without closed gates, and a batch of all classes."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    model = timm.create_model(args.model, num_classes=CLASSES)
+    # Ours would open them while it scores, theirs would not: a ResNet here is what
+    # zero_init_last=False gives.
+    for name, parameter in model.named_parameters():
+        scales = parameter.ndim == 1 and not name.endswith("bias")
+        if scales and parameter.abs().max() <= 0.01:
+            nn.init.ones_(parameter)
+    inputs = torch.randn(args.batch_size, 3, args.size, args.size).to(dtype)
+    return model.to(DEVICE, dtype), (inputs, torch.arange(args.batch_size) % CLASSES)
+
+
+def of_force(args: argparse.Namespace, batch: Batch) -> tuple[Theirs, Ours, Batch]:
+    """Theirs and ours of a method of T steps, and the batch of a step."""
+    algorithms = load(args.repo, "pruning.pruning_algos")
+    networks = load(args.repo, "pruning.mask_networks")
+
+    def theirs(model: nn.Module) -> Iterable[Tensor]:
+        model = nn.Sequential(model, nn.LogSoftmax(dim=1))
+        masks: list[Tensor] = algorithms.iterative_pruning(
+            model,
+            [batch],  # every step begins at the beginning
+            DEVICE,
+            1 - args.sparsity,
+            prune_method=NUMBERS[args.method],
+            num_steps=args.steps,
+        )
+        networks.apply_prune_mask(model, masks)
+        return masks
+
+    def ours(model: nn.Module) -> object:
+        return prune(model, [batch], args, steps=args.steps)
+
+    return theirs, ours, batch
+
+
+def of_grasp(args: argparse.Namespace, batch: Batch) -> tuple[Theirs, Ours, Batch]:
+    """Theirs and ours of GraSP, and all the samples that it takes as one batch."""
+    code = load(args.repo, "pruner.GraSP")
+    # It stops once it has met one sample more of each class than it takes, so that the
+    # batch comes twice. Its authors take 10 on CIFAR-10.
+    loader = [batch, batch]
+    each = min(10, args.batch_size // CLASSES)
+    inputs, targets = code.GraSP_fetch_data(loader, CLASSES, each)
+    half = len(inputs) // 2
+    halves = [(inputs[:half], targets[:half]), (inputs[half:], targets[half:])]
+
+    def theirs(model: nn.Module) -> Iterable[Tensor]:
+        masks: dict[nn.Module, Tensor] = code.GraSP(
+            model,
+            args.sparsity,
+            loader,
+            DEVICE,
+            num_classes=CLASSES,
+            samples_per_class=each,
+            reinit=False,
+        )
+        return masks.values()
+
+    def ours(model: nn.Module) -> object:
+        return prune(model, halves, args, batches=2)
+
+    return theirs, ours, (inputs, targets)
+
+
+def prune(
+    model: nn.Module, loader: list[Batch], args: argparse.Namespace, **kwargs: Any
+) -> object:
+    return force_prune(
+        model,
+        loader,
+        args.sparsity,
+        method=args.method,
+        parameters=[(module, "weight") for module in prunable(model).values()],
+        on_collapse="warn",  # what is kept of noise does not matter here
+        progress=False,
+        **kwargs,
+    )
+
+
+def take_bare_steps(model: nn.Module, batch: Batch, steps: int) -> None:
+    for _ in range(steps):
+        inputs, targets = (tensor.to(DEVICE) for tensor in batch)
+        torch.autograd.backward(nn.functional.cross_entropy(model(inputs), targets))
+        model.zero_grad()
+
+
+def timed(run: Callable[[], Result]) -> tuple[float, Result]:
+    """Wall time of one call, and what it returned."""
+    synchronise: Callable[[], object] = (
+        torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    )
+    synchronise()
+    start = time.perf_counter()
+    result = run()
+    synchronise()
+    return time.perf_counter() - start, result
+
+
+def peak() -> float:
+    """Of this process so far, in MiB."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Not ru_maxrss: that of a process starts with the peak of the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own does: times and masks, or the peak of one side."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    model, batch = build(args)
+    prepare = of_grasp if args.method == "grasp" else of_force
+    theirs, ours, bare_batch = prepare(args, batch)
+    if args.side == "bare":
+        take_bare_steps(model, bare_batch, args.steps)
+        return {"peak": peak()}
+    if args.side != "times":
+        run = theirs if args.side == "theirs" else ours
+        result = run(model)  # held until the peak was looked at
+        return {"peak": peak(), "result": type(result).__name__}
+
+    times: dict[str, list[float]] = {"bare": [], "theirs": [], "ours": []}
+    per_call = 1 if args.method == "grasp" else args.steps
+    for run_number in range(args.runs + 1):
+        networks = copy.deepcopy(model), copy.deepcopy(model)
+        bare, _ = timed(partial(take_bare_steps, model, bare_batch, args.steps))
+        by_them, masks = timed(partial(theirs, networks[0]))
+        by_us, _ = timed(partial(ours, networks[1]))
+        if run_number:  # the first warms up
+            times["bare"].append(bare / args.steps)
+            times["theirs"].append(by_them / per_call)
+            times["ours"].append(by_us / per_call)
+    left, right = named(model, masks), get_masks(networks[1])
+    both = sum(int((left[name] & right[name]).sum()) for name in left)
+    kept = {
+        "theirs": sum(int(mask.sum()) for mask in left.values()),
+        "ours": sum(int(mask.sum()) for mask in right.values()),
+    }
+    middle = {side: statistics.median(spent) for side, spent in times.items()}
+    return {
+        "method": args.method,
+        "seconds": {
+            side: {"median": middle[side], "min": min(spent), "max": max(spent)}
+            for side, spent in times.items()
+        },
+        "per": "scoring" if args.method == "grasp" else "step",
+        "samples": len(bare_batch[0]),
+        "ratio": {side: middle[side] / middle["bare"] for side in ("theirs", "ours")},
+        "weights": sum(mask.numel() for mask in left.values()),
+        "kept": kept | {"both": both},
+        "overlap": both / (sum(kept.values()) - both),
+    }
+
+
+def ask(task: dict[str, Any]) -> dict[str, Any]:
+    """What a fresh process answers: the names in the two checkouts clash."""
+    environment = dict(os.environ)
+    if task["side"] != "times":
+        # For glibc: by itself it keeps what is freed, more or less of it by chance.
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        raise RuntimeError(
+            f"{task['method']}, {task['side']}: the process ended with "
+            f"{process.returncode}\n{process.stderr.strip()}"
+        )
+    answer: dict[str, Any] = json.loads(process.stdout)
+    return answer
+
+
+def compare(
+    force_repo: Path | None,
+    grasp_repo: Path | None,
+    *,
+    model: str = "resnet50",
+    size: int = 32,
+    batch_size: int = 128,
+    steps: int = 8,
+    runs: int = 3,
+    sparsity: float = 0.9,
+    dtype: str = "float32",
+    threads: int | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each method of the checkouts that are given, ready for JSON.
+
+    Times are seconds a step, or of a whole scoring (``per``), and those of a bare step
+    of as many ``samples``. ``memory`` is in MiB: the peak of the bare steps, and what
+    the peaks of theirs and ours are over it.
+
+    Raises:
+        ValueError: A path is not such a checkout, or GraSP lacks samples.
+        RuntimeError: A process failed; the message has what it said.
+    """
+    setting = {"model": model, "size": size, "batch_size": batch_size}
+    setting |= {"steps": steps, "runs": runs, "sparsity": sparsity, "dtype": dtype}
+    setting |= {"threads": threads}
+    tasks: list[dict[str, Any]] = []
+    for (name, file), repo, methods in zip(
+        REPOSITORIES.items(),
+        (force_repo, grasp_repo),
+        (list(NUMBERS), ["grasp"]),
+        strict=True,
+    ):
+        if repo is None:
+            continue
+        if not (repo / file).is_file():
+            raise ValueError(
+                f"expected a checkout of https://github.com/{name}, with {file}, got "
+                f"{repo}"
+            )
+        shared = {**setting, "repo": str(repo.resolve())}
+        tasks += [{**shared, "method": method} for method in methods]
+    if grasp_repo is not None and batch_size < CLASSES:
+        raise ValueError(
+            f"GraSP takes samples of every class: expected a batch of at least "
+            f"{CLASSES}, got {batch_size}"
+        )
+    rows = []
+    bare: dict[int, float] = {}  # the same for all methods with as many samples
+    for task in tasks:
+        row = ask({**task, "side": "times"})
+        if row["samples"] not in bare:
+            bare[row["samples"]] = ask({**task, "side": "bare"})["peak"]
+        base = bare[row["samples"]]
+        more = {s: ask({**task, "side": s})["peak"] - base for s in ("theirs", "ours")}
+        rows.append({**row, "memory": {"bare": base, **more}})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people, in 80 columns."""
+    sides = ("bare", "theirs", "ours")
+    lines = [
+        f"{'':10}{'seconds':>24}{'over bare':>16}{'peak MiB, + over bare':>28}",
+        f"{'':10}{'bare':>8}{'theirs':>8}{'ours':>8}{'theirs':>8}{'ours':>8}"
+        f"{'bare':>10}{'theirs':>9}{'ours':>9}",
+    ]
+    for row in rows:
+        seconds = "".join(f"{row['seconds'][side]['median']:8.3f}" for side in sides)
+        ratios = "".join(f"{row['ratio'][side]:8.2f}" for side in sides[1:])
+        more = "".join(f"{row['memory'][side]:+9.0f}" for side in sides[1:])
+        bare = f"{row['memory']['bare']:10.0f}"
+        lines.append(f"{row['method']:10}{seconds}{ratios}{bare}{more}")
+    lines += [
+        "",
+        f"{'':10}{'kept by theirs':>16}{'by ours':>14}{'by both':>14}"
+        f"{'of weights':>13}{'overlap':>11}",
+    ]
+    for row in rows:
+        kept = row["kept"]
+        lines.append(
+            f"{row['method']:10}{kept['theirs']:16,}{kept['ours']:14,}{kept['both']:14,}"
+            f"{row['weights']:13,}{row['overlap']:11.8f}"
+        )
+    lines += ["", "seconds: of a step; overlap: kept by both over kept by either"]
+    lines += [
+        f"{row['method']}: seconds of a whole scoring of {row['samples']} samples; a "
+        "bare step has as many"
+        for row in rows
+        if row["per"] == "scoring"
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--force-repo", type=Path, help="checkout of naver/force")
+    parser.add_argument("--grasp-repo", type=Path, help="checkout of alecwangcq/GraSP")
+    parser.add_argument("--model", default="resnet50", help="any timm model")
+    parser.add_argument("--size", type=int, default=32, help="height and width")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8, help="steps of one run")
+    parser.add_argument("--runs", type=int, default=3, help="counted runs of each side")
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
+    parser.add_argument("--store", type=Path, help="JSON file to write")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
+    if args.worker:
+        warnings.simplefilter("ignore")
+        # As the scripts of FORCE's authors have it.
+        torch.backends.cudnn.deterministic = True
+        with redirect_stdout(io.StringIO()):  # theirs tell of every step
+            answer = work(argparse.Namespace(**json.loads(args.worker)))
+        print(json.dumps(answer))
+        return
+    if args.force_repo is None and args.grasp_repo is None:
+        parser.error("pass --force-repo, --grasp-repo or both")
+    names = ["model", "size", "batch_size", "steps", "runs", "sparsity", "dtype"]
+    setting = {name: getattr(args, name) for name in [*names, "threads"]}
+    try:
+        rows = compare(args.force_repo, args.grasp_repo, **setting)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(str(error))
+    machine = (
+        f"{DEVICE}, {args.threads or torch.get_num_threads()} threads, "
+        f"{platform.machine()}, "
+        f"torch {torch.__version__}, timm {timm.__version__}"
+    )
+    print(
+        f"{args.model} at {args.size}x{args.size}, batch {args.batch_size}, "
+        f"{args.steps} steps, {args.runs} runs, {args.dtype}\n{machine}\n"
+    )
+    print(table(rows))
+    if args.store:
+        stored = {"machine": machine, "date": str(date.today()), **setting}
+        args.store.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**stored, "rows": rows}, indent=1) + "\n"
+        args.store.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
