@@ -49,33 +49,39 @@ def top_k_masks(
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores], math.inf
     flat = [_flat(score.detach()) for score in scores]
-    # Nearly always one pass finds the value and makes the masks.
-    found = _split(flat, *_bracket(flat, total, k / total, parts), parts)
-    if found.from_high < k <= found.from_high + found.inside:
-        rank = k - found.from_high
-        threshold, surplus = kth_largest([found.between], rank, parts)
+    found = _split(flat, *_bracket(flat, k, parts), parts)
+    threshold, surplus = _search(flat, k, found, parts)
+    if found.low < threshold <= found.high:  # nearly always
         for mask, at, values in found.blocks:
             mask.scatter_(0, at, values >= threshold)
         masks = list(map(_unflat, found.upper, scores))
     else:
-        threshold, surplus = kth_largest(flat, k, parts)
         masks = [score >= threshold for score in scores]
     for score, mask in zip(reversed(scores), reversed(masks), strict=True):
         if not surplus:
             break
-        ties = score == threshold
+        # In row-major order, which need not be that of the memory.
+        ties = (score == threshold).flatten()
         numbers, mine = parts.each(int(ties.count_nonzero()))
         # What of the surplus is not in the parts that come after this one.
-        own = surplus - int(sum(numbers[mine + 1 :]))
-        if own >= numbers[mine]:
-            mask ^= ties
-        elif own > 0:
-            # By coordinates, not on a flat view: a mask has the memory format of its
-            # weight, and a channels-last tensor has no flat view in row-major order.
-            last = ties.flatten().nonzero().squeeze(1)[-own:]
-            mask[torch.unravel_index(last, mask.shape)] = False
+        own = max(0, surplus - int(sum(numbers[mine + 1 :])))
+        if own < numbers[mine]:
+            _keep_last(ties, own)
+        mask ^= ties.view(mask.shape)
         surplus -= min(surplus, int(sum(numbers)))
     return masks, threshold
+
+
+def _keep_last(marks: Tensor, count: int) -> None:
+    """Clear all but the last of the marks that are set."""
+    for block in reversed(torch.split(marks, _BLOCK)):
+        if not count:
+            block.zero_()
+            continue
+        here = int(block.count_nonzero())
+        if here > count:
+            block[block.nonzero()[: here - count, 0]] = False
+        count -= min(here, count)
 
 
 def kth_largest(
@@ -97,18 +103,25 @@ def kth_largest(
         The value, and how many more than k values are at least as large.
     """
     candidates = [_flat(score.detach()) for score in scores]
-    while (total := parts.size(candidates)) > _SMALL:
-        low, high = _bracket(candidates, total, k / total, parts)
+    found = _split(candidates, *_bracket(candidates, k, parts), parts)
+    return _search(candidates, k, found, parts)
+
+
+def _search(
+    candidates: Sequence[Tensor], k: int, found: _Split, parts: Parts
+) -> tuple[float, int]:
+    """As :func:`kth_largest`, after the first pass."""
+    while True:
         # Both ends stay outside of the next round: a value that most scores share
         # (0, as a rule) would otherwise be carried from round to round.
-        from_high, inside, between, *_ = _split(candidates, low, high, parts)
+        low, high, from_high, inside = found[:4]
         if k <= from_high:
             if k > _count((c > high for c in candidates), parts):
                 return high, from_high - k
             candidates = [c[c > high] for c in candidates]
         elif k <= from_high + inside:
             k -= from_high
-            candidates = [between]
+            candidates = [found.between]
         else:
             k -= from_high + inside
             at_low = _count((c == low for c in candidates), parts) if low < high else 0
@@ -116,6 +129,9 @@ def kth_largest(
                 return low, at_low - k
             k -= at_low
             candidates = [c[c < low] for c in candidates]
+        if parts.size(candidates) <= _SMALL:
+            break
+        found = _split(candidates, *_bracket(candidates, k, parts), parts)
     device = candidates[0].device
     merged = parts.concatenate(torch.cat([c.to(device) for c in candidates]))
     value = _kth_of(merged, k)
@@ -154,6 +170,8 @@ def _unflat(flat: Tensor, like: Tensor) -> Tensor:
 class _Split(NamedTuple):
     """Values divided into those of at least ``high``, those between, and the rest."""
 
+    low: float
+    high: float
     from_high: int  # how many are at least ``high``, in all parts
     inside: int  # how many are between, in all parts
     between: Tensor  # those of this part
@@ -193,17 +211,17 @@ def _split(
     between = torch.cat([v.to(device) for v in values])
     from_high, inside = map(int, parts.total(sum(numbers), len(between)))
     places = list(zip(marks, at, values, strict=True))
-    return _Split(from_high, inside, between, upper, places)
+    return _Split(low, high, from_high, inside, between, upper, places)
 
 
 def _count(masks: Iterable[Tensor], parts: Parts) -> int:
     return int(*parts.total(sum(int(mask.count_nonzero()) for mask in masks)))
 
 
-def _bracket(
-    candidates: Sequence[Tensor], total: int, rank: float, parts: Parts
-) -> tuple[float, float]:
-    """Two values that most likely enclose the value at the rank (0 = largest)."""
+def _bracket(candidates: Sequence[Tensor], k: int, parts: Parts) -> tuple[float, float]:
+    """Two values that most likely enclose the k-th largest."""
+    total = parts.size(candidates)
+    rank = k / total
     # The larger the sample, the less lies inside: about as much work each.
     stride = total // min(_LARGEST_SAMPLE, math.ceil(2 * total ** (2 / 3)))
     # Not in step with the rows and kernels of a weight.
