@@ -246,6 +246,40 @@ def _make_parser() -> _Parser:
         "the same (default: %(default)s)",
     )
     pruning.add_argument(
+        "--microbatch",
+        type=_count,
+        metavar="N",
+        help="images that are passed through the model at once, where a batch does not "
+        "fit into memory; batch norms normalise over as many (default: a batch)",
+    )
+    pruning.add_argument(
+        "--autocast",
+        choices=["bfloat16"],
+        help="score in mixed precision, bfloat16 (default: in the model's own)",
+        metavar="DTYPE",
+    )
+    pruning.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="hand the images over in PyTorch's channels-last format, which may be "
+        "faster (default: channels first)",
+    )
+    pruning.add_argument(
+        "--compile",
+        choices=[
+            "default",
+            "reduce-overhead",
+            "max-autotune",
+            "max-autotune-no-cudagraphs",
+        ],
+        nargs="?",
+        const="default",
+        default=False,
+        metavar="MODE",
+        help="compile the scoring passes by torch.compile, in one of its modes: "
+        "%(choices)s; not for grasp and synflow (default: not compiled)",
+    )
+    pruning.add_argument(
         "--seed",
         type=_count_or_zero,
         default=0,
@@ -318,6 +352,10 @@ def _prune(parser: _Parser, argv: Sequence[str] | None, ranks: Ranks) -> None:
             schedule=args.schedule,
             batches=args.batches,
             open_gates=args.open_gates,
+            microbatch=args.microbatch,
+            autocast=args.autocast and getattr(torch, args.autocast),
+            channels_last=args.channels_last,
+            compile=args.compile,
             on_collapse=args.on_collapse,
             progress=not args.quiet,
         )

@@ -45,6 +45,10 @@ def force_prune(
     forward: Forward | None = None,
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
     open_gates: bool = True,
+    microbatch: int | None = None,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+    compile: bool | str = False,
     on_collapse: Literal["raise", "warn"] = "raise",
     progress: bool = True,
 ) -> SparsityReport:
@@ -98,6 +102,27 @@ def force_prune(
             its weights from the gradient, and weights that are all (nearly) 0. See
             :mod:`force_plugin.gates`. ``False`` gives the papers' scores there. The
             model keeps its own values.
+        microbatch: Pass each batch through the network in equal parts of at most this
+            many samples, so that no more than one of them has to fit into memory;
+            ``None``: as a whole. The tensors of a batch, in tuples, lists and mappings,
+            are split if their first dimension is that of the first of them; the rest
+            goes with each part. A part's loss counts by its share of the samples, so of
+            a loss that is a mean over samples the gradient is that of the whole batch,
+            but for what looks at several samples: batch normalisation in training mode
+            normalises over a part, and a contrastive loss compares within it.
+            ``"synflow"`` passes one sample anyway.
+        autocast: ``torch.bfloat16``: run the network and the loss under
+            :func:`torch.autocast`; ``None``: as the caller does. ``"synflow"``, which
+            needs float64, is left out.
+        channels_last: Hand the network inputs of 4 dimensions (floating point) in
+            ``torch.channels_last``, and of 5 in ``torch.channels_last_3d``, which may
+            be faster. Weights and masks keep their formats.
+        compile: Run the scoring passes by :func:`torch.compile`, all but the first,
+            which looks for gates; a string is its ``mode``, as ``"reduce-overhead"``.
+            Compiling takes a while, and once more where batches differ in size, and
+            changes roundings and random numbers (dropout). It is for methods that take
+            nothing but gradients, so not for ``"grasp"`` and ``"synflow"``, and for
+            models that are not sharded; what it cannot compile is its own error.
         on_collapse: What to do where the mask disconnects the network, so that its
             outputs no longer depend on its inputs: ``"raise"`` an error, with the model
             untouched, or ``"warn"`` and prune it all the same. ``"magnitude"`` and
@@ -160,6 +185,10 @@ def force_prune(
             loss_fn=loss_fn,
             forward=forward,
             open_gates=open_gates and criterion.looks,
+            microbatch=microbatch,
+            autocast=autocast,
+            channels_last=channels_last,
+            compile=compile,
             on_batch=lambda number: (
                 batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
             ),
@@ -217,6 +246,10 @@ def saliency(
     forward: Forward | None = None,
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
     open_gates: bool = True,
+    microbatch: int | None = None,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+    compile: bool | str = False,
 ) -> dict[str, Tensor]:
     """Scores of the prunable weights of a model as it stands, without pruning it.
 
@@ -237,6 +270,12 @@ def saliency(
         parameters: ``[(module, "weight"), ...]``; default: the weight of every
             convolution and linear layer.
         open_gates: Score with closed gates opened, as :mod:`force_plugin.gates` says.
+        microbatch: The most samples to pass through the network at once, as in
+            :func:`force_plugin.force_prune`; ``None``: a batch.
+        autocast: ``torch.bfloat16`` to pass them under :func:`torch.autocast`.
+        channels_last: Hand images over in ``torch.channels_last``.
+        compile: Run all passes but the first by :func:`torch.compile`; a string is its
+            ``mode``.
 
     Returns:
         By parameter name (``"layer1.0.conv1.weight"``), a tensor of the weight's shape
@@ -263,6 +302,10 @@ def saliency(
             loss_fn=loss_fn,
             forward=forward,
             open_gates=open_gates and criterion.looks,
+            microbatch=microbatch,
+            autocast=autocast,
+            channels_last=channels_last,
+            compile=compile,
             parts=parts,
         ) as probe:
             scores = criterion.scores(probe)

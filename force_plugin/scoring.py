@@ -11,8 +11,15 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from force_plugin import gates, silence
 from force_plugin.allocation import freed_memory_kept
@@ -33,6 +41,9 @@ from force_plugin.snapshot import restored, snapshot
 Loader = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By number of dimensions."""
 
 
 class NoGradientError(RuntimeError):
@@ -66,6 +77,11 @@ class Probe:
         loss_fn: ``loss_fn(model(inputs), targets)``.
         forward: ``forward(model, batch)``, a loss; replaces ``loss_fn``.
         open_gates: Measure with closed gates opened.
+        microbatch: The most samples that are passed through the network at once.
+        autocast: ``torch.bfloat16`` runs the passes under :func:`torch.autocast`.
+        channels_last: Hand inputs of 4 or 5 dimensions over with channels last.
+        compile: Run :meth:`gradients` by :func:`torch.compile`, from the second pass
+            on; a string is its mode.
         on_batch: Called after each batch with its number within the step, from 1.
         parts: The processes that measure together: what is measured is the mean over
             their batches, and they open the same gates. If the network is sharded, each
@@ -94,16 +110,32 @@ class Probe:
         loss_fn: LossFn = nn.functional.cross_entropy,
         forward: Forward | None = None,
         open_gates: bool = False,
+        microbatch: int | None = None,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+        compile: bool | str = False,
         on_batch: Callable[[int], object] = lambda number: None,
         parts: Parts = WHOLE,
     ) -> None:
-        if batches is not None:
-            check_count("batches", batches)
+        for name, count in (("batches", batches), ("microbatch", microbatch)):
+            if count is not None:
+                check_count(name, count)
         for name, function in (("loss_fn", loss_fn), ("forward", forward)):
             if not callable(function) and not (name == "forward" and function is None):
                 raise TypeError(
                     f"{name}: expected a callable, got {type(function).__name__}"
                 )
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                f"autocast: expected torch.bfloat16 or None, got {autocast!r}; in "
+                "float16 small gradients underflow to 0 without a GradScaler"
+            )
+        if compile and parts.sharded:
+            raise ValueError(
+                "compile: expected a model that is not sharded, as parameters that "
+                "are put together when they are read cannot be compiled; leave compile "
+                "out, or prune the model before it is sharded"
+            )
         self.model = model
         self.parts = parts
         self.parameters = named_parameters(model)
@@ -132,10 +164,19 @@ class Probe:
         self._iterator: Iterator[Any] | None = None
         self._loss_fn = loss_fn
         self._forward = forward
+        self._microbatch = microbatch
+        self._autocast: Callable[[], AbstractContextManager[object]] = (
+            partial(torch.autocast, self._device.type, autocast)
+            if autocast
+            else nullcontext
+        )
+        self._formats = _CHANNELS_LAST if channels_last else {}
+        self._compile = compile
         self._on_batch = on_batch
         self._input_shape: tuple[int, ...] | None = None
         # The modules whose forward is running, from the outermost to the innermost.
         self._calls: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []  # of the hooks that tell
         self._names = {module: name for name, module in model.named_modules()}
         # Stand-ins of all parameters, and of those that are scored.
         self._leaves: dict[str, nn.Parameter] = {}
@@ -182,11 +223,13 @@ class Probe:
         self._open()
         losses, totals = [], _Sums(self._stand_ins)
         for batch in self._batches():
-            loss = self._loss(batch)
-            totals.add_gradients(loss)
-            losses.append(loss.item())
+            losses.append(0.0)
+            for part, share in self._split(batch):
+                loss = self._loss(part) * share
+                totals.add_gradients(loss)
+                losses[-1] += loss.item()
         gradients = self._complete(totals)
-        count = self._mean_loss(losses)
+        count = self._mean_loss(sum(losses), len(losses))
         if count != 1:
             for gradient in gradients.values():
                 gradient.div_(count)
@@ -195,8 +238,8 @@ class Probe:
     def hessian_gradients(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """Hg at θ ⊙ c, with g held constant; g and Hg are summed over the batches.
 
-        One pass serves a single batch. Several are kept and passed through twice:
-        first g, then for each batch the gradient of ⟨g, ∇L_b⟩.
+        One pass serves a single batch. Several, or parts of one, are kept and passed
+        through twice: first g, then for each the gradient of ⟨g, ∇L_b⟩.
 
         Args:
             temperature: Divides the model's outputs before ``loss_fn``; a loss that
@@ -206,20 +249,23 @@ class Probe:
             By parameter name; the caller's to overwrite.
 
         Raises:
+            ValueError: The passes are to be compiled.
             NoGradientError: A weight got no gradient from any batch.
         """
+        self._refuse_compile("second derivatives, which torch.compile lacks")
         self._open()
         batches = list(self._batches())
+        pieces = [piece for batch in batches for piece in self._split(batch)]
         g = _Sums(self._stand_ins)
-        if len(batches) > 1:
-            for batch in batches:
-                g.add_gradients(self._loss(batch, temperature))
+        if len(pieces) > 1:
+            for part, share in pieces:
+                g.add_gradients(self._loss(part, temperature) * share)
             self._complete(g)
         losses, totals = [], _Sums(self._stand_ins)
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            for batch in batches:
-                loss = self._loss(batch, temperature)
+            for part, share in pieces:
+                loss = self._loss(part, temperature) * share
                 slopes = torch.autograd.grad(
                     loss,
                     list(self._stand_ins.values()),
@@ -228,7 +274,7 @@ class Probe:
                 )
                 pairs = dict(zip(self._stand_ins, slopes, strict=True))
                 slope = {n: s.to_dense() for n, s in pairs.items() if s is not None}
-                if len(batches) == 1:
+                if len(pieces) == 1:
                     g.update((name, s.detach()) for name, s in slope.items())
                     self._complete(g)
                 # A weight that no gradient depends on has no curvature.
@@ -245,7 +291,7 @@ class Probe:
                             f"{error}. Take another activation or another method"
                         ) from error
                 losses.append(loss.item())
-        self._mean_loss(losses)
+        self._mean_loss(sum(losses), len(batches))
         totals.average(self.parts)
         return {
             name: totals.get(name, torch.zeros_like(weight))
@@ -263,9 +309,11 @@ class Probe:
             By parameter name, float64; the caller's to overwrite.
 
         Raises:
-            ValueError: The inputs are no floating-point tensor, or no output is one.
+            ValueError: The inputs are no floating-point tensor, or no output is one, or
+                the passes are to be compiled.
             NoGradientError, RuntimeError: A weight, or all of them, got no gradient.
         """
+        self._refuse_compile("the network anew at each step")
         self._open()
         if self._input_shape is None:
             batch = next(self._batches(count=1))
@@ -345,14 +393,15 @@ class Probe:
         """
         if self._last_batch is None:
             return None
-        batch = self._last_batch
+        batch, _ = next(self._split(self._last_batch))
         inputs = batch[0] if _is_pair(batch) else batch
 
-        def run() -> None:
-            if self._forward is not None:
-                self._forward(self.model, _to(batch, self._device))
-            else:
-                self.model(_to(inputs, self._device))
+        def run(inputs: Any = inputs) -> None:
+            with self._autocast():
+                if self._forward is not None:
+                    self._forward(self.model, self._moved(batch))
+                else:
+                    self.model(self._moved(inputs))
 
         ranks = self.parts.ranks
         # What fails on one rank only would lose the ranks of a sharded network.
@@ -361,8 +410,7 @@ class Probe:
             found: bool | None = False
             # Fewer samples may be too few: for a batch norm, or to wake a sparse unit.
             with suppress(Exception):
-                few = _to(inputs[:8], self._device)
-                found = leads_through(self.model, lambda: self.model(few))
+                found = leads_through(self.model, lambda: run(inputs[:8]))
             if ranks.any(bool(found)):
                 return True
         if ranks.any(bool(leads_through(self.model, run))):
@@ -513,14 +561,21 @@ class Probe:
         self._exit.callback(torch.clear_autocast_cache)
         self._exit.enter_context(self.parts.reading())
         self.parts.detach(self.model)
+        if self._compile:
+            mode = None if self._compile is True else self._compile
+            self.model.compile(mode=mode)
+            # What was compiled lives as long as the model, with its CUDA graphs.
+            self._exit.callback(torch.compiler.reset)
         if "torch._dynamo" in sys.modules:
             # A model that was compiled is measured as it is written: compiling it anew
             # for stand-ins would cost more, and has no second derivatives.
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}
         for module in self.model.modules():
-            module.register_forward_pre_hook(self._enter, prepend=True)
-            module.register_forward_hook(self._leave, always_call=True)
+            self._handles += (
+                module.register_forward_pre_hook(self._enter, prepend=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            )
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     if id(buffer) not in copies:
@@ -606,14 +661,34 @@ class Probe:
             yield batch
             self._on_batch(number)
 
-    def _go_on_together(self, more: bool) -> None:
-        """Make sure that the ranks of a sharded network have equally many batches."""
+    def _split(self, batch: Any) -> Iterator[tuple[Any, float]]:
+        """The parts of a batch, and the share of its samples that each of them has."""
+        most = self._microbatch
+        if most is None:
+            yield batch, 1.0
+            return
+        samples = _samples(batch)
+        if not samples:
+            raise ValueError(
+                "microbatch: expected batches with a tensor whose first dimension are "
+                f"the samples, at least one, got {_describe(batch)} without; leave "
+                "microbatch out"
+            )
+        count = math.ceil(samples / most)
+        self._go_on_together(count, f"parts of at most {most} samples")
+        # Of about the same size: a batch norm can do little with what is left over.
+        for start, end in pairwise(samples * i // count for i in range(count + 1)):
+            yield _cut(batch, samples, slice(start, end)), (end - start) / samples
+
+    def _go_on_together(self, more: int, what: str = "batches") -> None:
+        """Make sure that the ranks of a sharded network have equally much to pass."""
         if self.parts.sharded:
             others = [row[0] for row in self.parts.ranks.gather(more)]
             if min(others) != max(others):
+                fewer = others.index(min(others))
                 raise ValueError(
-                    "loader: expected as many batches on every rank, as the ranks of a "
-                    f"sharded model score together, got fewer on rank {others.index(0)}"
+                    f"loader: expected as many {what} on every rank, as the ranks of a "
+                    f"sharded model score together, got fewer on rank {fewer}"
                 )
 
     def _start(self) -> Iterator[Any]:
@@ -638,13 +713,48 @@ class Probe:
 
     def _loss(self, batch: Any, temperature: float = 1.0) -> Tensor:
         """The loss of one batch, with gates open."""
-        loss, _ = self._revealed(
-            lambda: (self._checked_loss(batch, temperature), self._leaves)
-        )
+
+        def measure() -> tuple[Tensor, Mapping[str, Tensor]]:
+            with self._autocast():
+                return self._checked_loss(batch, temperature), self._leaves
+
+        with self._compiled():
+            loss, _ = self._revealed(measure)
         return loss
 
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Compile a pass, if an earlier one has shown the gates and the readers."""
+        if not self._compile or self._measure is None:
+            yield
+            return
+        # What looks on has seen all there is, and would have to be compiled, too.
+        for handle in self._handles:
+            handle.remove()
+        for module, _ in self._registered:
+            vars(module)["_parameters"] = dict(module._parameters)
+        if self._device.type == "cuda":
+            # A CUDA graph writes to the same memory in each pass, so its gradients are
+            # added to tensors of ours.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            for stand_in in self._stand_ins.values():
+                if stand_in.grad is None:
+                    stand_in.grad = torch.zeros_like(stand_in)
+        with torch.compiler.set_stance("default"):
+            yield
+
+    def _refuse_compile(self, what: str) -> None:
+        if self._compile:
+            raise ValueError(
+                "compile: expected a method that needs nothing but gradients, such as "
+                f"force, got one that needs {what}; leave compile out"
+            )
+
+    def _moved(self, batch: Any) -> Any:
+        return _to(batch, self._device, self._formats)
+
     def _checked_loss(self, batch: Any, temperature: float) -> Tensor:
-        batch = _to(batch, self._device)
+        batch = self._moved(batch)
         if self._forward is not None:
             source = "forward"
             loss = self._forward(self.model, batch)
@@ -713,9 +823,9 @@ class Probe:
             if value.layout == torch.strided and value.isnan().any()
         ]
 
-    def _mean_loss(self, losses: Sequence[float]) -> float:
+    def _mean_loss(self, total: float, batches: int) -> float:
         """Note the mean loss of the batches of all ranks; their number on a rank."""
-        rows = self.parts.ranks.gather(sum(losses), len(losses))
+        rows = self.parts.ranks.gather(total, batches)
         count = sum(row[1] for row in rows)
         self.loss = sum(row[0] for row in rows) / count
         return count / len(rows)
@@ -833,18 +943,50 @@ def _is_pair(batch: Any) -> bool:
     return isinstance(batch, tuple | list) and len(batch) == 2
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def _to(
+    batch: Any, device: torch.device, formats: Mapping[int, torch.memory_format]
+) -> Any:
     """Copies of a batch's tensors on a device: a network may work on them in place."""
     if isinstance(batch, Tensor):
-        return batch.to(device, copy=True)
+        known = formats if batch.is_floating_point() else {}
+        memory_format = known.get(batch.dim(), torch.preserve_format)
+        return batch.to(device, copy=True, memory_format=memory_format)
     if hasattr(batch, "to"):
         return batch.to(device)
+    return _rebuilt(batch, lambda value: _to(value, device, formats))
+
+
+def _samples(batch: Any) -> int:
+    """The first dimension of the first tensor that has one; 0 if there is none."""
+    found: list[int] = []
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.extend(value.shape[:1])
+        else:
+            _rebuilt(value, look)
+
+    look(batch)
+    return found[0] if found else 0
+
+
+def _cut(batch: Any, samples: int, part: slice) -> Any:
+    """Some of a batch's samples, with all that does not belong to one of them."""
+    if isinstance(batch, Tensor):
+        return batch[part] if batch.shape[:1] == (samples,) else batch
+    return _rebuilt(batch, lambda value: _cut(value, samples, part))
+
+
+def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A mapping, tuple or list with changed items; anything else as it is."""
     if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: change(value) for key, value in batch.items()}
+    if hasattr(batch, "to"):  # a PackedSequence is a tuple of what belongs together
+        return batch
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to(value, device) for value in batch))
+        return type(batch)(*(change(value) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(change(value) for value in batch)
     return batch
 
 

@@ -254,6 +254,11 @@ def failures(rank: int) -> dict[str, str]:
     prune("loss", loss_fn=interrupted)
     prune("backward", loss_fn=broken)
     prune("fewer batches", batches[: 3 - rank], batches=None)
+    x, y = batches[0]
+    few = [(x[: 4 - 2 * rank], y[: 4 - 2 * rank])]
+    for method in ("force", "grasp"):
+        prune(f"fewer parts {method}", few, microbatch=2, method=method)
+    prune("compiled", compile=True)
     prune("no such method", method="forse" if rank else "force")
     for module in ("stem", "body", "head", ""):
         for method in ("force", "grasp", "synflow"):
@@ -331,6 +336,13 @@ def run(rank: int) -> dict[str, Any]:
 
     selection._SMALL = 1 << 14
     seen["selections"] = selections(rank)
+
+    for method in METHODS:
+        model = shard(Network())
+        torch.manual_seed(10 + rank)
+        options = {"method": method, "microbatch": 3, "channels_last": True}
+        force_prune(model, batches, 0.8, batches=2, **options, **STEPS)
+        seen[f"in parts {method}"] = get_masks(model)
 
     # Gates, shared weights, other ways to shard.
     model = sharded(Gated(), "second", "norm")

@@ -144,6 +144,10 @@ def test_the_masks_file_says_what_made_the_masks(tmp_path: Path) -> None:
         "schedule": "linear",
         "batches": None,
         "open_gates": False,
+        "microbatch": None,
+        "autocast": None,
+        "channels_last": False,
+        "compile": False,
         "on_collapse": "raise",
         "seed": 3,
         "device": metadata["device"],
@@ -244,6 +248,8 @@ def test_the_masks_are_those_of_force_prune_with_the_same_seed(tmp_path: Path) -
         ["--batch-size", "8"],
         ["--image-size", "48"],
         ["--no-open-gates"],
+        ["--microbatch", "8"],
+        ["--autocast", "bfloat16"],
         ["--model-kwargs", "act_layer=gelu"],
     ],
     ids=lambda options: " ".join(options),
@@ -258,6 +264,32 @@ def test_an_option_changes_the_masks(
 def default_masks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The masks of a quick run without further options."""
     return prune(tmp_path_factory.mktemp("default"))
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ([], "channels_last", False),
+        (["--channels-last"], "channels_last", True),
+        ([], "compile", False),
+        (["--compile"], "compile", "default"),
+        (["--compile", "reduce-overhead"], "compile", "reduce-overhead"),
+    ],
+    ids=str,
+)
+def test_an_option_that_changes_roundings_arrives(
+    options: list[str],
+    name: str,
+    value: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def arrived(*_: object, **given: object) -> None:
+        assert given[name] == value
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(force_plugin.cli, "force_prune", arrived)
+    assert main([MODEL, *QUICK, "--out", str(tmp_path), *options]) == 130
 
 
 def test_a_run_repeats_itself(
@@ -300,6 +332,10 @@ def test_a_vit_is_built_for_the_image_size(tmp_path: Path) -> None:
         ([MODEL, *QUICK, "--steps", "0"], "--steps"),
         ([MODEL, *QUICK, "--batches", "some"], "--batches"),
         ([MODEL, *QUICK, "--batch-size", "1.5"], "--batch-size"),
+        ([MODEL, *QUICK, "--microbatch", "0"], "--microbatch"),
+        ([MODEL, *QUICK, "--autocast", "float16"], "--autocast"),
+        ([MODEL, *QUICK, "--compile", "fast"], "--compile"),
+        ([MODEL, *QUICK, "--compile", "--method", "grasp"], "second derivatives"),
         ([MODEL, *QUICK, "--seed", "-1"], "--seed"),
         ([MODEL, *QUICK, "--method", "forse"], "--method"),
         ([MODEL, *QUICK, "--schedule", "cosine"], "--schedule"),
@@ -384,7 +420,7 @@ def test_help_names_every_option_with_its_default() -> None:
     assert run.stdout.startswith("usage: force-prune")
     assert "examples:" in run.stdout
     _, *options = run.stdout.partition("examples:")[0].split("\n  --")
-    assert len(options) == 19
+    assert len(options) == 23
     without_default = ("download", "quiet", "sparsity")
     for option in options:
         assert "(default:" in option or option.startswith(without_default)

@@ -92,6 +92,14 @@ def test_a_wrong_sparsity(sparsity: Any, error: type[Exception], message: str) -
             ValueError,
             r"schedule: .*between 0 and 1.*got 1\.5",
         ),
+        ({"microbatch": 0}, ValueError, r"microbatch: expected at least 1, got 0"),
+        ({"microbatch": 0.5}, TypeError, r"microbatch: expected an integer, got float"),
+        (
+            {"autocast": torch.float16},
+            ValueError,
+            r"autocast: expected torch\.bfloat16 or None, got torch\.float16; .*",
+        ),
+        ({"autocast": True}, ValueError, r"autocast: expected .*, got True"),
         ({"loss_fn": "mse"}, TypeError, r"loss_fn: expected a callable, got str"),
         ({"loss_fn": None}, TypeError, r"loss_fn: expected a callable, got NoneType"),
         ({"forward": 1}, TypeError, r"forward: expected a callable, got int"),
@@ -131,7 +139,11 @@ def test_an_argument_is_checked_before_a_batch_is_read() -> None:
         pytest.fail("a batch was read")
         yield
 
-    for options in ({"steps": 0}, {"batches": 0}, {"method": "x"}, {"schedule": "x"}):
+    wrong: list[dict[str, Any]] = [
+        *({"steps": 0}, {"batches": 0}, {"method": "x"}, {"schedule": "x"}),
+        *({"microbatch": 0}, {"autocast": torch.float16}),
+    ]
+    for options in wrong:
         with pytest.raises(ValueError, match="expected"):
             force_prune(network(), never(), 0.5, **options)
 
@@ -279,6 +291,20 @@ def test_a_loader_that_is_not_iterable(loader: Any) -> None:
 def test_a_batch_that_is_no_pair(wrong: Any, came: str, method: str) -> None:
     message = rf"loader: expected batches \(inputs, targets\), got {came}; .*forward="
     expect(ValueError, message, loader=[batch(), wrong], batches=2, method=method)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "came"),
+    [
+        ([0.5, {"x": torch.tensor(1.0)}], "a list of 2"),
+        ({"x": "ab"}, "a dict"),
+        (batch()[0][:0], r"float32\(0, 6\)"),
+    ],
+)
+@pytest.mark.parametrize("method", ["force", "grasp"])
+def test_a_batch_without_samples_to_split(wrong: Any, came: str, method: str) -> None:
+    message = rf"microbatch: expected .*, got {came} without; leave microbatch out"
+    expect(ValueError, message, loader=[batch(), wrong], batches=2, microbatch=3)
 
 
 @pytest.mark.parametrize("wrong", [({"x": batch()[0]}, 0), {"x": batch()[0]}])

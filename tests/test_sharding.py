@@ -55,6 +55,17 @@ def test_scores_are_those_of_one_process(ranks: Seen, method: str) -> None:
         assert same(seen[f"scores {method}"], alone, 1e-9)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_of_batches_in_parts_are_those_of_one_process(
+    ranks: Seen, method: str
+) -> None:
+    model = Network()
+    torch.manual_seed(10)
+    force_prune(model, images(), 0.8, method=method, batches=2, **STEPS)
+    for seen in ranks:
+        assert same(seen[f"in parts {method}"], get_masks(model))
+
+
 def test_score_is_given_all_of_a_weight(ranks: Seen) -> None:
     alone = saliency(Network(), images(), Normalised)
     for seen in ranks:
@@ -213,6 +224,20 @@ def test_ranks_with_other_numbers_of_batches(ranks: Seen) -> None:
         said = seen["failures"]["fewer batches"]
         assert "as many batches on every rank" in said
         assert said.endswith("fewer on rank 1")
+
+
+@pytest.mark.parametrize("method", ["force", "grasp"])
+def test_ranks_with_other_numbers_of_parts(ranks: Seen, method: str) -> None:
+    for seen in ranks:
+        said = seen["failures"][f"fewer parts {method}"]
+        assert "as many parts of at most 2 samples on every rank" in said
+        assert said.endswith("fewer on rank 1")
+
+
+def test_shards_are_not_compiled(ranks: Seen) -> None:
+    for seen in ranks:
+        said = seen["failures"]["compiled"]
+        assert "compile: expected a model that is not sharded" in said
 
 
 def test_forward_that_depends_on_the_batch(ranks: Seen) -> None:
