@@ -13,6 +13,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 # What glibc's own rules come to in a process that frees large blocks.
 _USUAL_MMAP = 32 << 20
 _USUAL_TRIM = 2 * _USUAL_MMAP
+_ALL = 2**31 - 1
 
 
 @contextmanager
@@ -32,7 +33,10 @@ def freed_memory_kept() -> Iterator[None]:
     if not hasattr(libc, "gnu_get_libc_version") or any(map(os.environ.get, chosen)):
         yield
         return
-    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    # Either ends glibc's own adaptation of both; some versions refuse more than usual.
+    for most in (_USUAL_MMAP, _ALL):
+        libc.mallopt(_MMAP_THRESHOLD, most)
+    libc.mallopt(_TRIM_THRESHOLD, _ALL)
     try:
         yield
     finally:

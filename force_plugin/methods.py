@@ -383,7 +383,7 @@ class SynFlow(SaliencyMethod):
     @staticmethod
     @elementwise
     def score(weight: Tensor, gradient: Tensor) -> Tensor:  # noqa: D102
-        return gradient.mul_(weight).abs_()
+        return gradient.mul_(weight.to(gradient.dtype)).abs_()
 
 
 class SNIPIt(SNIP):

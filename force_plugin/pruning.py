@@ -335,4 +335,6 @@ def _agree(
 def _exclude(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Put what the masks have pruned behind everything else."""
     for name, mask in masks.items():
-        scores[name].masked_fill_(~mask, -torch.inf)
+        # 1 - 1 / kept is 0 or -inf; on a CPU, to fill takes four times as long.
+        kept = mask.view(torch.uint8).to(scores[name].dtype)
+        scores[name].add_(kept.reciprocal_().neg_().add_(1))

@@ -182,6 +182,8 @@ class Probe:
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
         self._registered: dict[tuple[nn.Module, str], str] = {}  # where these are
+        # By identity: a tensor, and the one that holds its absolute values.
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         self._last_batch: Any = None
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
@@ -199,6 +201,7 @@ class Probe:
         trace: TracebackType | None,
     ) -> None:
         self._iterator = self._last_batch = self._measure = None
+        self._twins.clear()
         self._exit.close()
 
     def prune(self, masks: Mapping[str, Tensor]) -> None:
@@ -280,9 +283,10 @@ class Probe:
                 # A weight that no gradient depends on has no curvature.
                 curved = [name for name, s in slope.items() if s.requires_grad]
                 if curved:
-                    product = torch.stack([(g[n] * slope[n]).sum() for n in curved])
+                    # The gradient of the sum of their products, which is not needed.
+                    vectors = [g[n].to(slope[n].dtype) for n in curved]
                     try:
-                        totals.add_gradients(product.sum())
+                        totals.add_gradients([slope[n] for n in curved], vectors)
                     except RuntimeError as error:
                         if "is not implemented" not in str(error):
                             raise
@@ -521,26 +525,29 @@ class Probe:
 
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Absolute values in the place of all parameters and buffers; parameters."""
-        twins: dict[int, Tensor] = {}
 
-        def twin(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor.detach().clone()
-            return tensor.detach().to(dtype, copy=True).abs_()
+        def twin(tensor: Any) -> Any:
+            if id(tensor) not in self._twins:
+                real = tensor.is_floating_point()
+                copy = torch.empty_like(tensor, dtype=dtype if real else None)
+                if isinstance(tensor, nn.Parameter):
+                    copy = nn.Parameter(copy, tensor.requires_grad)
+                self._twins[id(tensor)] = tensor, copy
+            copy = self._twins[id(tensor)][1].requires_grad_(tensor.requires_grad)
+            copy.data.copy_(tensor)
+            if copy.is_floating_point():
+                copy.data.abs_()
+            return copy
 
         for module in self.model.modules():
             module.training = False
             for key, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[key] = twins.setdefault(id(buffer), twin(buffer))
+                    module._buffers[key] = twin(buffer)
             for key, parameter in module._parameters.items():
                 if parameter is not None:
-                    if id(parameter) not in twins:
-                        twins[id(parameter)] = nn.Parameter(
-                            twin(parameter), parameter.requires_grad
-                        )
-                    module._parameters[key] = twins[id(parameter)]  # type: ignore[assignment]
-        return {name: twins[id(s)] for name, s in self._leaves.items()}
+                    module._parameters[key] = twin(parameter)
+        return {name: self._twins[id(leaf)][1] for name, leaf in self._leaves.items()}
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -908,10 +915,14 @@ class _Sums(dict[str, Tensor]):
         super().__init__()
         self._leaves = leaves
 
-    def add_gradients(self, loss: Tensor) -> None:
+    def add_gradients(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        vectors: Sequence[Tensor] | None = None,
+    ) -> None:
         # Not torch.autograd.grad, whose results can share memory (two weights that
         # are added up have one gradient) and would be overwritten twice by a score.
-        torch.autograd.backward(loss, inputs=list(self._leaves.values()))
+        torch.autograd.backward(outputs, vectors, inputs=list(self._leaves.values()))
         for name, leaf in self._leaves.items():
             gradient = leaf.grad
             if gradient is None or gradient is self.get(name):
