@@ -1,0 +1,41 @@
+"""The benchmark of scoring's cost runs, and sees what got worse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = ["step", "large", "synflow", "grasp", "selection", "profile"]
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "benchmarks/cost.py", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_ratio_that_got_worse_is_visible_from_one_command(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    quick = ("--quick", "--sizes", "1e5", "--only")
+    first = run(*quick, *SECTIONS, "--store", str(file))
+    assert first.returncode == 0, first.stderr
+    assert max(map(len, first.stdout.splitlines()[3:])) <= 80
+    record = json.loads(file.read_text("utf-8"))
+    assert {row["section"] for row in record["rows"]} == set(SECTIONS)
+
+    shown = run("--from", str(file), "--only", *SECTIONS, "--plot", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[3:] == first.stdout.splitlines()[3:]
+    assert (tmp_path / "ratios.png").stat().st_size
+
+    def compared(factor: float) -> int:
+        for row in record["rows"]:
+            for end in row.get("ratio", ()):
+                row["ratio"][end] *= factor
+        file.write_text(json.dumps(record), "utf-8")
+        return run(*quick, "grasp", "--compare", str(file)).returncode
+
+    assert compared(100) == 0
+    assert compared(1e-4) == 1
