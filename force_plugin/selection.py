@@ -17,6 +17,8 @@ from force_plugin.sharding import WHOLE, Parts
 # Up to this many candidates, to select among all is as cheap as to narrow further.
 _SMALL = 1 << 16
 _LARGEST_SAMPLE = 1 << 20
+# Up to this many, threads wait for Python's lock longer than they work.
+_ALONE = 1 << 24
 # Values that stay in a core's cache while they are looked at.
 _BLOCK = 1 << 19
 
@@ -205,8 +207,12 @@ def _split(
         [block for whole in wholes for block in torch.split(whole, size)]
         for wholes in (candidates, upper)
     )
-    with ThreadPoolExecutor(torch.get_num_threads() if on_cpu else 1) as pool:
-        numbers, at, values = zip(*pool.map(split, blocks, marks), strict=True)
+    if on_cpu and sum(map(len, candidates)) > _ALONE:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = list(pool.map(split, blocks, marks))
+    else:
+        found = list(map(split, blocks, marks))
+    numbers, at, values = zip(*found, strict=True)
     device = values[0].device
     between = torch.cat([v.to(device) for v in values])
     from_high, inside = map(int, parts.total(sum(numbers), len(between)))
