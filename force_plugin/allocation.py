@@ -22,7 +22,7 @@ def freed_memory_kept() -> Iterator[None]:
 
     Each pass allocates and frees what the one before has: activations and gradients.
     glibc gives much of it back to the system, which has to clear every page of it when
-    it is asked for again; that takes about a tenth of a pass of a ResNet-50 on a CPU.
+    it is asked for again; that takes up to a tenth of a pass of a ResNet-50 on a CPU.
     Values do not depend on it. With another C library, and where the user has set
     malloc's parameters in the environment, nothing is done.
 
