@@ -251,6 +251,21 @@ def milliseconds(
     return [(1000 * ours / per, 1000 * theirs / per) for ours, theirs in pairs]
 
 
+def row_of_few(
+    section: str,
+    setting: str,
+    case: str,
+    turns: Sequence[Turns],
+    remark: str = "",
+    **more: Any,
+) -> Row:
+    """A line about calls of few steps, and beneath it what they do once."""
+    once = 1000 * statistics.median(t.once() for t in turns)
+    more["note"] = f"{remark}done once: {once:.0f} ms"
+    pairs = milliseconds(t.step_of_60() for t in turns)
+    return make_row(section, setting, case, "ms a step", pairs, **more)
+
+
 @dataclass
 class Case:
     """What the sections about a step measure."""
@@ -300,16 +315,9 @@ def measure_large(args: argparse.Namespace) -> Iterator[Row]:
         turns = [
             take_turns(dense, data, 4, batches=batches) for _ in range(args.runs or 3)
         ]
-        once = 1000 * statistics.median(t.once() for t in turns)
-        yield make_row(
-            "large",
-            f"{size}x{size}, {batches} batches a step, force",
-            name,
-            "ms a step",
-            milliseconds(t.step_of_60() for t in turns),
-            1.03,
-            note=f"batch {samples}; done once: {once:.0f} ms",
-        )
+        setting = f"{size}x{size}, {batches} batches a step, force"
+        remark = f"batch {samples}; "
+        yield row_of_few("large", setting, name, turns, remark, bound=1.03)
 
 
 def measure_synflow(args: argparse.Namespace) -> Iterator[Row]:
@@ -460,16 +468,8 @@ def measure_below(args: argparse.Namespace) -> Iterator[Row]:
         take = partial(take_turns, case.dense, case.batch, loaded=loaded)
         take(steps=3, **settings)  # warms up
         turns = [take(steps=8, **settings) for _ in range(args.runs or 3)]
-        once = 1000 * statistics.median(t.once() for t in turns)
-        yield make_row(
-            "below",
-            f"{case.setting}, force",
-            option,
-            "ms a step",
-            milliseconds(t.step_of_60() for t in turns),
-            quality=quality[option],
-            note=f"done once: {once:.0f} ms",
-        )
+        setting = f"{case.setting}, force"
+        yield row_of_few("below", setting, option, turns, quality=quality[option])
 
 
 def qualities(args: argparse.Namespace) -> dict[str, Row]:
@@ -895,28 +895,33 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = arguments()
+def begin(args: argparse.Namespace) -> dict[str, Any]:
+    """What is stored in a file, or where and with what it is to be measured."""
     warnings.simplefilter("ignore")
     if args.threads:
         torch.set_num_threads(args.threads)
-    stored: dict[Any, Row] = {}
-    if args.compare:
-        rows = json.loads(args.compare.read_text("utf-8"))["rows"]
-        stored = {identity(row): row for row in rows if row.get("ratio")}
     if args.source:
-        record = json.loads(args.source.read_text("utf-8"))
+        record: dict[str, Any] = json.loads(args.source.read_text("utf-8"))
     else:
-        record = machine(args.device) | {"noise": args.noise, "quick": args.quick}
+        record = machine(args.device) | {"quick": args.quick}
     print(
         "{cpu}, {cores} cores, {threads} threads, on {device}\n"
         "Python {python}, torch {torch}, timm {timm}, {date}\n"
         "{command}".format(**record)
-        + (
-            "\n{noise} busy processes beside it".format(**record)
-            * bool(record["noise"])
-        )
     )
+    return record
+
+
+def main() -> None:
+    args = arguments()
+    record = begin(args)
+    stored: dict[Any, Row] = {}
+    if args.compare:
+        rows = json.loads(args.compare.read_text("utf-8"))["rows"]
+        stored = {identity(row): row for row in rows if row.get("ratio")}
+    record.setdefault("noise", args.noise)
+    if record["noise"]:
+        print(f"{record['noise']} busy processes beside it")
     done: list[Row] = []
     with ExitStack() as stack:
         if not args.source:

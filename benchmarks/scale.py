@@ -27,7 +27,6 @@ import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ import numpy as np
 import sharded_memory
 import timm
 import torch
-from cost import fresh, machine, make_batch, make_model, peak, prunable, take_turns
+from cost import begin, fresh, make_batch, make_model, peak, prunable, take_turns
 
 Row = dict[str, Any]
 Fit = dict[str, Any]
@@ -401,19 +400,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    warnings.simplefilter("ignore")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.source:
-        record = json.loads(args.source.read_text("utf-8"))
-    else:
-        record = machine(args.device) | {"quick": args.quick} | measure(args)
+    record = begin(args)
+    if not args.source:
+        record |= measure(args)
     fitted = fit(record)
-    print(
-        "{cpu}, {cores} cores, {threads} threads, on {device}\n"
-        "Python {python}, torch {torch}, timm {timm}, {date}\n"
-        "{command}".format(**record)
-    )
     show(record, fitted)
     if args.predict is not None:
         rows = predict(record, fitted, args.predict, args.gpu)

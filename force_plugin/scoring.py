@@ -182,8 +182,8 @@ class Probe:
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
         self._registered: dict[tuple[nn.Module, str], str] = {}  # where these are
-        # By identity: a tensor, and the one that holds its absolute values.
-        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        # The absolute values of the stand-ins, by their identity.
+        self._twins: dict[int, nn.Parameter] = {}
         self._last_batch: Any = None
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
@@ -224,15 +224,14 @@ class Probe:
             NoGradientError: A weight got no gradient from any batch.
         """
         self._open()
-        losses, totals = [], _Sums(self._stand_ins)
-        for batch in self._batches():
-            losses.append(0.0)
+        total, number, totals = 0.0, 0, _Sums(self._stand_ins)
+        for number, batch in enumerate(self._batches(), start=1):  # noqa: B007
             for part, share in self._split(batch):
                 loss = self._loss(part) * share
                 totals.add_gradients(loss)
-                losses[-1] += loss.item()
+                total += loss.item()
         gradients = self._complete(totals)
-        count = self._mean_loss(sum(losses), len(losses))
+        count = self._mean_loss(total, number)
         if count != 1:
             for gradient in gradients.values():
                 gradient.div_(count)
@@ -264,7 +263,7 @@ class Probe:
             for part, share in pieces:
                 g.add_gradients(self._loss(part, temperature) * share)
             self._complete(g)
-        losses, totals = [], _Sums(self._stand_ins)
+        total, totals = 0.0, _Sums(self._stand_ins)
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
             for part, share in pieces:
@@ -294,8 +293,8 @@ class Probe:
                             "GraSP needs second derivatives, and PyTorch lacks one: "
                             f"{error}. Take another activation or another method"
                         ) from error
-                losses.append(loss.item())
-        self._mean_loss(sum(losses), len(batches))
+                total += loss.item()
+        self._mean_loss(total, len(batches))
         totals.average(self.parts)
         return {
             name: totals.get(name, torch.zeros_like(weight))
@@ -525,29 +524,37 @@ class Probe:
 
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Absolute values in the place of all parameters and buffers; parameters."""
+        buffers: dict[int, Tensor] = {}
 
-        def twin(tensor: Any) -> Any:
-            if id(tensor) not in self._twins:
-                real = tensor.is_floating_point()
-                copy = torch.empty_like(tensor, dtype=dtype if real else None)
-                if isinstance(tensor, nn.Parameter):
-                    copy = nn.Parameter(copy, tensor.requires_grad)
-                self._twins[id(tensor)] = tensor, copy
-            copy = self._twins[id(tensor)][1].requires_grad_(tensor.requires_grad)
-            copy.data.copy_(tensor)
-            if copy.is_floating_point():
-                copy.data.abs_()
-            return copy
+        def positive(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor.detach().clone()
+            return tensor.detach().to(dtype, copy=True).abs_()
+
+        def twin(parameter: nn.Parameter) -> nn.Parameter:
+            if id(parameter) not in self._twins:
+                made = nn.Parameter(positive(parameter), parameter.requires_grad)
+                self._twins[id(parameter)] = made
+                return made
+            # Made anew at each step, they would be most of its cost.
+            kept = self._twins[id(parameter)]
+            kept.requires_grad_(parameter.requires_grad)
+            kept.data.copy_(parameter)
+            if kept.is_floating_point():
+                kept.data.abs_()
+            return kept
 
         for module in self.model.modules():
             module.training = False
             for key, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[key] = twin(buffer)
+                    if id(buffer) not in buffers:
+                        buffers[id(buffer)] = positive(buffer)
+                    module._buffers[key] = buffers[id(buffer)]
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[key] = twin(parameter)
-        return {name: self._twins[id(leaf)][1] for name, leaf in self._leaves.items()}
+        return {name: self._twins[id(leaf)] for name, leaf in self._leaves.items()}
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:

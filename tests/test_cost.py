@@ -39,3 +39,10 @@ def test_a_ratio_that_got_worse_is_visible_from_one_command(tmp_path: Path) -> N
 
     assert compared(100) == 0
     assert compared(1e-4) == 1
+
+
+def test_the_docs_show_what_is_stored() -> None:
+    sections = ["step", "profile", "grasp", "synflow", "large"]
+    shown = run("--from", "benchmarks/cost.json", "--only", *sections)
+    stored = (ROOT / "docs" / "cost-results.txt").read_text("utf-8")
+    assert shown.stdout == stored
