@@ -240,8 +240,8 @@ class Probe:
     def hessian_gradients(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """Hg at θ ⊙ c, with g held constant; g and Hg are summed over the batches.
 
-        One pass serves a single batch. Several, or parts of one, are kept and passed
-        through twice: first g, then for each the gradient of ⟨g, ∇L_b⟩.
+        Each batch, or part of one, is passed through twice: for what it adds to g, and
+        for the gradient of ⟨g, ∇L_b⟩. Of the last one, a single pass serves for both.
 
         Args:
             temperature: Divides the model's outputs before ``loss_fn``; a loss that
@@ -257,16 +257,15 @@ class Probe:
         self._refuse_compile("second derivatives, which torch.compile lacks")
         self._open()
         batches = list(self._batches())
-        pieces = [piece for batch in batches for piece in self._split(batch)]
+        *earlier, last = [piece for batch in batches for piece in self._split(batch)]
         g = _Sums(self._stand_ins)
-        if len(pieces) > 1:
-            for part, share in pieces:
-                g.add_gradients(self._loss(part, temperature) * share)
-            self._complete(g)
+        for part, share in earlier:
+            g.add_gradients(self._loss(part, temperature) * share)
         total, totals = 0.0, _Sums(self._stand_ins)
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            for part, share in pieces:
+            for piece in (last, *earlier):
+                part, share = piece
                 loss = self._loss(part, temperature) * share
                 slopes = torch.autograd.grad(
                     loss,
@@ -276,8 +275,9 @@ class Probe:
                 )
                 pairs = dict(zip(self._stand_ins, slopes, strict=True))
                 slope = {n: s.to_dense() for n, s in pairs.items() if s is not None}
-                if len(pieces) == 1:
-                    g.update((name, s.detach()) for name, s in slope.items())
+                if piece is last:
+                    for name, gradient in slope.items():
+                        g.add(name, gradient.detach())
                     self._complete(g)
                 # A weight that no gradient depends on has no curvature.
                 curved = [name for name, s in slope.items() if s.requires_grad]
@@ -935,15 +935,19 @@ class _Sums(dict[str, Tensor]):
             if gradient is None or gradient is self.get(name):
                 continue
             dense = gradient.to_dense()  # an embedding may ask for sparse ones
-            wide = dense.float() if dense.itemsize < 4 else dense
-            if wide is gradient:  # the next batch's is added to it by the backward pass
-                self[name] = wide
+            if dense is gradient and dense.itemsize >= 4:
+                self[name] = dense  # the next one is added to it by the backward pass
                 continue
             leaf.grad = None
-            if name in self:
-                self[name].add_(wide)
-            else:
-                self[name] = wide
+            self.add(name, dense)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add a gradient that is kept if it is the first one."""
+        wide = gradient.float() if gradient.itemsize < 4 else gradient
+        if name in self:
+            self[name].add_(wide)
+        else:
+            self[name] = wide
 
     def average(self, parts: Parts) -> None:
         """Average over ranks; what only some of them have is 0 on the others."""
