@@ -16,7 +16,7 @@ large      224x224, ten batches a step
 synflow    over the passes of a positive float64 network that was converted once
 grasp      over one bare step of as many samples
 memory     peak over that of a bare step, in fresh processes, bytes a prunable weight
-selection  the k-th largest score over the fastest of three others; --sizes 1e9 too
+selection  the k largest scores over the fastest of three others; --sizes 1e9 too
 below      options that make a step cheaper than bare, and what they cost in exactness
 authors    the authors' code; needs --force-repo and --grasp-repo
 profile    milliseconds of each part of a step

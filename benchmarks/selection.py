@@ -1,13 +1,15 @@
-"""The k-th largest of many scores: ours beside PyTorch's and NumPy's.
+"""The k largest of many scores: ours beside PyTorch's and NumPy's.
 
     python benchmarks/selection.py
     python benchmarks/selection.py --sizes 1e6 1e7 1e8 1e9 --store selection.json
 
 The scores are in tensors of the sizes of ResNet-50's layers, again and again, as a
-network has them. ``torch.topk``, ``torch.kthvalue`` and ``numpy.partition`` take one
-tensor, so that to concatenate is a part of what they do; ours does not. All of them are
-called in turns, and what they find must be the same. A time is the least of the runs:
-other processes only ever add to it.
+network has them, and what is wanted is a mask for each. ``torch.topk``,
+``torch.kthvalue`` and ``numpy.partition`` take one tensor, so that to concatenate is a
+part of what they do, and mark with ``>=``, which of equal scores takes too many: only
+ours marks exactly k. All of them are called in turns, and the k-th largest score that
+they find must be the same. A time is the least of the runs: other processes only ever
+add to it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import timm
 import torch
 from torch import Tensor
 
-from force_plugin.selection import kth_largest
+from force_plugin.selection import top_k_masks
 
 Method = Callable[[list[Tensor], int], float]
 
@@ -43,22 +45,27 @@ SHARES = {"k = 1": 0.0, "1 %": 0.01, "10 %": 0.1, "50 %": 0.5, "k = m - 1": 1.0}
 
 
 def by_ours(scores: list[Tensor], k: int) -> float:
-    return kth_largest(scores, k)[0]
+    return top_k_masks(scores, k)[1]
 
 
 def by_topk(scores: list[Tensor], k: int) -> float:
-    return float(torch.topk(torch.cat(scores), k, sorted=False).values.min())
+    return marked(scores, torch.topk(torch.cat(scores), k, sorted=False).values.min())
 
 
 def by_kthvalue(scores: list[Tensor], k: int) -> float:
     merged = torch.cat(scores)
-    return float(torch.kthvalue(merged, len(merged) - k + 1).values)
+    return marked(scores, torch.kthvalue(merged, len(merged) - k + 1).values)
 
 
 def by_partition(scores: list[Tensor], k: int) -> float:
     merged = torch.cat(scores).numpy()
     merged.partition(len(merged) - k)  # where it is, without another copy
-    return float(merged[len(merged) - k])
+    return marked(scores, torch.tensor(merged[len(merged) - k]))
+
+
+def marked(scores: list[Tensor], threshold: Tensor) -> float:
+    _ = [score >= threshold for score in scores]
+    return float(threshold)
 
 
 def make_scores(size: int, kind: str, device: str) -> list[Tensor]:

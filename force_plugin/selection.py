@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -20,13 +19,18 @@ _LARGEST_SAMPLE = 1 << 20
 # Up to this many, threads wait for Python's lock longer than they work.
 _ALONE = 1 << 24
 # Values that stay in a core's cache while they are looked at.
-_BLOCK = 1 << 19
+_BLOCK = 1 << 20
 
 
 def top_k_masks(
     scores: Sequence[Tensor], k: int, parts: Parts = WHOLE
 ) -> tuple[list[Tensor], float]:
     """Mark the k largest scores.
+
+    A sample brackets the k-th largest, one pass marks what lies above the bracket and
+    copies what lies inside, and only this is looked at in the next round: the idea of
+    Floyd and Rivest (1975), on tensors that are never concatenated. A misleading sample
+    costs another round, never exactness.
 
     The order is total: of equal scores the one that comes first (earlier tensor, then
     lower index in row-major order) counts as larger. ``-inf`` is the lowest score.
@@ -56,7 +60,7 @@ def top_k_masks(
     if found.low < threshold <= found.high:  # nearly always
         for mask, at, values in found.blocks:
             mask.scatter_(0, at, values >= threshold)
-        masks = list(map(_unflat, found.upper, scores))
+        masks = list(map(_unflat, found.masks(), scores))
     else:
         masks = [score >= threshold for score in scores]
     for score, mask in zip(reversed(scores), reversed(masks), strict=True):
@@ -86,33 +90,17 @@ def _keep_last(marks: Tensor, count: int) -> None:
         count -= min(here, count)
 
 
-def kth_largest(
-    scores: Sequence[Tensor], k: int, parts: Parts = WHOLE
-) -> tuple[float, int]:
-    """The k-th largest value of all tensors together, exactly.
-
-    A sample brackets the value, one pass counts what lies above the bracket and copies
-    what lies inside, and only this is looked at in the next round: the idea of Floyd
-    and Rivest (1975), on tensors that are never concatenated. A misleading sample costs
-    another round, never exactness.
-
-    Args:
-        scores: As in :func:`top_k_masks`.
-        k: Rank, 1 ≤ k ≤ number of scores.
-        parts: As in :func:`top_k_masks`.
-
-    Returns:
-        The value, and how many more than k values are at least as large.
-    """
-    candidates = [_flat(score.detach()) for score in scores]
-    found = _split(candidates, *_bracket(candidates, k, parts), parts)
-    return _search(candidates, k, found, parts)
-
-
 def _search(
     candidates: Sequence[Tensor], k: int, found: _Split, parts: Parts
 ) -> tuple[float, int]:
-    """As :func:`kth_largest`, after the first pass."""
+    """The k-th largest score, and how many more than k are at least as large.
+
+    Args:
+        candidates: All scores; flat.
+        k: Its rank, at least 1.
+        found: How they were split.
+        parts: As in :func:`top_k_masks`.
+    """
     while True:
         # Both ends stay outside of the next round: a value that most scores share
         # (0, as a rule) would otherwise be carried from round to round.
@@ -177,9 +165,30 @@ class _Split(NamedTuple):
     from_high: int  # how many are at least ``high``, in all parts
     inside: int  # how many are between, in all parts
     between: Tensor  # those of this part
-    upper: list[Tensor]  # of each tensor, which are at least ``high``
-    # Of each block of each tensor: its view of ``upper``, and where those between are.
+    # Of each run of tensors, which are at least ``high``, and the tensors' lengths.
+    runs: list[tuple[Tensor, list[int]]]
+    # Of each block of each run: its part of that, and where those between are.
     blocks: list[tuple[Tensor, Tensor, Tensor]]
+
+    def masks(self) -> Iterator[Tensor]:
+        """Of each tensor, what is marked in its run by now."""
+        for marks, lengths in self.runs:
+            pieces = torch.split(marks, lengths)
+            # Each in memory of its own, as they will be saved one by one.
+            yield from pieces if len(pieces) == 1 else map(torch.clone, pieces)
+
+
+def _runs(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors one after the other, as many as fit into a block, or a longer one."""
+    runs: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not runs or len(tensor) > room:
+            runs.append([])
+            room = _BLOCK
+        runs[-1].append(tensor)
+        room -= len(tensor)
+    return runs
 
 
 def _split(
@@ -187,7 +196,8 @@ def _split(
 ) -> _Split:
     """Divide values in one pass."""
 
-    def split(values: Tensor, upper: Tensor) -> tuple[int, Tensor, Tensor]:
+    def split(run: list[Tensor], upper: Tensor) -> tuple[int, Tensor, Tensor]:
+        values = run[0] if len(run) == 1 else torch.cat(run)
         if values.device.type != "cpu":
             torch.ge(values, high, out=upper)
             at = ((values > low) ^ upper).nonzero().squeeze(1) if low < high else none
@@ -200,24 +210,30 @@ def _split(
         return int(np.count_nonzero(above)), at, torch.from_numpy(array[where])
 
     none = torch.empty(0, dtype=torch.long)
-    upper = [torch.empty_like(c, dtype=torch.bool) for c in candidates]
     on_cpu = all(c.device.type == "cpu" for c in candidates)
-    size = _BLOCK if on_cpu else sys.maxsize
-    blocks, marks = (
-        [block for whole in wholes for block in torch.split(whole, size)]
-        for wholes in (candidates, upper)
-    )
+    runs: list[tuple[Tensor, list[int]]] = []
+    blocks: list[tuple[list[Tensor], Tensor]] = []
+    for run in _runs(candidates) if on_cpu else [[c] for c in candidates]:
+        lengths = list(map(len, run))
+        marks = torch.empty(sum(lengths), dtype=torch.bool, device=run[0].device)
+        runs.append((marks, lengths))
+        if on_cpu and len(run) == 1:
+            halves = (torch.split(whole, _BLOCK) for whole in (run[0], marks))
+            blocks += (([values], part) for values, part in zip(*halves, strict=True))
+        else:
+            blocks.append((run, marks))
     if on_cpu and sum(map(len, candidates)) > _ALONE:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = list(pool.map(split, blocks, marks))
+            found = list(pool.map(split, *zip(*blocks, strict=True)))
     else:
-        found = list(map(split, blocks, marks))
+        found = [split(*block) for block in blocks]
     numbers, at, values = zip(*found, strict=True)
     device = values[0].device
     between = torch.cat([v.to(device) for v in values])
     from_high, inside = map(int, parts.total(sum(numbers), len(between)))
-    places = list(zip(marks, at, values, strict=True))
-    return _Split(low, high, from_high, inside, between, upper, places)
+    parted = (part for _, part in blocks)
+    places = list(zip(parted, at, values, strict=True))
+    return _Split(low, high, from_high, inside, between, runs, places)
 
 
 def _count(masks: Iterable[Tensor], parts: Parts) -> int:

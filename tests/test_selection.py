@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from force_plugin import selection
-from force_plugin.selection import kth_largest, top_k_masks
+from force_plugin.selection import top_k_masks
 
 INF = math.inf
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -283,7 +283,7 @@ def test_hard_scores_take_two_rounds_at_most(
     values = HARD[name]()
     for k in ranks(values):
         rounds = 0
-        kth_largest(split(values), k)
+        top_k_masks(split(values), k)
         assert 1 <= rounds <= 2, k
 
 
@@ -326,8 +326,28 @@ def test_every_rank_of_the_threshold_is_the_value_of_that_rank() -> None:
     descending = np.sort(values)[::-1]
     scores = split(values)
     for k in _rng().integers(1, TOTAL + 1, 25):
-        more = int((values >= descending[k - 1]).sum()) - k
-        assert kth_largest(scores, int(k)) == (descending[k - 1], more)
+        masks, threshold = top_k_masks(scores, int(k))
+        assert threshold == descending[k - 1]
+        assert sum(int(mask.sum()) for mask in masks) == k
+
+
+def test_no_more_than_a_block_is_ever_put_together() -> None:
+    lengths = [4_000, 4_000, 4_000, 0, 70_000, 1, 9_999, 10_000]
+    runs = selection._runs([torch.empty(length) for length in lengths])
+    assert [[len(tensor) for tensor in run] for run in runs] == [
+        [4_000, 4_000],
+        [4_000, 0],
+        [70_000],
+        [1, 9_999],
+        [10_000],
+    ]
+
+
+def test_each_mask_has_memory_of_its_own() -> None:
+    # They become buffers of a network, which may be saved one by one.
+    scores = [torch.rand(3, 4), torch.rand(7), torch.rand(70_000)]
+    masks, _ = top_k_masks(scores, 10)
+    assert [m.untyped_storage().nbytes() for m in masks] == [12, 7, 70_000]
 
 
 # Chance
@@ -402,7 +422,7 @@ def test_an_unlucky_sample_costs_rounds_and_never_exactness(
 )
 @example(values=[0.0] * 9 + [1.0], unlucky=[[0, 0]], share=0.2)
 @settings(max_examples=300, deadline=None)
-def test_any_brackets_lead_to_the_same_value(
+def test_any_brackets_lead_to_the_same_masks(
     values: list[float], unlucky: list[list[int]], share: float
 ) -> None:
     k = max(1, math.ceil(share * len(values)))
@@ -417,6 +437,5 @@ def test_any_brackets_lead_to_the_same_value(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_SMALL", 0)
         patch.setattr(selection, "_bracket", bracket)
-        found, more = kth_largest([torch.tensor(values).double()], k)
-    assert found == sorted(values, reverse=True)[k - 1]
-    assert more == sum(value >= found for value in values) - k
+        halves = torch.tensor(values).double().tensor_split(2)
+        assert_as_naive(halves, k)
