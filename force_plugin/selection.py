@@ -14,12 +14,12 @@ from torch import Tensor
 from force_plugin.sharding import WHOLE, Parts
 
 # Up to this many candidates, to select among all is as cheap as to narrow further.
-_SMALL = 1 << 16
+_SMALL = 1 << 18
 _LARGEST_SAMPLE = 1 << 20
-# Up to this many, threads wait for Python's lock longer than they work.
-_ALONE = 1 << 24
+# Up to this many bytes, threads wait for Python's lock longer than they work.
+_ALONE = 1 << 27
 # Values that stay in a core's cache while they are looked at.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 19
 
 
 def top_k_masks(
@@ -222,7 +222,7 @@ def _split(
             blocks += (([values], part) for values, part in zip(*halves, strict=True))
         else:
             blocks.append((run, marks))
-    if on_cpu and sum(map(len, candidates)) > _ALONE:
+    if on_cpu and sum(c.nbytes for c in candidates) > _ALONE:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             found = list(pool.map(split, *zip(*blocks, strict=True)))
     else:
