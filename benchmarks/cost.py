@@ -21,6 +21,8 @@ below      options that make a step cheaper than bare, and what they cost in exa
 authors    the authors' code; needs --force-repo and --grasp-repo
 profile    milliseconds of each part of a step
 
+``--store`` keeps what the file has of other sections from the same machine.
+
 Where a section takes few steps, what a call does once (stand-ins, the search for gates,
 the last look at the mask, pruning the model) counts as in a call of 60 steps.
 """
@@ -321,27 +323,35 @@ def measure_large(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def measure_synflow(args: argparse.Namespace) -> Iterator[Row]:
-    models, settings = ["resnet50", "vgg16_bn"], [(32, 10), (224, 10)]
+    models, sizes, few, more = ["resnet50", "vgg16_bn"], [32, 224], 2, 10
     if args.quick:
-        models, settings = ["test_resnet"], [(32, 4)]
-    for size, steps in settings:
+        models, sizes, more = ["test_resnet"], [32], 4
+    for size in sizes:
         for name in models:
             dense = make_model(name, size, args.device)
-            ours = partial(
-                prune,
-                loader=[make_batch(2, size, args.device)],
-                method="synflow",
-                steps=steps,
-            )
+            loader = [make_batch(2, size, args.device)]
+            ours = partial(prune, loader=loader, method="synflow")
             # As the authors do: the conversion is made once, and flows both ways.
             positive = copy.deepcopy(dense).double().eval()
             for tensor in (*positive.parameters(), *positive.buffers()):
                 tensor.data.abs_()
             ones = torch.ones(1, 3, size, size, dtype=torch.float64)
-            theirs = partial(flow, positive, ones.to(args.device), steps)
-            pairs = milliseconds(alternate(ours, dense, theirs, args.runs or 3), steps)
-            setting = f"{size}x{size}, {steps} steps"
-            yield make_row("synflow", setting, name, "ms a step", pairs, 1.12)
+            theirs = partial(flow, positive, ones.to(args.device), more)
+            found, once = [], []
+            for _ in range((args.runs or 3) + 1):
+                # One batch serves all steps, so that no loader can stop our clock.
+                short, long = (
+                    seconds(partial(ours, copy.deepcopy(dense), steps=steps))
+                    for steps in (few, few + more)
+                )
+                step = (long - short) / more
+                once.append(short - few * step)
+                found.append((step + once[-1] / STEPS, seconds(theirs) / more))
+            note = f"done once: {1000 * statistics.median(once[1:]):.0f} ms"
+            pairs = milliseconds(found[1:])  # the first warms up
+            setting = f"{size}x{size}"
+            row = ("synflow", setting, name, "ms a step", pairs, 1.12)
+            yield make_row(*row, note=note)
 
 
 def flow(positive: nn.Module, ones: Tensor, number: int) -> None:
@@ -372,7 +382,13 @@ def of_process(what: str) -> int:
 
 
 def peak(
-    method: str, name: str, size: int, samples: int, batches: int, device: str
+    method: str,
+    name: str,
+    size: int,
+    samples: int,
+    batches: int,
+    device: str,
+    microbatch: int | None = None,
 ) -> int:
     """Bytes that a model and a few steps of it need; an empty method: bare ones."""
     warnings.simplefilter("ignore")
@@ -383,7 +399,8 @@ def peak(
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if method:
-        prune(model, [data], method=method, steps=3, batches=batches)
+        options = {"batches": batches, "microbatch": microbatch}
+        prune(model, [data], method=method, steps=3, **options)
     else:
         bare(model, data, 3 * batches, batches)
     if device == "cuda":
@@ -912,6 +929,27 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
+def keep_others(args: argparse.Namespace, record: Row) -> list[Row]:
+    """What a file has of other sections, measured on the same machine."""
+    if args.source or not args.store or not args.store.exists():
+        return []
+    earlier = json.loads(args.store.read_text("utf-8"))
+    kept = [row for row in earlier["rows"] if row["section"] not in args.only]
+    differing = [
+        f"{key}: {earlier.get(key)!r}, now {value!r}"
+        for key, value in record.items()
+        if key not in ("date", "command") and earlier.get(key) != value
+    ]
+    if kept and differing:
+        raise SystemExit(
+            f"--store {args.store}: expected a new file, or one that was measured "
+            f"under the same conditions, got {'; '.join(differing)}"
+        )
+    if kept:
+        record["command"] = f"{earlier['command']}\n{record['command']}"
+    return kept
+
+
 def main() -> None:
     args = arguments()
     record = begin(args)
@@ -922,6 +960,7 @@ def main() -> None:
     record.setdefault("noise", args.noise)
     if record["noise"]:
         print(f"{record['noise']} busy processes beside it")
+    others = keep_others(args, record)
     done: list[Row] = []
     with ExitStack() as stack:
         if not args.source:
@@ -934,7 +973,7 @@ def main() -> None:
             done += show(section, rows, stored)
             if args.store:  # after each section: the next may be interrupted
                 args.store.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(record | {"rows": done}, indent=1)
+                text = json.dumps(record | {"rows": others + done}, indent=1)
                 args.store.write_text(text + "\n", encoding="utf-8")
     if args.plot:
         plot(done, args.plot)

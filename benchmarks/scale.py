@@ -106,6 +106,24 @@ def measure_memory(name: str, samples: int, args: argparse.Namespace) -> Row:
     return {"model": name, "weights": weights, **peaks}
 
 
+def measure_microbatch(args: argparse.Namespace) -> list[Row]:
+    """Peaks in bytes of whole batches, and of a large one in parts."""
+    name, size, large, small = "resnet50", 224, 128, 8
+    if args.quick:
+        name, size, large, small = "test_resnet", 32, 64, 4
+    cases: list[tuple[str, str, int, int | None]] = [
+        (f"bare gradients of {small} images", "", small, None),
+        (f"force, batches of {small}", "force", small, None),
+        (f"force, {large}, microbatch={small}", "force", large, small),
+    ]
+    rows = []
+    for case, method, samples, part in cases:
+        tell(f"{name} {size}x{size}, memory of {case}")
+        used = fresh(peak, method, name, size, samples, 1, args.device, part)
+        rows.append({"model": f"{name} {size}x{size}", "case": case, "bytes": used})
+    return rows
+
+
 def measure_ranks(model: str, image: int, ranks: Sequence[int]) -> list[Row]:
     """Bytes a weight and seconds a step of each rank, whole and sharded."""
     settings = argparse.Namespace(model=model, image=image, batch_size=1, steps=3)
@@ -174,6 +192,7 @@ def measure(args: argparse.Namespace) -> Row:
         for name, samples in models.items()
         if not args.quick or name == "resnet18"
     ]
+    record["microbatch"] = measure_microbatch(args)
     # In a small process: a process counts the memory of the one that started it.
     record["ranks"] = fresh(measure_ranks, rank_model, image, args.ranks)
     return record
@@ -265,6 +284,10 @@ def show(record: Row, fitted: Fit) -> None:
             f"{ours - bare:8.0f}{guess:8.0f}"
         )
     print(f"\nmore = {fitted['bytes']:.1f} bytes x weights")
+
+    print(f"\n{'MiB, ' + record['microbatch'][0]['model']:30}")
+    for row in record["microbatch"]:
+        print(f"{row['case']:42}{row['bytes'] / 2**20:8.0f}")
 
     print(f"\n{'ranks':30}{'':12}{'bytes a weight':>17}{'fit':>8}{'s a step':>10}")
     sharded = fitted["sharded"]

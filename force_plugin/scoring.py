@@ -8,7 +8,6 @@ raises half-way, they are bit for bit what they were.
 from __future__ import annotations
 
 import math
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import (
@@ -23,27 +22,30 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from force_plugin import gates, silence
 from force_plugin.allocation import freed_memory_kept
+from force_plugin.batches import (
+    CHANNELS_LAST,
+    count_samples,
+    cut,
+    describe,
+    is_pair,
+    to_device,
+)
 from force_plugin.connection import leads_through, tensors
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.sharding import WHOLE, Parts
-from force_plugin.snapshot import restored, snapshot
+from force_plugin.snapshot import random_states, restored, snapshot, without_trace
 
 Loader = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By number of dimensions."""
 
 
 class NoGradientError(RuntimeError):
@@ -170,7 +172,7 @@ class Probe:
             if autocast
             else nullcontext
         )
-        self._formats = _CHANNELS_LAST if channels_last else {}
+        self._formats = CHANNELS_LAST if channels_last else {}
         self._compile = compile
         self._on_batch = on_batch
         self._input_shape: tuple[int, ...] | None = None
@@ -320,12 +322,12 @@ class Probe:
         self._open()
         if self._input_shape is None:
             batch = next(self._batches(count=1))
-            inputs = batch[0] if _is_pair(batch) else batch
+            inputs = batch[0] if is_pair(batch) else batch
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
                 raise ValueError(
                     "SynFlow: expected batches (inputs, targets) or inputs, one "
                     "floating-point tensor that ones can take the place of, got "
-                    f"{_describe(inputs)}; take another method for other inputs"
+                    f"{describe(inputs)}; take another method for other inputs"
                 )
             self._input_shape = (1, *inputs.shape[1:])
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
@@ -339,13 +341,13 @@ class Probe:
             if not flow:
                 raise ValueError(
                     "SynFlow: expected a model whose outputs are tensors, got "
-                    f"{_describe(outputs)}"
+                    f"{describe(outputs)}"
                 )
             total = torch.stack(flow).sum()
             if not total.requires_grad:
                 raise RuntimeError(
                     "SynFlow: expected outputs that depend on the weights through "
-                    f"autograd, got {_describe(outputs)} without a gradient; return "
+                    f"autograd, got {describe(outputs)} without a gradient; return "
                     "them without detach or no_grad"
                 )
             return total, twins
@@ -397,7 +399,7 @@ class Probe:
         if self._last_batch is None:
             return None
         batch, _ = next(self._split(self._last_batch))
-        inputs = batch[0] if _is_pair(batch) else batch
+        inputs = batch[0] if is_pair(batch) else batch
 
         def run(inputs: Any = inputs) -> None:
             with self._autocast():
@@ -503,7 +505,7 @@ class Probe:
     def _remember(self) -> Callable[[], None]:
         """What a forward pass may change, and the way back."""
         restore = snapshot(self.model.modules())
-        randomness = _random_states(self.model)
+        randomness = random_states(self.model)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
         def rewind() -> None:
@@ -569,7 +571,7 @@ class Probe:
         """Put stand-ins in the place of weights and buffers."""
         if self._stand_ins:
             return
-        self._exit.enter_context(_without_trace(self.model, self._loader))
+        self._exit.enter_context(without_trace(self.model, self._loader))
         if self._device.type == "cpu":
             self._exit.enter_context(freed_memory_kept())
         self._exit.callback(torch.clear_autocast_cache)
@@ -585,11 +587,16 @@ class Probe:
             # for stand-ins would cost more, and has no second derivatives.
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}
+        owners = {m for n in self.weights for m, _ in self.parameters[n].slots()}
         for module in self.model.modules():
-            self._handles += (
-                module.register_forward_pre_hook(self._enter, prepend=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            )
+            # PyTorch's own without submodules (activations, pooling) read no one's
+            # weights, and hooks would take longer than many a forward of theirs.
+            theirs = type(module).__module__.startswith("torch.nn.modules.")
+            if module in owners or module._modules or not theirs:
+                self._handles += (
+                    module.register_forward_pre_hook(self._enter, prepend=True),
+                    module.register_forward_hook(self._leave, always_call=True),
+                )
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     if id(buffer) not in copies:
@@ -681,18 +688,18 @@ class Probe:
         if most is None:
             yield batch, 1.0
             return
-        samples = _samples(batch)
+        samples = count_samples(batch)
         if not samples:
             raise ValueError(
                 "microbatch: expected batches with a tensor whose first dimension are "
-                f"the samples, at least one, got {_describe(batch)} without; leave "
+                f"the samples, at least one, got {describe(batch)} without; leave "
                 "microbatch out"
             )
         count = math.ceil(samples / most)
         self._go_on_together(count, f"parts of at most {most} samples")
         # Of about the same size: a batch norm can do little with what is left over.
         for start, end in pairwise(samples * i // count for i in range(count + 1)):
-            yield _cut(batch, samples, slice(start, end)), (end - start) / samples
+            yield cut(batch, samples, slice(start, end)), (end - start) / samples
 
     def _go_on_together(self, more: int, what: str = "batches") -> None:
         """Make sure that the ranks of a sharded network have equally much to pass."""
@@ -765,7 +772,7 @@ class Probe:
             )
 
     def _moved(self, batch: Any) -> Any:
-        return _to(batch, self._device, self._formats)
+        return to_device(batch, self._device, self._formats)
 
     def _checked_loss(self, batch: Any, temperature: float) -> Tensor:
         batch = self._moved(batch)
@@ -774,17 +781,17 @@ class Probe:
             loss = self._forward(self.model, batch)
         else:
             source = "loss_fn"
-            if not _is_pair(batch):
+            if not is_pair(batch):
                 raise ValueError(
                     "loader: expected batches (inputs, targets), got "
-                    f"{_describe(batch)}; for other batches pass forward=, a callable "
+                    f"{describe(batch)}; for other batches pass forward=, a callable "
                     "(model, batch) -> loss"
                 )
             inputs, targets = batch
             if isinstance(inputs, Tensor) and inputs.shape[:1] == (0,):
                 raise ValueError(
                     "loader: expected at least one sample in each batch, got inputs "
-                    f"{_describe(inputs)}; leave empty batches out"
+                    f"{describe(inputs)}; leave empty batches out"
                 )
             outputs = self.model(inputs)
             try:
@@ -795,16 +802,16 @@ class Probe:
                 raise
             except Exception as error:
                 raise ValueError(
-                    f"loss_fn failed on outputs {_describe(outputs)} and targets "
-                    f"{_describe(targets)}: {str(error).rstrip('.')}. Make the targets "
+                    f"loss_fn failed on outputs {describe(outputs)} and targets "
+                    f"{describe(targets)}: {str(error).rstrip('.')}. Make the targets "
                     "what loss_fn expects, or pass loss_fn= or forward="
                 ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(
-                f"{source}: expected a loss of one number, got {_describe(loss)}"
+                f"{source}: expected a loss of one number, got {describe(loss)}"
             )
         if loss.is_complex():
-            raise ValueError(f"{source}: expected a real loss, got {_describe(loss)}")
+            raise ValueError(f"{source}: expected a real loss, got {describe(loss)}")
         if not loss.requires_grad:
             raise RuntimeError(
                 f"{source}: the loss does not depend on the weights through autograd; "
@@ -851,59 +858,6 @@ class Probe:
         if missing:
             raise NoGradientError(missing, self.step)
         return {name: sums[name] for name in self.weights}
-
-
-@contextmanager
-def _without_trace(model: nn.Module, loader: Loader) -> Iterator[None]:
-    """Restore what scoring may change: attributes of modules and random states."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    samplers = (
-        getattr(loader, "sampler", None),
-        getattr(batch_sampler, "sampler", None),
-    )
-    generators = [
-        (generator, generator.get_state())
-        for part in (loader, batch_sampler, *samplers)
-        if isinstance(generator := getattr(part, "generator", None), torch.Generator)
-    ]
-    loader_state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
-    restore_randomness = _random_states(model)
-    with restored(model.modules()):
-        try:
-            yield
-        finally:
-            restore_randomness()
-            for generator, saved in generators:
-                generator.set_state(saved)
-            if isinstance(loader, DataLoader):
-                # Workers that persist would draw no new seed for the first epoch.
-                vars(loader).update(loader_state)
-
-
-def _random_states(model: nn.Module) -> Callable[[], None]:
-    """The states of all global random generators, and the way back."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    states: list[tuple[Callable[..., object], Tensor, tuple[int, ...]]]
-    states = [(torch.set_rng_state, torch.get_rng_state(), ())]
-    for device in {tensor.device for tensor in model.parameters()}:
-        if device.index is not None:
-            backend = torch.get_device_module(device)
-            # There is one MPS device, and its functions take no index.
-            which = () if device.type == "mps" else (device.index,)
-            states.append((backend.set_rng_state, backend.get_rng_state(*which), which))
-
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Generator):
-                states.append((value.set_state, value.get_state(), ()))
-
-    def restore() -> None:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for set_state, state, which in states:
-            set_state(state, *which)
-
-    return restore
 
 
 class _Watched(dict[str, nn.Parameter | None]):
@@ -959,62 +913,3 @@ class _Sums(dict[str, Tensor]):
                 dtype = torch.promote_types(leaf.dtype, torch.float32)
                 self[name] = torch.zeros_like(leaf, dtype=dtype, requires_grad=False)
         parts.average(self)
-
-
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, tuple | list) and len(batch) == 2
-
-
-def _to(
-    batch: Any, device: torch.device, formats: Mapping[int, torch.memory_format]
-) -> Any:
-    """Copies of a batch's tensors on a device: a network may work on them in place."""
-    if isinstance(batch, Tensor):
-        known = formats if batch.is_floating_point() else {}
-        memory_format = known.get(batch.dim(), torch.preserve_format)
-        return batch.to(device, copy=True, memory_format=memory_format)
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    return _rebuilt(batch, lambda value: _to(value, device, formats))
-
-
-def _samples(batch: Any) -> int:
-    """The first dimension of the first tensor that has one; 0 if there is none."""
-    found: list[int] = []
-
-    def look(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.extend(value.shape[:1])
-        else:
-            _rebuilt(value, look)
-
-    look(batch)
-    return found[0] if found else 0
-
-
-def _cut(batch: Any, samples: int, part: slice) -> Any:
-    """Some of a batch's samples, with all that does not belong to one of them."""
-    if isinstance(batch, Tensor):
-        return batch[part] if batch.shape[:1] == (samples,) else batch
-    return _rebuilt(batch, lambda value: _cut(value, samples, part))
-
-
-def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """A mapping, tuple or list with changed items; anything else as it is."""
-    if isinstance(batch, Mapping):
-        return {key: change(value) for key, value in batch.items()}
-    if hasattr(batch, "to"):  # a PackedSequence is a tuple of what belongs together
-        return batch
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(change(value) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(change(value) for value in batch)
-    return batch
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"

@@ -1,12 +1,16 @@
-"""What the attributes of modules were, and the way back."""
+"""What modules and random generators were, and the way back."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -77,3 +81,56 @@ def restored(
     finally:
         if failed or not only_on_error:
             restore()
+
+
+@contextmanager
+def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
+    """Restore what scoring may change: attributes of modules and random states."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = (
+        getattr(loader, "sampler", None),
+        getattr(batch_sampler, "sampler", None),
+    )
+    generators = [
+        (generator, generator.get_state())
+        for part in (loader, batch_sampler, *samplers)
+        if isinstance(generator := getattr(part, "generator", None), torch.Generator)
+    ]
+    loader_state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
+    restore_randomness = random_states(model)
+    with restored(model.modules()):
+        try:
+            yield
+        finally:
+            restore_randomness()
+            for generator, saved in generators:
+                generator.set_state(saved)
+            if isinstance(loader, DataLoader):
+                # Workers that persist would draw no new seed for the first epoch.
+                vars(loader).update(loader_state)
+
+
+def random_states(model: nn.Module) -> Callable[[], None]:
+    """The states of all global random generators, and the way back."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    states: list[tuple[Callable[..., object], Tensor, tuple[int, ...]]]
+    states = [(torch.set_rng_state, torch.get_rng_state(), ())]
+    for device in {tensor.device for tensor in model.parameters()}:
+        if device.index is not None:
+            backend = torch.get_device_module(device)
+            # There is one MPS device, and its functions take no index.
+            which = () if device.type == "mps" else (device.index,)
+            states.append((backend.set_rng_state, backend.get_rng_state(*which), which))
+
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Generator):
+                states.append((value.set_state, value.get_state(), ()))
+
+    def restore() -> None:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for set_state, state, which in states:
+            set_state(state, *which)
+
+    return restore

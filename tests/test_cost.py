@@ -30,6 +30,17 @@ def test_a_ratio_that_got_worse_is_visible_from_one_command(tmp_path: Path) -> N
     assert shown.stdout.splitlines()[3:] == first.stdout.splitlines()[3:]
     assert (tmp_path / "ratios.png").stat().st_size
 
+    again = run(*quick, "profile", "--store", str(file))
+    assert again.returncode == 0, again.stderr
+    rows = json.loads(file.read_text("utf-8"))["rows"]
+    assert {row["section"] for row in rows} == set(SECTIONS)
+    assert len(rows) == len(record["rows"])
+
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(json.dumps(record | {"torch": "1.0"}), "utf-8")
+    refused = run(*quick, "profile", "--store", str(elsewhere))
+    assert refused.returncode and "torch: '1.0', now" in refused.stderr
+
     def compared(factor: float) -> int:
         for row in record["rows"]:
             for end in row.get("ratio", ()):

@@ -83,14 +83,17 @@ def test_any_scores_give_the_first_k_of_a_stable_sort(
     assert_as_naive(*case)
 
 
-@given(scores_and_k(), st.integers(0, 6), st.integers(1, 6))
+@given(scores_and_k(), st.integers(0, 6), st.integers(1, 6), st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_narrowing_down_to_a_handful_gives_the_same(
-    case: tuple[list[Tensor], int], small: int, sample: int
+def test_narrowing_down_to_a_handful_gives_the_same_in_threads_or_without(
+    case: tuple[list[Tensor], int], small: int, sample: int, threads: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_SMALL", small)
         patch.setattr(selection, "_LARGEST_SAMPLE", sample)
+        patch.setattr(selection, "_BLOCK", 3)
+        if threads:
+            patch.setattr(selection, "_ALONE", 0)
         assert_as_naive(*case)
 
 
