@@ -57,15 +57,22 @@ def top_k_masks(
     flat = [_flat(score.detach()) for score in scores]
     found = _split(flat, *_bracket(flat, k, parts), parts)
     threshold, surplus = _search(flat, k, found, parts)
+    tied = [True] * len(scores)
     if found.low < threshold <= found.high:  # nearly always
-        for mask, at, values in found.blocks:
+        for _, mask, at, values in found.blocks:
             mask.scatter_(0, at, values >= threshold)
         masks = list(map(_unflat, found.masks(), scores))
+        if threshold < found.high and not parts.sharded:
+            tied = found.having(threshold)
     else:
         masks = [score >= threshold for score in scores]
-    for score, mask in zip(reversed(scores), reversed(masks), strict=True):
+    for score, mask, ties_here in zip(
+        *map(reversed, (scores, masks, tied)), strict=True
+    ):
         if not surplus:
             break
+        if not ties_here:
+            continue
         # In row-major order, which need not be that of the memory.
         ties = (score == threshold).flatten()
         numbers, mine = parts.each(int(ties.count_nonzero()))
@@ -167,8 +174,8 @@ class _Split(NamedTuple):
     between: Tensor  # those of this part
     # Of each run of tensors, which are at least ``high``, and the tensors' lengths.
     runs: list[tuple[Tensor, list[int]]]
-    # Of each block of each run: its part of that, and where those between are.
-    blocks: list[tuple[Tensor, Tensor, Tensor]]
+    # Of each block: the number of its run, its part of that, those between and where.
+    blocks: list[tuple[int, Tensor, Tensor, Tensor]]
 
     def masks(self) -> Iterator[Tensor]:
         """Of each tensor, what is marked in its run by now."""
@@ -176,6 +183,11 @@ class _Split(NamedTuple):
             pieces = torch.split(marks, lengths)
             # Each in memory of its own, as they will be saved one by one.
             yield from pieces if len(pieces) == 1 else map(torch.clone, pieces)
+
+    def having(self, value: float) -> list[bool]:
+        """Of each tensor, whether its run has a value that is between."""
+        found = {run for run, _, _, values in self.blocks if (values == value).any()}
+        return [n in found for n, (_, lengths) in enumerate(self.runs) for _ in lengths]
 
 
 def _runs(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -213,6 +225,7 @@ def _split(
     on_cpu = all(c.device.type == "cpu" for c in candidates)
     runs: list[tuple[Tensor, list[int]]] = []
     blocks: list[tuple[list[Tensor], Tensor]] = []
+    belongs: list[int] = []
     for run in _runs(candidates) if on_cpu else [[c] for c in candidates]:
         lengths = list(map(len, run))
         marks = torch.empty(sum(lengths), dtype=torch.bool, device=run[0].device)
@@ -222,6 +235,7 @@ def _split(
             blocks += (([values], part) for values, part in zip(*halves, strict=True))
         else:
             blocks.append((run, marks))
+        belongs += [len(runs) - 1] * (len(blocks) - len(belongs))
     if on_cpu and sum(c.nbytes for c in candidates) > _ALONE:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             found = list(pool.map(split, *zip(*blocks, strict=True)))
@@ -232,7 +246,7 @@ def _split(
     between = torch.cat([v.to(device) for v in values])
     from_high, inside = map(int, parts.total(sum(numbers), len(between)))
     parted = (part for _, part in blocks)
-    places = list(zip(parted, at, values, strict=True))
+    places = list(zip(belongs, parted, at, values, strict=True))
     return _Split(low, high, from_high, inside, between, runs, places)
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SECTIONS = ["step", "large", "synflow", "grasp", "selection", "profile"]
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/cost.py", *options]
+def run(*options: str, script: str = "cost") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{script}.py", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -52,8 +54,12 @@ def test_a_ratio_that_got_worse_is_visible_from_one_command(tmp_path: Path) -> N
     assert compared(1e-4) == 1
 
 
-def test_the_docs_show_what_is_stored() -> None:
-    sections = ["step", "profile", "grasp", "synflow", "large"]
-    shown = run("--from", "benchmarks/cost.json", "--only", *sections)
-    stored = (ROOT / "docs" / "cost-results.txt").read_text("utf-8")
-    assert shown.stdout == stored
+@pytest.mark.parametrize(
+    ("script", "options"), [("cost", []), ("scale", ["--predict"])]
+)
+def test_the_docs_show_what_is_stored(script: str, options: list[str]) -> None:
+    shown = run("--from", f"benchmarks/{script}.json", *options, script=script)
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines()[3:])) <= 80
+    stored = ROOT / "docs" / f"{script}-results.txt"
+    assert shown.stdout == stored.read_text("utf-8")
