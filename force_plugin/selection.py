@@ -57,7 +57,7 @@ def top_k_masks(
     flat = [_flat(score.detach()) for score in scores]
     found = _split(flat, *_bracket(flat, k, parts), parts)
     threshold, surplus = _search(flat, k, found, parts)
-    tied = [True] * len(scores)
+    tied: Sequence[int] = range(len(scores))
     if found.low < threshold <= found.high:  # nearly always
         for _, mask, at, values in found.blocks:
             mask.scatter_(0, at, values >= threshold)
@@ -66,13 +66,10 @@ def top_k_masks(
             tied = found.having(threshold)
     else:
         masks = [score >= threshold for score in scores]
-    for score, mask, ties_here in zip(
-        *map(reversed, (scores, masks, tied)), strict=True
-    ):
+    for number in reversed(tied):
         if not surplus:
             break
-        if not ties_here:
-            continue
+        score, mask = scores[number], masks[number]
         # In row-major order, which need not be that of the memory.
         ties = (score == threshold).flatten()
         numbers, mine = parts.each(int(ties.count_nonzero()))
@@ -164,6 +161,9 @@ def _unflat(flat: Tensor, like: Tensor) -> Tensor:
     return flat.view([like.shape[dim] for dim in order]).permute(back)
 
 
+_Block = tuple[int, Tensor, Tensor, Tensor]
+
+
 class _Split(NamedTuple):
     """Values divided into those of at least ``high``, those between, and the rest."""
 
@@ -174,8 +174,9 @@ class _Split(NamedTuple):
     between: Tensor  # those of this part
     # Of each run of tensors, which are at least ``high``, and the tensors' lengths.
     runs: list[tuple[Tensor, list[int]]]
-    # Of each block: the number of its run, its part of that, those between and where.
-    blocks: list[tuple[int, Tensor, Tensor, Tensor]]
+    # Of each block: the number of its run, its part of that, where those between are,
+    # and they themselves.
+    blocks: list[_Block]
 
     def masks(self) -> Iterator[Tensor]:
         """Of each tensor, what is marked in its run by now."""
@@ -184,20 +185,21 @@ class _Split(NamedTuple):
             # Each in memory of its own, as they will be saved one by one.
             yield from pieces if len(pieces) == 1 else map(torch.clone, pieces)
 
-    def having(self, value: float) -> list[bool]:
-        """Of each tensor, whether its run has a value that is between."""
+    def having(self, value: float) -> list[int]:
+        """The tensors whose runs have a value that is between."""
         found = {run for run, _, _, values in self.blocks if (values == value).any()}
-        return [n in found for n, (_, lengths) in enumerate(self.runs) for _ in lengths]
+        run_of = (n for n, (_, lengths) in enumerate(self.runs) for _ in lengths)
+        return [number for number, run in enumerate(run_of) if run in found]
 
 
-def _runs(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors one after the other, as many as fit into a block, or a longer one."""
+def _runs(tensors: Iterable[Tensor], size: int) -> list[list[Tensor]]:
+    """Tensors one after the other, up to a size together, or a single larger one."""
     runs: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
         if not runs or len(tensor) > room:
             runs.append([])
-            room = _BLOCK
+            room = size
         runs[-1].append(tensor)
         room -= len(tensor)
     return runs
@@ -208,46 +210,44 @@ def _split(
 ) -> _Split:
     """Divide values in one pass."""
 
-    def split(run: list[Tensor], upper: Tensor) -> tuple[int, Tensor, Tensor]:
+    def split(number: int, run: list[Tensor], upper: Tensor) -> tuple[int, _Block]:
         values = run[0] if len(run) == 1 else torch.cat(run)
         if values.device.type != "cpu":
             torch.ge(values, high, out=upper)
             at = ((values > low) ^ upper).nonzero().squeeze(1) if low < high else none
-            return int(upper.count_nonzero()), at, values[at]
+            return int(upper.count_nonzero()), (number, upper, at, values[at])
         # NumPy finds the few that are between many times as fast as PyTorch does.
         array = (values if values.itemsize > 2 else values.float()).numpy()
         above = np.greater_equal(array, high, out=upper.numpy())
         where = np.flatnonzero((array > low) ^ above) if low < high else none.numpy()
-        at = torch.from_numpy(where)
-        return int(np.count_nonzero(above)), at, torch.from_numpy(array[where])
+        at, found = torch.from_numpy(where), torch.from_numpy(array[where])
+        return int(np.count_nonzero(above)), (number, upper, at, found)
 
     none = torch.empty(0, dtype=torch.long)
     on_cpu = all(c.device.type == "cpu" for c in candidates)
     runs: list[tuple[Tensor, list[int]]] = []
-    blocks: list[tuple[list[Tensor], Tensor]] = []
-    belongs: list[int] = []
-    for run in _runs(candidates) if on_cpu else [[c] for c in candidates]:
+    work: list[tuple[int, list[Tensor], Tensor]] = []
+    for number, run in enumerate(_runs(candidates, _BLOCK if on_cpu else -1)):
         lengths = list(map(len, run))
         marks = torch.empty(sum(lengths), dtype=torch.bool, device=run[0].device)
         runs.append((marks, lengths))
         if on_cpu and len(run) == 1:
             halves = (torch.split(whole, _BLOCK) for whole in (run[0], marks))
-            blocks += (([values], part) for values, part in zip(*halves, strict=True))
+            work += (
+                (number, [values], part) for values, part in zip(*halves, strict=True)
+            )
         else:
-            blocks.append((run, marks))
-        belongs += [len(runs) - 1] * (len(blocks) - len(belongs))
+            work.append((number, run, marks))
     if on_cpu and sum(c.nbytes for c in candidates) > _ALONE:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = list(pool.map(split, *zip(*blocks, strict=True)))
+            done = list(pool.map(split, *zip(*work, strict=True)))
     else:
-        found = [split(*block) for block in blocks]
-    numbers, at, values = zip(*found, strict=True)
-    device = values[0].device
-    between = torch.cat([v.to(device) for v in values])
+        done = [split(*piece) for piece in work]
+    numbers, blocks = zip(*done, strict=True)
+    device = blocks[0][-1].device
+    between = torch.cat([values.to(device) for *_, values in blocks])
     from_high, inside = map(int, parts.total(sum(numbers), len(between)))
-    parted = (part for _, part in blocks)
-    places = list(zip(belongs, parted, at, values, strict=True))
-    return _Split(low, high, from_high, inside, between, runs, places)
+    return _Split(low, high, from_high, inside, between, runs, list(blocks))
 
 
 def _count(masks: Iterable[Tensor], parts: Parts) -> int:

@@ -336,7 +336,7 @@ def test_every_rank_of_the_threshold_is_the_value_of_that_rank() -> None:
 
 def test_no_more_than_a_block_is_ever_put_together() -> None:
     lengths = [4_000, 4_000, 4_000, 0, 70_000, 1, 9_999, 10_000]
-    runs = selection._runs([torch.empty(length) for length in lengths])
+    runs = selection._runs([torch.empty(length) for length in lengths], 10_000)
     assert [[len(tensor) for tensor in run] for run in runs] == [
         [4_000, 4_000],
         [4_000, 0],
