@@ -62,6 +62,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from force_plugin import force_prune, get_masks
+from force_plugin.allocation import freed_memory_kept
 from force_plugin.methods import SaliencyMethod
 from force_plugin.notes import Notes
 from force_plugin.scoring import Probe, _Sums
@@ -205,6 +206,12 @@ def take_turns(
     return turns
 
 
+def seconds_bare(run: Callable[[], object]) -> float:
+    """Wall time of one call that keeps the memory of its passes, as ours do."""
+    with freed_memory_kept():
+        return seconds(run)
+
+
 def alternate(
     ours: Callable[[nn.Module], object],
     dense: nn.Module,
@@ -213,7 +220,7 @@ def alternate(
 ) -> list[tuple[float, float]]:
     """Seconds of both, in turns; ours is given a copy of the network each time."""
     pairs = [
-        (seconds(partial(ours, copy.deepcopy(dense))), seconds(theirs))
+        (seconds(partial(ours, copy.deepcopy(dense))), seconds_bare(theirs))
         for _ in range(runs + 1)
     ]
     return pairs[1:]  # the first warms up
@@ -346,7 +353,7 @@ def measure_synflow(args: argparse.Namespace) -> Iterator[Row]:
                 )
                 step = (long - short) / more
                 once.append(short - few * step)
-                found.append((step + once[-1] / STEPS, seconds(theirs) / more))
+                found.append((step + once[-1] / STEPS, seconds_bare(theirs) / more))
             note = f"done once: {1000 * statistics.median(once[1:]):.0f} ms"
             pairs = milliseconds(found[1:])  # the first warms up
             setting = f"{size}x{size}"
