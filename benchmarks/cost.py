@@ -819,7 +819,10 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
             axis.invert_yaxis()
             what = "bytes a weight more than" if nothing == 0 else "times"
             axis.set_title(f"{panel[0]['section']}: {what} bare", fontsize="medium")
-        axes[0, 0].legend()
+            axis.locator_params(axis="x", nbins=6)
+        figure.legend(
+            *axes[0, 0].get_legend_handles_labels(), loc="outside upper right"
+        )
         figure.savefig(folder / "ratios.png", dpi=150)
 
     chosen = [
