@@ -29,8 +29,8 @@ def top_k_masks(
 
     A sample brackets the k-th largest, one pass marks what lies above the bracket and
     copies what lies inside, and only this is looked at in the next round: the idea of
-    Floyd and Rivest (1975), on tensors that are never concatenated. A misleading sample
-    costs another round, never exactness.
+    Floyd and Rivest (1975), on tensors that are never all concatenated (small ones are,
+    up to a block). A misleading sample costs another round, never exactness.
 
     The order is total: of equal scores the one that comes first (earlier tensor, then
     lower index in row-major order) counts as larger. ``-inf`` is the lowest score.
