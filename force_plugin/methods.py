@@ -240,9 +240,7 @@ class SaliencyMethod(Reparametrisation):
         scores = scores if scores.is_floating_point() else scores.double()
         if scores.isnan().any():
             raise ValueError("importance_scores: expected numbers, got NaN")
-        mask = eligible.clone()
-        mask[eligible] = top_k_masks([scores[eligible]], kept)[0][0]
-        return mask
+        return top_k_masks([scores], kept, among=[eligible])[0][0]
 
     @classmethod
     def apply(  # type: ignore[override]

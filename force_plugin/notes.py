@@ -71,26 +71,38 @@ class Notes:
         self,
         step: int,
         scores: Mapping[str, Tensor],
+        among: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
         threshold: float,
         before: Mapping[str, Tensor] | None,
     ) -> None:
-        """Look for emptied layers, and for weights of saliency 0 that were taken."""
+        """Look for emptied layers, and for weights of saliency 0 that were taken.
+
+        Args:
+            step: Its number, from 1.
+            scores: Of all weights.
+            among: Where there was a weight to choose; empty: everywhere.
+            masks: What was chosen.
+            threshold: The least score that was.
+            before: The masks that the scores were measured with, if any.
+        """
         self._layers = len(masks)
         if step == 1 < self._steps:
-            at_once, _ = top_k_masks([*scores.values()], self._left, self._parts)
+            at_once, _ = top_k_masks(
+                [*scores.values()], self._left, self._parts, [*among.values()]
+            )
             none = self._parts.empty(dict(zip(scores, at_once, strict=True)))
             self._kept_at_once = scores.keys() - none
         empty = self._parts.empty(masks)
         emptied = [name for name in empty if name not in self._empty]
         self._empty = {name: self._empty.get(name, step) for name in empty}
         if emptied and self._regrows and before is not None:
-            self._look_at_dead_channels(step, scores, before)
+            self._look_at_dead_channels(step, scores, among, before)
         # Scores below 0 are GraSP's, and mean something.
         if self._collapsed or threshold != 0:
             return
-        found = ((s != 0) & (s != -torch.inf) for s in scores.values())
-        alive = int(*self._parts.total(sum(int(f.count_nonzero()) for f in found)))
+        found = {n: (s != 0) & among.get(n, True) for n, s in scores.items()}
+        alive = sum(self._parts.count(found).values())
         kept = sum(self._parts.count(masks).values())
         if not alive and kept < self._parts.size([*masks.values()]):
             self._disconnect(
@@ -112,15 +124,20 @@ class Notes:
         )
 
     def _look_at_dead_channels(
-        self, step: int, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+        self,
+        step: int,
+        scores: Mapping[str, Tensor],
+        among: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
     ) -> None:
         """See whether a step took layers for the sake of channels without a weight."""
         # Saliency and number of the weights in dead channels, of those kept, of all.
         dead, kept, every = ([0.0, 0.0] for _ in range(3))
         for name in masks:
             # One layer at a time: whether a channel is empty is told by all of it.
-            mask, score = (self._parts.whole(name, of[name]) for of in (masks, scores))
-            score = score.abs().masked_fill_(score.isinf(), 0)
+            chosen = scores[name] * among.get(name, True)
+            mask, score = map(self._parts.whole, (name,) * 2, (masks[name], chosen))
+            score = score.abs()
             rows = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
             for part, weights in ((dead, ~rows), (kept, mask), (every, ...)):
                 part[0] += float(score[weights].sum(dtype=torch.float64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -162,9 +162,12 @@ def force_prune(
         kept_after = kept_per_step(
             criterion.schedule or schedule, criterion.steps or steps, sparsity, total
         )
-        # The mask of an earlier pruning, if any: what it removed never comes back.
+        # The masks of an earlier pruning, if any: what it removed never comes back.
         earlier = {
-            w.name: parts.part(w.name, w.mask) for w in weights if w.mask is not None
+            w.name: torch.ones_like(w.part, dtype=torch.bool)
+            if w.mask is None
+            else parts.part(w.name, w.mask)
+            for w in (weights if any(w.mask is not None for w in weights) else ())
         }
         removed = parts.count({name: ~mask for name, mask in earlier.items()})
         available = total - sum(removed.values())
@@ -205,12 +208,13 @@ def force_prune(
                 scores = criterion.scores(probe)
                 if step == 1:
                     notes.on_first_scores(scores, probe)
-                _exclude(scores, earlier if criterion.regrows else masks or earlier)
-                kept = min(kept, available)
-                selected, threshold = top_k_masks([*scores.values()], kept, parts)
+                among = earlier if criterion.regrows else masks or earlier
+                selected, threshold = top_k_masks(
+                    [*scores.values()], min(kept, available), parts, [*among.values()]
+                )
                 masks = dict(zip(scores, selected, strict=True))
                 parts.agree(f"the masks of step {step}", _REPORT, *masks.values())
-                notes.on_selection(step, scores, masks, threshold, probe.masks)
+                notes.on_selection(step, scores, among, masks, threshold, probe.masks)
                 del scores, selected  # not to be there beside the next step's gradients
                 probe.prune(masks)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
@@ -330,11 +334,3 @@ def _agree(
         *(parameter.part for parameter in named_parameters(model).values()),
         *(weight.mask for weight in weights if weight.mask is not None),
     )
-
-
-def _exclude(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Put what the masks have pruned behind everything else."""
-    for name, mask in masks.items():
-        # 1 - 1 / kept is 0 or -inf; on a CPU, to fill takes four times as long.
-        kept = mask.view(torch.uint8).to(scores[name].dtype)
-        scores[name].add_(kept.reciprocal_().neg_().add_(1))

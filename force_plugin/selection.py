@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from force_plugin.sharding import WHOLE, Parts
 
+Comparison = Callable[[Any, float], Any]  # of the module ``operator``
+
 # Up to this many candidates, to select among all is as cheap as to narrow further.
 _SMALL = 1 << 18
+# Up to this many, as a rule, to select among all is as cheap as to look at all of them.
+_FEW = 1 << 21
 _LARGEST_SAMPLE = 1 << 20
 # Up to this many bytes, threads wait for Python's lock longer than they work.
 _ALONE = 1 << 27
@@ -23,7 +28,10 @@ _BLOCK = 1 << 19
 
 
 def top_k_masks(
-    scores: Sequence[Tensor], k: int, parts: Parts = WHOLE
+    scores: Sequence[Tensor],
+    k: int,
+    parts: Parts = WHOLE,
+    among: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], float]:
     """Mark the k largest scores.
 
@@ -37,42 +45,55 @@ def top_k_masks(
 
     Args:
         scores: Tensors of any shapes and devices and one floating-point dtype, without
-            NaN; at least k values in all.
-        k: Number of scores to mark, 0 ≤ k ≤ their number.
+            NaN.
+        k: Number of scores to mark, 0 ≤ k ≤ the number that there is to choose from.
         parts: What other processes hold the other parts of these tensors. Each learns
             of theirs how many scores are above a threshold, and a small sample.
+        among: Bool tensors of the scores' shapes and devices, True where a score may be
+            marked; none: everywhere.
 
     Returns:
         Bool masks, one for each tensor, of its shape and on its device, with exactly
         k True in all; and the k-th largest score (``inf`` for k = 0).
 
     Raises:
-        ValueError: k is negative or larger than the number of scores.
+        ValueError: k is negative or larger than the number to choose from.
     """
-    total = parts.size(scores)
+    total = _count(among, parts) if among else parts.size(scores)
     if not 0 <= k <= total:
         raise ValueError(f"k: expected 0 <= k <= {total} scores, got {k}")
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores], math.inf
-    flat = [_flat(score.detach()) for score in scores]
-    found = _split(flat, *_bracket(flat, k, parts), parts)
-    threshold, surplus = _search(flat, k, found, parts)
+    flat = _Choice(
+        [_flat(score.detach()) for score in scores],
+        list(map(_flat, among, scores if among else ())),
+    )
     tied: Sequence[int] = range(len(scores))
-    if found.low < threshold <= found.high:  # nearly always
-        for _, mask, at, values in found.blocks:
-            mask.scatter_(0, at, values >= threshold)
-        masks = list(map(_unflat, found.masks(), scores))
-        if threshold < found.high and not parts.sharded:
-            tied = found.having(threshold)
+    few = None if among or parts.sharded else _partitioned(flat.scores, k)
+    if few:
+        threshold, surplus = few
+        marks = flat.where(operator.ge, threshold)
     else:
-        masks = [score >= threshold for score in scores]
+        found = _split(flat, *_bracket(flat, k / total, parts), parts)
+        threshold, surplus = _search(flat, k, found, parts)
+        if found.low < threshold <= found.high or threshold == found.high:
+            for _, mask, at, values in found.blocks:
+                mask.scatter_(0, at, values >= threshold)
+            marks = found.masks()
+            if threshold < found.high and not parts.sharded:
+                tied = found.having(threshold)
+        else:  # hardly ever
+            marks = flat.where(operator.ge, threshold)
+    masks = list(map(_unflat, marks, scores))
     for number in reversed(tied):
         if not surplus:
             break
         score, mask = scores[number], masks[number]
-        # In row-major order, which need not be that of the memory.
-        ties = (score == threshold).flatten()
-        numbers, mine = parts.each(int(ties.count_nonzero()))
+        ties = _marks(score.detach(), operator.eq, threshold)
+        if among:
+            ties &= among[number]
+        ties = ties.flatten()  # in row-major order, which need not be the memory's
+        numbers, mine = parts.each(_number(ties))
         # What of the surplus is not in the parts that come after this one.
         own = max(0, surplus - int(sum(numbers[mine + 1 :])))
         if own < numbers[mine]:
@@ -88,19 +109,58 @@ def _keep_last(marks: Tensor, count: int) -> None:
         if not count:
             block.zero_()
             continue
-        here = int(block.count_nonzero())
+        here = _number(block)
         if here > count:
             block[block.nonzero()[: here - count, 0]] = False
         count -= min(here, count)
 
 
+class _Choice(NamedTuple):
+    """Flat scores, and which of them there are to choose from."""
+
+    scores: Sequence[Tensor]
+    among: Sequence[Tensor] = ()
+
+    def where(self, compare: Comparison, value: float) -> Iterator[Tensor]:
+        """Mark those that compare with a value as asked for."""
+        for number, score in enumerate(self.scores):
+            marks = _marks(score, compare, value)
+            if self.among:
+                marks &= self.among[number]
+            yield marks
+
+    def only(self, compare: Comparison, value: float) -> _Choice:
+        """Those that compare with a value as asked for."""
+        pairs = zip(self.scores, self.where(compare, value), strict=True)
+        return _Choice([score[marks] for score, marks in pairs])
+
+
+def _marks(score: Tensor, compare: Comparison, value: float) -> Tensor:
+    if _on_cpu([score]) and score.itemsize > 2:  # NumPy is the faster
+        return torch.as_tensor(compare(score.numpy(), value))
+    marks: Tensor = compare(score, value)
+    return marks
+
+
+def _partitioned(scores: Sequence[Tensor], k: int) -> tuple[float, int] | None:
+    """What :func:`_search` finds, if the scores are such that NumPy is the faster."""
+    if sum(map(len, scores)) > _FEW or not _on_cpu(scores) or scores[0].itemsize <= 2:
+        return None
+    merged = np.concatenate([score.numpy() for score in scores])
+    if not _differ(merged):
+        return None
+    at = len(merged) - k
+    merged.partition(at)
+    return float(merged[at]), int(np.count_nonzero(merged[:at] == merged[at]))
+
+
 def _search(
-    candidates: Sequence[Tensor], k: int, found: _Split, parts: Parts
+    candidates: _Choice, k: int, found: _Split, parts: Parts
 ) -> tuple[float, int]:
     """The k-th largest score, and how many more than k are at least as large.
 
     Args:
-        candidates: All scores; flat.
+        candidates: All scores.
         k: Its rank, at least 1.
         found: How they were split.
         parts: As in :func:`top_k_masks`.
@@ -110,24 +170,27 @@ def _search(
         # (0, as a rule) would otherwise be carried from round to round.
         low, high, from_high, inside = found[:4]
         if k <= from_high:
-            if k > _count((c > high for c in candidates), parts):
+            if k > _count(candidates.where(operator.gt, high), parts):
                 return high, from_high - k
-            candidates = [c[c > high] for c in candidates]
+            candidates = candidates.only(operator.gt, high)
         elif k <= from_high + inside:
             k -= from_high
-            candidates = [found.between]
+            candidates = _Choice([found.between])
         else:
             k -= from_high + inside
-            at_low = _count((c == low for c in candidates), parts) if low < high else 0
+            at_low = 0
+            if low < high:
+                at_low = _count(candidates.where(operator.eq, low), parts)
             if k <= at_low:
                 return low, at_low - k
             k -= at_low
-            candidates = [c[c < low] for c in candidates]
-        if parts.size(candidates) <= _SMALL:
+            candidates = candidates.only(operator.lt, low)
+        left = parts.size(candidates.scores)
+        if left <= _SMALL:
             break
-        found = _split(candidates, *_bracket(candidates, k, parts), parts)
-    device = candidates[0].device
-    merged = parts.concatenate(torch.cat([c.to(device) for c in candidates]))
+        found = _split(candidates, *_bracket(candidates, k / left, parts), parts)
+    device = candidates.scores[0].device
+    merged = parts.concatenate(torch.cat([c.to(device) for c in candidates.scores]))
     value = _kth_of(merged, k)
     return value, int((merged >= value).count_nonzero()) - k
 
@@ -137,21 +200,25 @@ def _kth_of(values: Tensor, k: int) -> float:
     at = len(values) - k
     if values.device.type == "cpu" and values.itemsize > 2:
         array = values.numpy()
-        some = array[:: len(array) // 512 + 1]
-        # NumPy is by far the faster, and by far the slower where values repeat.
-        if 2 * len(np.unique(some)) > len(some):
+        if _differ(array):
             array.partition(at)
             return float(array[at])
     return float(values.kthvalue(at + 1).values)
+
+
+def _differ(values: np.ndarray[Any, Any]) -> bool:
+    """Whether most values differ: NumPy's partition is by far the slowest if not."""
+    some = values[:: len(values) // 512 + 1]
+    return 2 * len(np.unique(some)) > len(some)
 
 
 def _order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """Its values in the order of its memory, a view if they are all of it."""
-    return tensor.permute(_order(tensor)).flatten()
+def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Its values in the order of a memory, a view if that is its own and all of it."""
+    return tensor.permute(_order(tensor if like is None else like)).flatten()
 
 
 def _unflat(flat: Tensor, like: Tensor) -> Tensor:
@@ -205,40 +272,53 @@ def _runs(tensors: Iterable[Tensor], size: int) -> list[list[Tensor]]:
     return runs
 
 
-def _split(
-    candidates: Sequence[Tensor], low: float, high: float, parts: Parts
-) -> _Split:
+def _split(candidates: _Choice, low: float, high: float, parts: Parts) -> _Split:
     """Divide values in one pass."""
 
-    def split(number: int, run: list[Tensor], upper: Tensor) -> tuple[int, _Block]:
-        values = run[0] if len(run) == 1 else torch.cat(run)
-        if values.device.type != "cpu":
+    def split(
+        number: int, run: list[Tensor], may: list[Tensor], upper: Tensor
+    ) -> tuple[int, _Block]:
+        if not on_cpu:
+            (values,) = run
             torch.ge(values, high, out=upper)
-            at = ((values > low) ^ upper).nonzero().squeeze(1) if low < high else none
+            inner = values > low
+            for allowed in may:
+                upper &= allowed
+                inner &= allowed
+            at = (inner ^ upper).nonzero().squeeze(1) if low < high else none
             return int(upper.count_nonzero()), (number, upper, at, values[at])
-        # NumPy finds the few that are between many times as fast as PyTorch does.
-        array = (values if values.itemsize > 2 else values.float()).numpy()
+        # NumPy finds the few that are between many times as fast as PyTorch does, whose
+        # operations would also have threads of their own in each of ours.
+        array = _joined(run)
         above = np.greater_equal(array, high, out=upper.numpy())
-        where = np.flatnonzero((array > low) ^ above) if low < high else none.numpy()
-        at, found = torch.from_numpy(where), torch.from_numpy(array[where])
-        return int(np.count_nonzero(above)), (number, upper, at, found)
+        between = array > low
+        if may:
+            permitted = _joined(may)
+            above &= permitted
+            between &= permitted
+        between ^= above
+        where = np.flatnonzero(between) if low < high else none.numpy()
+        block = number, upper, torch.from_numpy(where), torch.from_numpy(array[where])
+        return int(np.count_nonzero(above)), block
 
     none = torch.empty(0, dtype=torch.long)
-    on_cpu = all(c.device.type == "cpu" for c in candidates)
+    on_cpu = _on_cpu(candidates.scores)
+    size = _BLOCK if on_cpu else -1
+    among = iter(_runs(candidates.among, size))
     runs: list[tuple[Tensor, list[int]]] = []
-    work: list[tuple[int, list[Tensor], Tensor]] = []
-    for number, run in enumerate(_runs(candidates, _BLOCK if on_cpu else -1)):
+    work: list[tuple[int, list[Tensor], list[Tensor], Tensor]] = []
+    for number, run in enumerate(_runs(candidates.scores, size)):
         lengths = list(map(len, run))
         marks = torch.empty(sum(lengths), dtype=torch.bool, device=run[0].device)
         runs.append((marks, lengths))
+        may = next(among, [])
         if on_cpu and len(run) == 1:
-            halves = (torch.split(whole, _BLOCK) for whole in (run[0], marks))
-            work += (
-                (number, [values], part) for values, part in zip(*halves, strict=True)
-            )
+            pieces = (torch.split(whole, _BLOCK) for whole in (*run, *may, marks))
+            for values, *rest, part in zip(*pieces, strict=True):
+                work.append((number, [values], rest, part))
         else:
-            work.append((number, run, marks))
-    if on_cpu and sum(c.nbytes for c in candidates) > _ALONE:
+            work.append((number, run, may, marks))
+    if on_cpu and sum(c.nbytes for c in candidates.scores) > _ALONE:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             done = list(pool.map(split, *zip(*work, strict=True)))
     else:
@@ -250,25 +330,50 @@ def _split(
     return _Split(low, high, from_high, inside, between, runs, list(blocks))
 
 
+def _on_cpu(tensors: Iterable[Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _joined(tensors: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+    """Flat tensors as one array, of a type that NumPy is quick with."""
+    narrow = tensors[0].dtype in (torch.bfloat16, torch.float16)
+    arrays = [(t.float() if narrow else t).numpy() for t in tensors]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _number(marks: Tensor) -> int:
+    """How many are set."""
+    on_cpu = _on_cpu([marks])
+    return int(np.count_nonzero(marks.numpy()) if on_cpu else marks.count_nonzero())
+
+
 def _count(masks: Iterable[Tensor], parts: Parts) -> int:
-    return int(*parts.total(sum(int(mask.count_nonzero()) for mask in masks)))
+    return int(*parts.total(sum(map(_number, masks))))
 
 
-def _bracket(candidates: Sequence[Tensor], k: int, parts: Parts) -> tuple[float, float]:
-    """Two values that most likely enclose the k-th largest."""
-    total = parts.size(candidates)
-    rank = k / total
+def _bracket(candidates: _Choice, rank: float, parts: Parts) -> tuple[float, float]:
+    """Two values that most likely enclose the one of a rank (0: largest, 1: least)."""
+    total = parts.size(candidates.scores)
     # The larger the sample, the less lies inside: about as much work each.
     stride = total // min(_LARGEST_SAMPLE, math.ceil(2 * total ** (2 / 3)))
     # Not in step with the rows and kernels of a weight.
     while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
         stride += 1
-    device = candidates[0].device
-    drawn, start = [], 0
-    for c in candidates:
-        drawn.append(c[start::stride].to(device))
-        start = (start - len(c)) % stride
-    sample = parts.concatenate(torch.cat(drawn))
+    device = candidates.scores[0].device
+
+    def draw(tensors: Sequence[Tensor]) -> Tensor:
+        drawn, start = [], 0
+        for tensor in tensors:
+            drawn.append(tensor[start::stride].to(device))
+            start = (start - len(tensor)) % stride
+        return torch.cat(drawn)
+
+    sample = draw(candidates.scores)
+    if candidates.among:
+        sample = sample[draw(candidates.among)]
+    sample = parts.concatenate(sample)
+    if not len(sample):
+        return -math.inf, math.inf
     # Four standard deviations of the rank of the wanted value within the sample.
     margin = 4 * math.sqrt(len(sample) * rank * (1 - rank)) + 2
     last = len(sample) - 1

@@ -27,14 +27,19 @@ def in_small() -> Iterator[None]:
     """What takes a million scores otherwise takes a few thousand."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_SMALL", 1 << 16)
+        patch.setattr(selection, "_FEW", 1 << 12)
         patch.setattr(selection, "_BLOCK", 10_000)
         yield
 
 
-def naive_top_k(scores: Sequence[Tensor], k: int) -> tuple[list[bool], float]:
+def naive_top_k(
+    scores: Sequence[Tensor], k: int, among: Sequence[Tensor]
+) -> tuple[list[bool], float]:
     """The first k after a stable sort in descending order, and the last of them."""
     values = [value for score in scores for value in score.flatten().tolist()]
+    allowed = as_list(among) or [True] * len(values)
     order = sorted(range(len(values)), key=lambda at: -values[at])
+    order = [at for at in order if allowed[at]]
     chosen = set(order[:k])
     mask = [at in chosen for at in range(len(values))]
     return mask, values[order[k - 1]] if k else INF
@@ -44,9 +49,11 @@ def as_list(masks: Sequence[Tensor]) -> list[bool]:
     return [kept for mask in masks for kept in mask.flatten().tolist()]
 
 
-def assert_as_naive(scores: Sequence[Tensor], k: int) -> None:
-    masks, threshold = top_k_masks(scores, k)
-    expected, value = naive_top_k(scores, k)
+def assert_as_naive(
+    scores: Sequence[Tensor], k: int, among: Sequence[Tensor] = ()
+) -> None:
+    masks, threshold = top_k_masks(scores, k, among=among)
+    expected, value = naive_top_k(scores, k, among)
     assert [mask.shape for mask in masks] == [score.shape for score in scores]
     assert {mask.dtype for mask in masks} == {torch.bool}
     assert as_list(masks) == expected
@@ -63,32 +70,40 @@ VALUES = st.one_of(
 )
 
 
+Case = tuple[list[Tensor], int, list[Tensor]]
+
+
 @st.composite
-def scores_and_k(draw: st.DrawFn) -> tuple[list[Tensor], int]:
+def cases(draw: st.DrawFn) -> Case:
+    """Scores, a k, and which there are to choose from."""
     dtype = draw(st.sampled_from(DTYPES))
-    scores = []
+    scores, among = [], []
+    some = draw(st.booleans())
     for _ in range(draw(st.integers(1, 4))):
         shape = draw(st.lists(st.integers(0, 4), max_size=3))
         size = math.prod(shape)
         values = draw(st.lists(VALUES, min_size=size, max_size=size))
         scores.append(torch.tensor(values, dtype=dtype).reshape(shape))
-    return scores, draw(st.integers(0, sum(score.numel() for score in scores)))
+        if some:
+            marks = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+            among.append(torch.tensor(marks, dtype=torch.bool).reshape(shape))
+    most = sum(int(a.sum()) for a in among) if some else sum(map(Tensor.numel, scores))
+    return scores, draw(st.integers(0, most)), among
 
 
-@given(scores_and_k())
+@given(cases())
 @settings(max_examples=300, deadline=None)
-def test_any_scores_give_the_first_k_of_a_stable_sort(
-    case: tuple[list[Tensor], int],
-) -> None:
+def test_any_scores_give_the_first_k_of_a_stable_sort(case: Case) -> None:
     assert_as_naive(*case)
 
 
-@given(scores_and_k(), st.integers(0, 6), st.integers(1, 6), st.booleans())
+@given(cases(), st.integers(0, 6), st.integers(1, 6), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_narrowing_down_to_a_handful_gives_the_same_in_threads_or_without(
-    case: tuple[list[Tensor], int], small: int, sample: int, threads: bool
+    case: Case, small: int, sample: int, threads: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_FEW", 0)
         patch.setattr(selection, "_SMALL", small)
         patch.setattr(selection, "_LARGEST_SAMPLE", sample)
         patch.setattr(selection, "_BLOCK", 3)
@@ -150,6 +165,9 @@ def test_ties_are_resolved_in_row_major_order_however_a_tensor_lies_in_memory(
     score = LAYOUTS[layout](values)
     assert_as_naive([score, values], min(k, score.numel()))
     assert_as_naive([score], min(k, score.numel()))
+    # What there is to choose from need not lie as the scores do.
+    among = torch.rand(score.shape, generator=generator) < 0.6
+    assert_as_naive([score], min(k, int(among.sum())), [among])
 
 
 def test_the_scores_are_left_as_they_were() -> None:
@@ -192,6 +210,17 @@ def test_a_k_that_does_not_fit_is_named_with_the_number_of_scores(k: int) -> Non
         top_k_masks(scores, k)
     with pytest.raises(ValueError, match=r"0 <= k <= 0 scores, got 1"):
         top_k_masks([], 1)
+    among = [torch.eye(2).bool(), torch.zeros(2).bool()]
+    with pytest.raises(ValueError, match=r"0 <= k <= 2 scores, got 3"):
+        top_k_masks(scores, 3, among=among)
+
+
+def test_nothing_is_chosen_that_may_not_be_whatever_its_score() -> None:
+    scores = [torch.tensor([9.0, -INF, 9.0]), torch.tensor([[1.0, INF]])]
+    among = [torch.tensor([0, 1, 1]).bool(), torch.tensor([[1, 0]]).bool()]
+    masks, threshold = top_k_masks(scores, 3, among=among)
+    assert as_list(masks) == as_list(among)
+    assert threshold == -INF
 
 
 # Larger than the limit below which everything is simply sorted
@@ -246,9 +275,18 @@ def split(values: np.ndarray, dtype: torch.dtype = torch.float64) -> list[Tensor
     return list(torch.from_numpy(values).to(dtype).split(SIZES))
 
 
-def assert_as_sorted(values: np.ndarray, scores: Sequence[Tensor], k: int) -> None:
+def assert_as_sorted(
+    values: np.ndarray,
+    scores: Sequence[Tensor],
+    k: int,
+    allowed: np.ndarray | None = None,
+) -> None:
     order = in_order(values)
-    masks, threshold = top_k_masks(scores, k)
+    among: Sequence[Tensor] = ()
+    if allowed is not None:
+        order = order[allowed[order]]
+        among = torch.from_numpy(allowed).split(SIZES)
+    masks, threshold = top_k_masks(scores, k, among=among)
     found = torch.cat([mask.flatten() for mask in masks]).numpy()
     expected = np.zeros(len(values), dtype=bool)
     expected[order[:k]] = True
@@ -258,7 +296,7 @@ def assert_as_sorted(values: np.ndarray, scores: Sequence[Tensor], k: int) -> No
 
 
 def test_the_hard_cases_are_large_enough_to_be_sampled() -> None:
-    assert TOTAL > selection._SMALL
+    assert TOTAL > selection._SMALL > selection._FEW
     assert (HARD["denormals"]() > 0).any()
 
 
@@ -270,24 +308,48 @@ def test_hard_scores_are_selected_exactly(name: str) -> None:
         assert_as_sorted(values, scores, k)
 
 
+@pytest.mark.parametrize("share", [0.9, 0.1, 0.0001])
 @pytest.mark.parametrize("name", HARD)
-def test_hard_scores_take_two_rounds_at_most(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hard_scores_are_selected_exactly_among_some(name: str, share: float) -> None:
+    values = HARD[name]()
+    scores = split(values)
+    allowed = np.random.default_rng(1).random(TOTAL) < share
+    left = int(allowed.sum())
+    for k in {1, 2, left // 2, left - 1, left, int((values[allowed] > 0).sum())} - {0}:
+        assert_as_sorted(values, scores, k, allowed)
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """The brackets of the rounds that were taken."""
     sampled = selection._bracket
-    rounds = 0
+    taken: list[tuple[float, float]] = []
 
     def bracket(*args: Any) -> tuple[float, float]:
-        nonlocal rounds
-        rounds += 1
-        return sampled(*args)
+        taken.append(sampled(*args))
+        return taken[-1]
 
     monkeypatch.setattr(selection, "_bracket", bracket)
+    return taken
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_scores_take_two_rounds_at_most(
+    name: str, rounds: list[tuple[float, float]]
+) -> None:
     values = HARD[name]()
     for k in ranks(values):
-        rounds = 0
+        rounds.clear()
         top_k_masks(split(values), k)
-        assert 1 <= rounds <= 2, k
+        assert 1 <= len(rounds) <= 2, k
+
+
+def test_the_sample_is_of_those_that_there_are_to_choose_from(
+    rounds: list[tuple[float, float]],
+) -> None:
+    values = HARD["normal"]()
+    assert_as_sorted(values, split(values), TOTAL // 4, values < 0)
+    assert len(rounds) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -322,6 +384,19 @@ def test_many_small_tensors_are_ranked_together() -> None:
     scores = list(torch.from_numpy(values).reshape(300, 20, 15).unbind())
     for k in (1, 450, 45_678):
         assert_as_sorted(values, scores, k)
+
+
+def test_few_scores_are_partitioned_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bracket(*args: Any) -> tuple[float, float]:
+        raise AssertionError("a sample was drawn")
+
+    monkeypatch.setattr(selection, "_FEW", TOTAL)
+    monkeypatch.setattr(selection, "_bracket", bracket)
+    for name in ("normal", "heavy_tails", "descending"):
+        values = HARD[name]()
+        values[1::3] = values[::3][: len(values[1::3])]  # a third of them tie
+        for k in (1, 2, 999, 70_000, TOTAL - 1, TOTAL):
+            assert_as_sorted(values, split(values), k)
 
 
 def test_every_rank_of_the_threshold_is_the_value_of_that_rank() -> None:
@@ -414,6 +489,9 @@ def test_an_unlucky_sample_costs_rounds_and_never_exactness(
     values = np.round(_rng().uniform(-1, 1, TOTAL) * 8) / 8
     brackets += UNLUCKY[case]
     assert_as_sorted(values, split(values), k)
+    brackets[:] = UNLUCKY[case]
+    allowed = np.random.default_rng(1).random(TOTAL) < 0.7
+    assert_as_sorted(values, split(values), min(k, int(allowed.sum())), allowed)
 
 
 @given(
@@ -438,6 +516,7 @@ def test_any_brackets_lead_to_the_same_masks(
         return pending.pop(0) if pending else sampled(*args)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_FEW", 0)
         patch.setattr(selection, "_SMALL", 0)
         patch.setattr(selection, "_bracket", bracket)
         halves = torch.tensor(values).double().tensor_split(2)
