@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune as by_hand
 
 from force_plugin import FORCE, IterSNIP, SparsityReport, force_prune
 from force_plugin.zoo import digits, load_data, load_model
@@ -184,6 +185,22 @@ def test_layers_that_a_single_step_would_have_left_are_counted(base: Any) -> Non
             "a single step would have left weights in 1 of them"
         ]
         assert said(f"Take {'fewer' if count else 'more'} steps", warnings)
+
+
+@pytest.mark.parametrize("base", [FORCE, IterSNIP])
+def test_what_an_earlier_pruning_removed_has_no_say(base: Any) -> None:
+    # The row that is gone for good has by far the largest saliency.
+    model = chain()
+    gone = torch.ones(3, 6)
+    gone[2] = 0
+    by_hand.custom_from_mask(model[0], "weight", gone)
+    first = [[3.0, 3.0, 400.0], [0.0, 0.0, 0.0, 4.0]]
+    last = [[3.0, 3.0, 400.0], [1.0, 1.0, 1.0, 1.0]]
+    options = {"steps": 2, "schedule": schedule, "method": scripted(base, first, last)}
+    warnings = prune(model, vectors(), 24 / 30, **options)
+    assert said("1 of 2 layers (1.weight) lost every weight", warnings)
+    assert not said(DEAD, warnings)
+    assert said("a single step would have left weights in 1 of them", warnings)
 
 
 def test_iterating_empties_branches_of_lowformer_that_one_step_leaves() -> None:
