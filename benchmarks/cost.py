@@ -4,7 +4,7 @@
     python benchmarks/cost.py --only step memory --store cost.json
     python benchmarks/cost.py --compare cost.json          # exit status 1: it got worse
     python benchmarks/cost.py --from cost.json --plot docs # measures nothing
-    python benchmarks/cost.py --quick --only step --noise 2
+    python benchmarks/cost.py --only step --noise 1 --store noisy.json
 
 A line is a pair: ours, with everything that ``force_prune`` does, and bare, the forward
 and backward passes alone. Both take turns in one process, within a call where it is
@@ -16,7 +16,7 @@ large      224x224, ten batches a step
 synflow    over the passes of a positive float64 network that was converted once
 grasp      over one bare step of as many samples
 memory     peak over that of a bare step, in fresh processes, bytes a prunable weight
-selection  the k largest scores over the fastest of three others; --sizes 1e9 too
+selection  the k largest scores over the fastest of three others; about 10 GB at 1e9
 below      options that make a step cheaper than bare, and what they cost in exactness
 authors    the authors' code; needs --force-repo and --grasp-repo
 profile    milliseconds of each part of a step
@@ -463,7 +463,7 @@ def measure_selection(args: argparse.Namespace) -> Iterator[Row]:
 
     sizes = [100_000] if args.quick else [int(size) for size in args.sizes]
     kinds = ["normal"] if args.quick else list(selection.INPUTS)
-    shares = ["1 %", "10 %", "50 %"]
+    shares = ["1 %"] if args.quick else list(selection.SHARES)
     for row in selection.rows(sizes, kinds, shares, args.runs or 3, args.device):
         times = row["times"]
         ours = times.pop("ours")
@@ -837,9 +837,9 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
             sizes, [row["ours"]["median"] for row in chosen], "o-", label="ours"
         )
         for name in chosen[0]["medians"]:
-            axis.loglog(
-                sizes, [row["medians"][name] for row in chosen], "o--", label=name
-            )
+            able = [row for row in chosen if name in row["medians"]]
+            times = [row["medians"][name] for row in able]
+            axis.loglog([row["size"] for row in able], times, "o--", label=name)
         axis.set(xlabel="scores", ylabel="ms, the largest 10 %")
         axis.legend()
         figure.savefig(folder / "selection.png", dpi=150)
@@ -903,7 +903,13 @@ def arguments() -> argparse.Namespace:
     add("--runs", type=int, metavar="N", help="of each pair (default: 3 or 5)")
     add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--sizes", type=float, nargs="+", default=[1e6, 1e7, 1e8], help="of selection")
+    add(
+        "--sizes",
+        type=float,
+        nargs="+",
+        default=[1e6, 1e7, 1e8, 1e9],
+        help="of selection",
+    )
     add("--options", nargs="+", choices=OPTIONS, metavar="OPTION", help="of below")
     add("--force-repo", type=Path, metavar="PATH", help="a clone of naver/force")
     add("--grasp-repo", type=Path, metavar="PATH", help="a clone of alecwangcq/GraSP")
@@ -969,7 +975,7 @@ def main() -> None:
         stored = {identity(row): row for row in rows if row.get("ratio")}
     record.setdefault("noise", args.noise)
     if record["noise"]:
-        print(f"{record['noise']} busy processes beside it")
+        print(f"busy processes beside it: {record['noise']}")
     others = keep_others(args, record)
     done: list[Row] = []
     with ExitStack() as stack:

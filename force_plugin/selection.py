@@ -70,21 +70,22 @@ def top_k_masks(
     )
     tied: Sequence[int] = range(len(scores))
     few = None if among or parts.sharded else _partitioned(flat.scores, k)
-    if few:
-        threshold, surplus = few
-        marks = flat.where(operator.ge, threshold)
+    if few is not None:
+        threshold = few
+        masks = [*flat.where(operator.ge, threshold)]
+        surplus = sum(map(_number, masks)) - k
     else:
         found = _split(flat, *_bracket(flat, k / total, parts), parts)
         threshold, surplus = _search(flat, k, found, parts)
         if found.low < threshold <= found.high or threshold == found.high:
             for _, mask, at, values in found.blocks:
                 mask.scatter_(0, at, values >= threshold)
-            marks = found.masks()
+            masks = [*found.masks()]
             if threshold < found.high and not parts.sharded:
                 tied = found.having(threshold)
         else:  # hardly ever
-            marks = flat.where(operator.ge, threshold)
-    masks = list(map(_unflat, marks, scores))
+            masks = [*flat.where(operator.ge, threshold)]
+    masks = list(map(_unflat, masks, scores))
     for number in reversed(tied):
         if not surplus:
             break
@@ -142,16 +143,16 @@ def _marks(score: Tensor, compare: Comparison, value: float) -> Tensor:
     return marks
 
 
-def _partitioned(scores: Sequence[Tensor], k: int) -> tuple[float, int] | None:
-    """What :func:`_search` finds, if the scores are such that NumPy is the faster."""
+def _partitioned(scores: Sequence[Tensor], k: int) -> float | None:
+    """The k-th largest score, if they are such that NumPy is the fastest to find it."""
     if sum(map(len, scores)) > _FEW or not _on_cpu(scores) or scores[0].itemsize <= 2:
         return None
-    merged = np.concatenate([score.numpy() for score in scores])
+    merged = torch.cat([*scores]).numpy()
     if not _differ(merged):
         return None
     at = len(merged) - k
     merged.partition(at)
-    return float(merged[at]), int(np.count_nonzero(merged[:at] == merged[at]))
+    return float(merged[at])
 
 
 def _search(
@@ -208,8 +209,8 @@ def _kth_of(values: Tensor, k: int) -> float:
 
 def _differ(values: np.ndarray[Any, Any]) -> bool:
     """Whether most values differ: NumPy's partition is by far the slowest if not."""
-    some = values[:: len(values) // 512 + 1]
-    return 2 * len(np.unique(some)) > len(some)
+    some = values[:: len(values) // 256 + 1].tolist()
+    return 2 * len(set(some)) > len(some)
 
 
 def _order(tensor: Tensor) -> list[int]:
@@ -218,11 +219,15 @@ def _order(tensor: Tensor) -> list[int]:
 
 def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Its values in the order of a memory, a view if that is its own and all of it."""
+    if (tensor if like is None else like).is_contiguous():
+        return tensor.flatten()
     return tensor.permute(_order(tensor if like is None else like)).flatten()
 
 
 def _unflat(flat: Tensor, like: Tensor) -> Tensor:
     """Undo :func:`_flat` for values that are in the same order."""
+    if like.is_contiguous():
+        return flat.view(like.shape)
     order = _order(like)
     back = sorted(range(len(order)), key=order.__getitem__)
     return flat.view([like.shape[dim] for dim in order]).permute(back)
