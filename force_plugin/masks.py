@@ -254,7 +254,9 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such masks file")
+        raise FileNotFoundError(
+            f"{path}: no such file; pass the path of one that save_masks wrote"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

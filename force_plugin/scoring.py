@@ -730,7 +730,10 @@ class Probe:
                 "step, and can be read only once; pass a DataLoader or a list, which "
                 "are read again"
             )
-        return "loader: expected at least one batch, got none"
+        return (
+            "loader: expected at least one batch, got none; pass data, and where there "
+            "are fewer samples than a batch has, a DataLoader without drop_last"
+        )
 
     def _loss(self, batch: Any, temperature: float = 1.0) -> Tensor:
         """The loss of one batch, with gates open."""
