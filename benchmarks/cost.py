@@ -939,9 +939,10 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
         record = machine(args.device) | {"quick": args.quick}
     print(
         "{cpu}, {cores} cores, {threads} threads, on {device}\n"
-        "Python {python}, torch {torch}, timm {timm}, {date}\n"
-        "{command}".format(**record)
+        "Python {python}, torch {torch}, timm {timm}, {date}".format(**record)
     )
+    told = record.get("sections", {}).values() or [record["command"]]
+    print(*dict.fromkeys(told), sep="\n")
     return record
 
 
@@ -961,8 +962,11 @@ def keep_others(args: argparse.Namespace, record: Row) -> list[Row]:
             f"--store {args.store}: expected a new file, or one that was measured "
             f"under the same conditions, got {'; '.join(differing)}"
         )
-    if kept:
-        record["command"] = f"{earlier['command']}\n{record['command']}"
+    record["sections"] = {
+        section: told
+        for section, told in earlier["sections"].items()
+        if section not in args.only
+    }
     return kept
 
 
@@ -977,6 +981,7 @@ def main() -> None:
     if record["noise"]:
         print(f"busy processes beside it: {record['noise']}")
     others = keep_others(args, record)
+    told = record.setdefault("sections", {})
     done: list[Row] = []
     with ExitStack() as stack:
         if not args.source:
@@ -986,6 +991,7 @@ def main() -> None:
                 rows = [row for row in record["rows"] if row["section"] == section]
             else:
                 rows = SECTIONS[section](args)
+                told[section] = f"{record['date']}: {record['command']}"
             done += show(section, rows, stored)
             if args.store:  # after each section: the next may be interrupted
                 args.store.parent.mkdir(parents=True, exist_ok=True)
