@@ -37,8 +37,9 @@ def top_k_masks(
 
     A sample brackets the k-th largest, one pass marks what lies above the bracket and
     copies what lies inside, and only this is looked at in the next round: the idea of
-    Floyd and Rivest (1975), on tensors that are never all concatenated (small ones are,
-    up to a block). A misleading sample costs another round, never exactness.
+    Floyd and Rivest (1975), on tensors that stay apart (but small ones, up to a block,
+    or up to two million scores, which NumPy partitions). A misleading sample costs
+    another round, never exactness.
 
     The order is total: of equal scores the one that comes first (earlier tensor, then
     lower index in row-major order) counts as larger. ``-inf`` is the lowest score.
@@ -199,7 +200,7 @@ def _search(
 def _kth_of(values: Tensor, k: int) -> float:
     """The k-th largest value of a tensor, whose order is lost."""
     at = len(values) - k
-    if values.device.type == "cpu" and values.itemsize > 2:
+    if _on_cpu([values]) and values.itemsize > 2:
         array = values.numpy()
         if _differ(array):
             array.partition(at)

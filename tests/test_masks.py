@@ -691,7 +691,7 @@ def test_a_name_that_is_no_string_cannot_be_saved(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "masks", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"^{path}: no such file; pass the path"):
+        with pytest.raises(FileNotFoundError, match=f"^{path}: no such file; pass"):
             load_masks(path)
 
 
@@ -845,7 +845,7 @@ def test_there_is_no_metadata_in_a_file_of_something_else(
     content: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "masks"
-    with pytest.raises(FileNotFoundError, match=f"^{path}: no such file; pass the path"):
+    with pytest.raises(FileNotFoundError, match=f"^{path}: no such file; pass"):
         load_metadata(path)
     path.write_bytes(NO_MASKS[content])
     with pytest.raises(ValueError, match=f"^{path}: not a masks file"):

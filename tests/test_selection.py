@@ -112,6 +112,15 @@ def test_narrowing_down_to_a_handful_gives_the_same_in_threads_or_without(
         assert_as_naive(*case)
 
 
+@given(cases(), st.integers(0, 6))
+@settings(max_examples=300, deadline=None)
+def test_what_a_gpu_is_asked_to_do_gives_the_same(case: Case, small: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_SMALL", small)
+        patch.setattr(selection, "_on_cpu", lambda tensors: False)
+        assert_as_naive(*case)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 def test_a_tie_goes_to_the_earlier_tensor_then_to_the_lower_index(
     dtype: torch.dtype,
