@@ -55,12 +55,19 @@ def test_a_ratio_that_got_worse_is_visible_from_one_command(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("script", "options"), [("cost", []), ("scale", ["--predict"])]
+    ("script", "results", "options"),
+    [
+        ("cost", "cost", []),
+        ("cost", "cost-noisy", []),
+        ("scale", "scale", ["--predict"]),
+    ],
 )
-def test_the_docs_show_what_is_stored(script: str, options: list[str]) -> None:
-    shown = run("--from", f"benchmarks/{script}.json", *options, script=script)
+def test_the_docs_show_what_is_stored(
+    script: str, results: str, options: list[str]
+) -> None:
+    shown = run("--from", f"benchmarks/{results}.json", *options, script=script)
     assert shown.returncode == 0, shown.stderr
-    _, results = shown.stdout.split("\n\n", maxsplit=1)  # after the commands
-    assert max(map(len, results.splitlines())) <= 80
-    stored = ROOT / "docs" / f"{script}-results.txt"
+    _, tables = shown.stdout.split("\n\n", maxsplit=1)  # after the commands
+    assert max(map(len, tables.splitlines())) <= 80
+    stored = ROOT / "docs" / f"{results}-results.txt"
     assert shown.stdout == stored.read_text("utf-8")
