@@ -66,7 +66,7 @@ def top_k_masks(
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores], math.inf
     flat = _Choice(
-        [_flat(score.detach()) for score in scores],
+        [_flat(score.detach(), score) for score in scores],
         list(map(_flat, among, scores if among else ())),
     )
     tied: Sequence[int] = range(len(scores))
@@ -78,13 +78,15 @@ def top_k_masks(
     else:
         found = _split(flat, *_bracket(flat, k / total, parts), parts)
         threshold, surplus = _search(flat, k, found, parts)
-        if found.low < threshold <= found.high or threshold == found.high:
+        if found.low < threshold < found.high:  # nearly always
             for _, mask, at, values in found.blocks:
                 mask.scatter_(0, at, values >= threshold)
             masks = [*found.masks()]
-            if threshold < found.high and not parts.sharded:
+            if not parts.sharded:
                 tied = found.having(threshold)
-        else:  # hardly ever
+        elif threshold == found.high:
+            masks = [*found.masks()]
+        else:
             masks = [*flat.where(operator.ge, threshold)]
     masks = list(map(_unflat, masks, scores))
     for number in reversed(tied):
@@ -138,7 +140,7 @@ class _Choice(NamedTuple):
 
 
 def _marks(score: Tensor, compare: Comparison, value: float) -> Tensor:
-    if _on_cpu([score]) and score.itemsize > 2:  # NumPy is the faster
+    if _suit_numpy([score]):
         return torch.as_tensor(compare(score.numpy(), value))
     marks: Tensor = compare(score, value)
     return marks
@@ -146,7 +148,7 @@ def _marks(score: Tensor, compare: Comparison, value: float) -> Tensor:
 
 def _partitioned(scores: Sequence[Tensor], k: int) -> float | None:
     """The k-th largest score, if they are such that NumPy is the fastest to find it."""
-    if sum(map(len, scores)) > _FEW or not _on_cpu(scores) or scores[0].itemsize <= 2:
+    if sum(map(len, scores)) > _FEW or not _suit_numpy(scores):
         return None
     merged = torch.cat([*scores]).numpy()
     if not _differ(merged):
@@ -200,7 +202,7 @@ def _search(
 def _kth_of(values: Tensor, k: int) -> float:
     """The k-th largest value of a tensor, whose order is lost."""
     at = len(values) - k
-    if _on_cpu([values]) and values.itemsize > 2:
+    if _suit_numpy([values]):
         array = values.numpy()
         if _differ(array):
             array.partition(at)
@@ -218,11 +220,11 @@ def _order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
-def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     """Its values in the order of a memory, a view if that is its own and all of it."""
-    if (tensor if like is None else like).is_contiguous():
+    if like.is_contiguous():
         return tensor.flatten()
-    return tensor.permute(_order(tensor if like is None else like)).flatten()
+    return tensor.permute(_order(like)).flatten()
 
 
 def _unflat(flat: Tensor, like: Tensor) -> Tensor:
@@ -338,6 +340,11 @@ def _split(candidates: _Choice, low: float, high: float, parts: Parts) -> _Split
 
 def _on_cpu(tensors: Iterable[Tensor]) -> bool:
     return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _suit_numpy(scores: Sequence[Tensor]) -> bool:
+    """Whether NumPy has these, and is the faster with them."""
+    return _on_cpu(scores) and scores[0].itemsize > 2
 
 
 def _joined(tensors: Sequence[Tensor]) -> np.ndarray[Any, Any]:
