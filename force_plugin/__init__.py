@@ -1,5 +1,7 @@
 """Prune a network before it is trained: a plugin for :mod:`torch.nn.utils.prune`."""
 
+from force_plugin.compact_files import load_compact, save_compact
+from force_plugin.compaction import compact
 from force_plugin.diagnosis import Diagnosis, StageDiagnosis, diagnose
 from force_plugin.masks import (
     apply_masks,
@@ -24,6 +26,7 @@ from force_plugin.methods import (
 from force_plugin.permanent import make_permanent
 from force_plugin.pruning import force_prune, saliency
 from force_plugin.report import LayerReport, SparsityReport, sparsity_report
+from force_plugin.size import CompactReport, LayerSize, compact_report
 from force_plugin.state_dicts import load_pruned_state_dict
 
 __version__ = "0.1.0"
@@ -32,11 +35,13 @@ __all__ = [
     "FORCE",
     "METHODS",
     "SNIP",
+    "CompactReport",
     "Diagnosis",
     "GraSP",
     "GraSPIt",
     "IterSNIP",
     "LayerReport",
+    "LayerSize",
     "Magnitude",
     "Random",
     "SNIPIt",
@@ -45,14 +50,18 @@ __all__ = [
     "StageDiagnosis",
     "SynFlow",
     "apply_masks",
+    "compact",
+    "compact_report",
     "diagnose",
     "force_prune",
     "get_masks",
+    "load_compact",
     "load_masks",
     "load_metadata",
     "load_pruned_state_dict",
     "make_permanent",
     "saliency",
+    "save_compact",
     "save_masks",
     "sparsity_report",
 ]

@@ -267,7 +267,7 @@ def _percent(report: LayerReport | SparsityReport) -> str:
     return text
 
 
-def _shorten(text: str, width: int) -> str:
+def shorten(text: str, width: int) -> str:
     """``text`` in at most ``width`` characters.
 
     A third of them for the head and the rest for the tail: in "layers.2…5.mlp.fc1" the
@@ -289,7 +289,7 @@ def _table(report: SparsityReport) -> list[str]:
     ) -> tuple[str, ...]:
         return (
             name,
-            _shorten("x".join(map(str, shape)), 18),
+            shorten("x".join(map(str, shape)), 18),
             f"{counts.kept:>{kept_width},} / {counts.total:>{total_width},}",
             _percent(counts),
             "" if counts.kept else "  empty",
@@ -304,7 +304,7 @@ def _table(report: SparsityReport) -> list[str]:
     gaps = 3 * 2
     widths[0] = min(widths[0], COLUMNS - gaps - sum(widths[1:]))
     header, *layers, total = (
-        f"{_shorten(name, widths[0]):<{widths[0]}}  {shape:<{widths[1]}}  "
+        f"{shorten(name, widths[0]):<{widths[0]}}  {shape:<{widths[1]}}  "
         f"{counts:>{widths[2]}}  {percent:>{widths[3]}}{mark}"
         for name, shape, counts, percent, mark in rows
     )
@@ -409,7 +409,7 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
     main, bottom = axes[0], axes[-1]
     main.set_xlim(-0.8, len(names) - 0.2)
     if len(names) <= 20:
-        labels = [_shorten(name.removesuffix(".weight"), 20) for name in names]
+        labels = [shorten(name.removesuffix(".weight"), 20) for name in names]
         bottom.set_xticks(range(len(names)), labels, rotation=45, ha="right")
         bottom.tick_params(axis="x", labelsize=8)
         return

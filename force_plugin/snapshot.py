@@ -110,6 +110,17 @@ def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
                 vars(loader).update(loader_state)
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Give a model's attributes and the global random generators back as they were."""
+    randomness = random_states(model)
+    with restored(model.modules()):
+        try:
+            yield
+        finally:
+            randomness()
+
+
 def random_states(model: nn.Module) -> Callable[[], None]:
     """The states of all global random generators, and the way back."""
     numpy_state, python_state = np.random.get_state(), random.getstate()

@@ -1,0 +1,455 @@
+"""Sets of channels that go together, and how they are taken out of a model.
+
+Which channels these are, through residual sums, concatenations, groups and
+normalisations, is what the dependency graph of torch-pruning finds out (Fang et al.
+2023, arXiv 2301.12900), and it cuts them, too. Here it works on a copy, in float64. In
+the ``grad`` of each of the copy's parameters, which it cuts along with the parameter,
+stand the positions that the values had before: by them the new model gets its values
+bit for bit, also those under a mask, in their own type.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from force_plugin.batches import count_samples, describe
+from force_plugin.connection import tensors
+from force_plugin.masks import prune_with
+from force_plugin.parameters import (
+    HELD,
+    Weight,
+    find_readers,
+    mask_of,
+    named_parameters,
+)
+from force_plugin.permanent import make_permanent
+from force_plugin.reparametrisation import forget_readers, remove
+from force_plugin.snapshot import restored
+
+LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
+"""What channels come from and go to; all else that torch-pruning knows passes them."""
+
+# Their statistics run over channels, so that none can go without a change of others;
+# what a model gives out has the shape that its users count on.
+_FIXED = {
+    tp.ops.OPTYPE.OUTPUT: "an output of the model",
+    tp.ops.OPTYPE.LN: "a layer normalisation",
+    tp.ops.OPTYPE.GN: "a group normalisation",
+    tp.ops.OPTYPE.MHA: "a MultiheadAttention",
+    tp.ops.OPTYPE.LSTM: "an LSTM",
+}
+
+
+@dataclass(eq=False)
+class Use:
+    """A layer that reads or writes some channels of a set.
+
+    Attributes:
+        layer: Name of a convolution or linear layer.
+        positions: Channels of its input (or output), int64 of shape ``[n]``.
+        channels: Which of the set's channels each of them is, of the same shape.
+    """
+
+    layer: str
+    positions: Tensor
+    channels: Tensor
+
+
+@dataclass(eq=False)
+class Channels:
+    """Channels of one or several layers that can only go together.
+
+    Attributes:
+        name: The layer whose output channels the others are numbered by.
+        size: Their number.
+        writers: Layers whose output channels they are.
+        readers: Layers whose input channels they are.
+        fixed: Why none can go, or ``""``.
+        units: Channels that can only go together, one row for each: the same one of
+            the halves of a gated layer, a whole head of an attention.
+        blocks: Tensors of the set's channels, one row for each of the parts of which
+            the same number must stay: the groups of a convolution.
+        heads: Name of the module that counts these units as its heads, or ``""``.
+    """
+
+    name: str
+    size: int
+    writers: list[Use] = field(default_factory=list)
+    readers: list[Use] = field(default_factory=list)
+    fixed: str = ""
+    units: Tensor = field(default_factory=lambda: torch.empty(0, 1))
+    blocks: list[Tensor] = field(default_factory=list)
+    heads: str = ""
+
+    def removable(self, free: Tensor) -> Tensor:
+        """Which channels may go if no reader needs the free ones.
+
+        Args:
+            free: Bool tensor of shape ``[size]``.
+
+        Returns:
+            A bool tensor of this shape: whole units, as many in each block, not all.
+        """
+        if self.fixed:
+            return torch.zeros_like(free)
+        read = torch.zeros_like(free)
+        for use in self.readers:
+            read[use.channels] = True
+        whole = (free | ~read)[self.units].all(1) & read[self.units].any(1)
+        result = torch.zeros_like(free)
+        result[self.units[whole].flatten()] = True
+        finest = max(self.blocks, key=len, default=None)
+        if finest is None:
+            if whole.all():
+                result[self.units[0]] = False
+            return result
+        number = min(int(result[finest].sum(1).min()), finest.shape[1] - 1)
+        gone = [row[result[row]][:number] for row in finest]
+        result = torch.zeros_like(result)
+        result[torch.cat(gone)] = True
+        even = all(len(result[block].sum(1).unique()) == 1 for block in self.blocks)
+        return result & even
+
+
+class Graph:
+    """Which channels of a model go together.
+
+    Args:
+        model: A model that may be changed, as :func:`plain_copy` makes it.
+        inputs: What it is called with.
+
+    Attributes:
+        model: As given; :meth:`cut` takes channels out of it.
+        sets: Its sets of channels by name.
+
+    Raises:
+        RuntimeError: torch-pruning cannot trace the model.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:  # noqa: D107
+        self.model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._graph = tp.DependencyGraph().build_dependency(
+                    model, inputs, forward_fn=_forward, verbose=False
+                )
+                groups = list(self._graph.get_all_groups())
+        except Exception as error:
+            raise RuntimeError(
+                f"torch-pruning cannot trace {type(model).__name__}: "
+                f"{type(error).__name__}: {error}. The model is as it was"
+            ) from error
+        self.sets = {one.name: one for one in map(self._describe, groups)}
+
+    def cut(self, removed: Mapping[str, Tensor]) -> None:
+        """Take channels out of the model.
+
+        Args:
+            removed: By set, bool tensors of shape ``[size]``, True = taken out.
+
+        Raises:
+            RuntimeError: Others would go with them, or torch-pruning fails. The model
+                may then be half-cut.
+        """
+        for name, channels in removed.items():
+            module = self.model.get_submodule(name)
+            indices = channels.nonzero().flatten().tolist()
+            if not indices:
+                continue
+            group = self._group(module, indices)
+            if sorted(group[0].idxs) != indices:
+                raise RuntimeError(f"{name}: other channels go with these")
+            grouped = [
+                (item.dep.target.module, item.idxs)
+                for item in group
+                if self._reads(item)
+                and getattr(item.dep.target.module, "groups", 1) > 1
+            ]
+            before = [(conv, conv.weight) for conv, _ in grouped]
+            group.prune(record_history=False)
+            if self.sets[name].heads:
+                self._count_heads(self.sets[name], len(indices))
+            for (conv, weight), (_, gone) in zip(before, grouped, strict=True):
+                _cut_in_groups(conv, weight, gone)
+
+    def _group(self, module: nn.Module, indices: Sequence[int]) -> Any:
+        pruner = self._graph.get_pruner_of_module(module)
+        return self._graph.get_pruning_group(
+            module, pruner.prune_out_channels, list(indices)
+        )
+
+    def _count_heads(self, one: Channels, gone: int) -> None:
+        attention: Any = self.model.get_submodule(one.heads)
+        width = attention.num_heads * (one.units.numel() // len(one.units))
+        number = attention.num_heads - gone // (one.units.numel() // len(one.units))
+        for key, value in vars(attention).items():
+            # timm's attn_dim: all heads side by side.
+            if key == "attn_dim" and value * 3 == width:
+                setattr(attention, key, value // attention.num_heads * number)
+        attention.num_heads = number
+
+    def _reads(self, item: Any) -> bool:
+        """Whether it is about what a layer reads; depthwise ones only pass it."""
+        module, handler = item.dep.target.module, item.dep.handler
+        if not isinstance(module, LAYERS):
+            return False
+        pruner = self._graph.get_pruner_of_module(module)
+        one = pruner.prune_in_channels == pruner.prune_out_channels
+        return not one and handler == pruner.prune_in_channels
+
+    def _writes(self, item: Any) -> bool:
+        module, handler = item.dep.target.module, item.dep.handler
+        if not isinstance(module, LAYERS):
+            return False
+        pruner = self._graph.get_pruner_of_module(module)
+        return handler == pruner.prune_out_channels  # type: ignore[no-any-return]
+
+    def _describe(self, group: Any) -> Channels:
+        first = group[0]
+        found = Channels(self._names[first.dep.target.module], len(first.idxs))
+        for item in group:
+            target = item.dep.target
+            found.fixed = found.fixed or _FIXED.get(target.type, "")
+            reads, writes = self._reads(item), self._writes(item)
+            if not (reads or writes):
+                continue
+            use = Use(
+                self._names[target.module],
+                torch.tensor(item.idxs),
+                torch.tensor(item.root_idxs),
+            )
+            (found.readers if reads else found.writers).append(use)
+            parts = getattr(target.module, "groups", 1)
+            depthwise = target.type == tp.ops.OPTYPE.DEPTHWISE_CONV
+            if parts > 1 and not depthwise:
+                size = channels_of(target.module)[0 if reads else 1]
+                whole = len(set(item.root_idxs)) == len(item.idxs) == size
+                if not whole or size % parts:
+                    found.fixed = found.fixed or "a part of a convolution with groups"
+                    continue
+                order = use.channels[use.positions.argsort()]
+                found.blocks.append(order.view(parts, -1))
+        self._find_units(found, first.dep.target.module)
+        return found
+
+    def _find_units(self, found: Channels, module: nn.Module) -> None:
+        """Channels that go together: the same ones of some equal parts of a layer."""
+        tied = sorted(self._group(module, [0])[0].idxs)
+        parts = torch.arange(found.size)
+        if found.size % len(tied) == 0:
+            parts = parts.view(len(tied), -1)
+            if parts[:, 0].tolist() == tied:
+                found.units = parts.T
+                if len(tied) > 1:
+                    self._find_heads(found)
+                return
+        found.fixed = found.fixed or "channels that are tied to each other"
+
+    def _find_heads(self, found: Channels) -> None:
+        around = found.name.rpartition(".")[0]
+        heads = getattr(self.model.get_submodule(around), "num_heads", 0)
+        if found.blocks:
+            found.fixed = found.fixed or "a convolution with groups behind a split"
+        elif isinstance(heads, int) and heads and len(found.units) % heads == 0:
+            found.units = found.units.reshape(heads, -1)
+            found.heads = around
+
+
+def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Outputs that are no layer's own: they are not to be cut."""
+    return [output * 1 for output in tensors(call(model, inputs))]
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Outputs of a model for a tensor, a tuple of arguments or a mapping of them."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _cut_in_groups(conv: _ConvNd, before: nn.Parameter, gone: Sequence[int]) -> None:
+    """Take input channels out of a convolution with groups, in each group its own.
+
+    torch-pruning takes the same ones out of every group.
+    """
+    inputs = conv.in_channels + len(gone)
+    stay = torch.ones(inputs, dtype=torch.bool)
+    stay[list(gone)] = False
+    columns = stay.view(conv.groups, -1)
+    kept = torch.stack([row.nonzero().flatten() for row in columns]).to(before.device)
+
+    def pick(values: Tensor) -> Tensor:
+        if conv.transposed:
+            return values[stay.to(values.device)]
+        rows = values.unflatten(0, (conv.groups, -1))
+        parts = [part[:, own] for part, own in zip(rows, kept, strict=True)]
+        return torch.cat(parts)
+
+    conv.weight = nn.Parameter(pick(before.detach()))
+    assert before.grad is not None
+    conv.weight.grad = pick(before.grad)
+
+
+def channels_of(module: nn.Module) -> tuple[int, int]:
+    """Input and output channels of a layer."""
+    if isinstance(module, _ConvNd):
+        return module.in_channels, module.out_channels
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def checked_inputs(model: nn.Module, inputs: Any, argument: str) -> Any:
+    """Inputs where the model is, floating-point ones in its own type.
+
+    Raises:
+        TypeError: There is no tensor among them.
+    """
+    own = next(model.parameters(), torch.empty(0))
+    if not any(True for _ in tensors(inputs)):
+        raise TypeError(
+            f"{argument}: expected what the model is called with, a tensor, a tuple of "
+            f"arguments or a mapping of them, got {describe(inputs)}"
+        )
+    return mapped(
+        lambda t: (
+            t.to(own.device, own.dtype) if t.is_floating_point() else t.to(own.device)
+        ),
+        inputs,
+    )
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same tuples, lists and mappings with other tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: mapped(function, item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [mapped(function, item) for item in value]
+    return value
+
+
+def two_samples(inputs: Any) -> Any:
+    """Inputs of at least two samples: a batch of one is given twice."""
+    if count_samples(inputs) != 1:
+        return inputs
+    return mapped(lambda t: torch.cat([t, t]) if t.shape[:1] == (1,) else t, inputs)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy without masks, its parameters dense, in float64 and evaluation mode."""
+    weights = named_parameters(model).values()
+    with restored(model.modules()), torch.no_grad():
+        for module in model.modules():
+            # What prune leaves in a pruned module's place cannot be copied.
+            for key, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    setattr(module, key, value.detach())
+        result = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in weights:
+            for owner, (module, name) in zip(
+                weight.owners, _slots_in(result, model, weight), strict=True
+            ):
+                vars(module).pop(HELD, None)
+                if mask_of(*owner) is not None:
+                    remove(module, name)
+                    getattr(module, name).data = weight.dense.detach().clone()
+    forget_readers(result)
+    result = result.double().eval()
+    for parameter in result.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.grad = None
+    return result
+
+
+def _slots_in(
+    other: nn.Module, model: nn.Module, weight: Weight
+) -> Iterator[tuple[nn.Module, str]]:
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in weight.owners:
+        yield other.get_submodule(names[module]), name
+
+
+def number_values(model: nn.Module) -> None:
+    """Write into the ``grad`` of each parameter where each of its values is."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.grad = torch.arange(
+                parameter.numel(), dtype=parameter.dtype, device=parameter.device
+            ).view_as(parameter)
+
+
+def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
+    """A cut copy as a model: with the values, types, masks and modes of the original.
+
+    Args:
+        model: The original, which stays as it is.
+        cut: Its :func:`plain_copy`, numbered and cut; it becomes the result.
+
+    Raises:
+        RuntimeError: A parameter that several modules share was cut in two ways.
+    """
+    originals = dict(model.named_modules())
+    weights = named_parameters(model).values()
+    shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    masks = []
+    held = []
+    for weight in weights:
+        mask = None
+        for module, name in _slots_in(cut, model, weight):
+            parameter = module._parameters[name]
+            assert parameter is not None
+            if parameter.grad is None:
+                continue
+            places = parameter.grad.to(torch.int64)
+            if id(weight) not in shared:
+                values = weight.dense.detach().flatten()[places.flatten()]
+                values = values.view(places.shape)
+                made = nn.Parameter(values, weight.dense.requires_grad)
+                shared[id(weight)] = places, made
+                if weight.mask is not None:
+                    flat = weight.mask.flatten()[
+                        places.flatten().to(weight.mask.device)
+                    ]
+                    mask = flat.view(places.shape)
+            earlier, made = shared[id(weight)]
+            if not torch.equal(earlier, places):
+                raise RuntimeError(
+                    f"{weight.name} belongs to several modules, of which each would "
+                    "lose other channels"
+                )
+            module._parameters[name] = made
+        if mask is not None:
+            masks.append((weight.name, mask))
+            if all(mask_of(*owner) is None for owner in weight.owners):
+                held.append(weight.name)
+    for name, module in cut.named_modules():
+        original = originals[name]
+        module.training = original.training
+        for key, buffer in module._buffers.items():
+            own = original._buffers[key]
+            if buffer is not None and own is not None:
+                module._buffers[key] = buffer.to(own.dtype)
+    found = named_parameters(cut)
+    pairs = [(found[name], mask) for name, mask in masks]
+    prune_with(pairs, readers=find_readers([weight for weight, _ in pairs], cut))
+    if held:
+        make_permanent(cut)
+    return cut
+
+
+def layers_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Convolutions and linear layers by name."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, LAYERS))

@@ -1,0 +1,436 @@
+"""A smaller model that computes the same: without the channels that masks cut off.
+
+Which channels these are is measured, not derived from the names of operations: in
+copies with random values where no mask is, a channel is cut off from the inputs if it
+is the same for all of them, and from the outputs if no gradient comes back to it. What
+is taken out is checked: in float64, the outputs must stay what they were, else the
+channels concerned stay.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from tqdm import tqdm
+
+from force_plugin.batches import count_samples
+from force_plugin.channels import (
+    Channels,
+    Graph,
+    call,
+    checked_inputs,
+    layers_of,
+    mapped,
+    number_values,
+    plain_copy,
+    rebuilt,
+    two_samples,
+)
+from force_plugin.connection import leads_through, tensors
+from force_plugin.gates import CLOSED
+from force_plugin.parameters import named_parameters
+from force_plugin.snapshot import undisturbed
+
+TOLERANCE = 1e-10
+"""How far outputs may be off, in float64, as a share of the largest of them."""
+
+_DRAWS = (True, True, False, False)  # of random values: whether they are positive
+
+_SAME = 1e-12  # of the largest value of a tensor: less is rounding
+
+
+@torch.inference_mode(False)
+def compact(
+    model: nn.Module, example_inputs: Any, *, progress: bool = True
+) -> nn.Module:
+    """Take out of a pruned model the channels that its masks have cut off.
+
+    A channel goes if nothing reaches it from the inputs, and what it holds instead is
+    0 in evaluation mode, or if nothing of it reaches the outputs; with it go the rows
+    and columns of all layers that write and read it, through residual sums,
+    concatenations, groups and batch normalisations. What remains is an ordinary model
+    with the values, masks and modes that it had, and the same outputs in evaluation
+    mode. Which channels depend on each other is found by torch-pruning's dependency
+    graph (Fang et al. 2023, arXiv 2301.12900).
+
+    These stay: one channel of each set at least, those that carry a constant (the bias
+    of a normalisation that was trained), the inputs and outputs of the model, channels
+    that a layer or group normalisation runs over, and as many as the emptiest part of
+    a convolution with groups needs.
+
+    Args:
+        model: A model pruned with :mod:`torch.nn.utils.prune` or
+            :func:`force_plugin.force_prune`, made permanent or not; or one without
+            masks whose convolutions and linear layers hold zeros. It stays as it is.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments
+            or a mapping of keyword arguments. Any batch size; the values do not matter.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        A new model, with parameters of its own on the same device.
+
+    Raises:
+        TypeError: ``model`` is no module, or there is no tensor in ``example_inputs``.
+        ValueError: Nothing is pruned in the model.
+        RuntimeError: It cannot be run or traced, or whatever is taken out changes its
+            outputs; the message says why.
+
+    Warns:
+        UserWarning: Some channels stay although masks have cut them off, as without
+            them the outputs would be others; or the masks have disconnected the
+            network, so that next to nothing is left of it.
+    """
+    weights = named_parameters(model)
+    masks = {n: w.mask for n, w in weights.items() if w.mask is not None}
+    if not masks:
+        prunable = {n: w.part != 0 for n, w in weights.items() if w.prunable}
+        masks = {n: m for n, m in prunable.items() if m.any() and not m.all()}
+    if not masks:
+        raise ValueError(
+            "compact: expected a model pruned with torch.nn.utils.prune, or one whose "
+            "convolutions and linear layers hold zeros among their weights, got one "
+            "without any mask or zero"
+        )
+    inputs = checked_inputs(model, example_inputs, "example_inputs")
+    bar = tqdm(
+        total=len(_DRAWS) + 4,
+        desc="compact",
+        disable=not progress,
+        bar_format="{l_bar}{bar}| {elapsed}",
+    )
+    with undisturbed(model), torch.enable_grad(), bar:
+        torch.manual_seed(0)
+        small = _Compaction(model, masks, inputs, bar.update).result()
+    _tell_features(model, small)
+    return small
+
+
+def _tell_features(model: nn.Module, small: nn.Module) -> None:
+    """Correct what a timm model says of the inputs of its classifier."""
+    classifiers = [
+        getattr(one, "get_classifier", lambda: None)() for one in (model, small)
+    ]
+    widths = [getattr(one, "in_features", None) for one in classifiers]
+    for key in ("num_features", "head_hidden_size"):
+        if widths[0] is not None and getattr(small, key, None) == widths[0]:
+            setattr(small, key, widths[1])
+
+
+class _Compaction:
+    """What is found out about one model on the way to a smaller one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Mapping[str, Tensor],
+        inputs: Any,
+        advance: Callable[[], object],
+    ) -> None:
+        self._advance = advance
+        self._model = model
+        self._inputs = two_samples(mapped(_in_float64, inputs))
+        self._masks = masks
+        self._plain = plain_copy(model)
+        _mask(self._plain, masks)
+        # Behind a gate that is closed at initialisation, nothing is seen of a mistake.
+        opened = copy.deepcopy(self._plain)
+        _open(opened, masks)
+        self._variants = [self._plain, opened]
+        inputs = mapped(
+            lambda t: t + torch.randn_like(t) if t.is_floating_point() else t, inputs
+        )
+        self._trial = mapped(_in_float64, inputs)
+        try:
+            self._expected = [_outputs(one, self._trial) for one in self._variants]
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(model).__name__} cannot be run with example_inputs in float64: "
+                f"{type(error).__name__}: {error}. The model is as it was"
+            ) from error
+
+    def result(self) -> nn.Module:
+        self._advance()
+        sets = self._graph().sets
+        self._advance()
+        layers = self._cut_off()
+        wanted = {}
+        for name, one in sets.items():
+            removable = _removable(one, layers)
+            if removable.any():
+                wanted[name] = removable
+        problems: dict[str, str] = {}
+        names = self._agreeing(list(wanted), [], wanted, problems)
+        self._advance()
+        copied = copy.deepcopy(self._variants[1])
+        if leads_through(copied, lambda: call(copied, self._trial)) is False:
+            warnings.warn(
+                "the masks have disconnected the network: its outputs no longer depend "
+                "on its inputs, and next to nothing is left of it; prune it less, or "
+                "in more steps",
+                stacklevel=5,
+            )
+        if problems and not names:
+            raise RuntimeError(
+                f"{type(self._model).__name__}: none of the channels that masks have "
+                f"cut off can be taken out: {next(iter(problems.values()))}. The model "
+                "is as it was"
+            )
+        if problems:
+            name, reason = next(iter(problems.items()))
+            warnings.warn(
+                f"{len(problems)} of {len(wanted)} sets of channels stay although "
+                f"masks have cut some off (that of {name}, for one): {reason}",
+                stacklevel=5,
+            )
+        small = rebuilt(self._model, self._cut({n: wanted[n] for n in names}))
+        self._advance()
+        return small
+
+    def _graph(self) -> Graph:
+        graph = Graph(copy.deepcopy(self._plain), self._inputs)
+        number_values(graph.model)
+        return graph
+
+    def _cut(self, removed: Mapping[str, Tensor]) -> nn.Module:
+        graph = self._graph()
+        graph.cut(removed)
+        return graph.model
+
+    def _agreeing(
+        self,
+        names: Sequence[str],
+        good: list[str],
+        wanted: Mapping[str, Tensor],
+        problems: dict[str, str],
+    ) -> list[str]:
+        """Of some sets those that can be taken out beside the good ones."""
+        if not names:
+            return good
+        problem = self._problem({n: wanted[n] for n in (*good, *names)})
+        if problem is None:
+            return [*good, *names]
+        if len(names) == 1:
+            problems[names[0]] = problem
+            return good
+        half = len(names) // 2
+        good = self._agreeing(names[:half], good, wanted, problems)
+        return self._agreeing(names[half:], good, wanted, problems)
+
+    def _problem(self, removed: Mapping[str, Tensor]) -> str | None:
+        """Why these cannot go."""
+        try:
+            cut = self._cut(removed)
+            for variant, expected in zip(self._variants, self._expected, strict=True):
+                _fill(cut, variant)
+                found = _outputs(cut, self._trial)
+                if [o.shape for o in found] != [o.shape for o in expected]:
+                    return "the outputs would have other shapes"
+                for one, other in zip(found, expected, strict=True):
+                    off = float((one - other).abs().max()) if one.numel() else 0.0
+                    scale = float(other.abs().max()) if other.numel() else 0.0
+                    if not off <= TOLERANCE * max(scale, 1.0):
+                        return f"an output would change by {off:.3g}"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _cut_off(self) -> dict[str, Tensor]:
+        """Which input channels of each layer are cut off, by its name."""
+        layers: dict[str, _Seen] = {}
+        for positive in _DRAWS:
+            self._advance()
+            model = copy.deepcopy(self._plain)
+            _randomise(model, self._masks, positive)
+            inputs = mapped(partial(_random_like, positive=positive), self._inputs)
+            for name, seen in _watch(model, inputs, graded=True).items():
+                known = layers.setdefault(name, _Seen())
+                known.join(seen.differs, seen.read, seen.largest)
+        carried: dict[str, Tensor] = {}
+        for variant in self._variants:
+            watched = _watch(copy.deepcopy(variant), self._trial, graded=False)
+            for name, seen in watched.items():
+                before = carried.get(name, torch.zeros(()))
+                carried[name] = torch.maximum(seen.largest, before)
+        return {
+            name: ~seen.read | (~seen.differs & (carried[name] == 0))
+            for name, seen in layers.items()
+            if name in carried
+        }
+
+
+@dataclass
+class _Seen:
+    """What was seen of the input channels of a layer.
+
+    Attributes:
+        differs: Whether a channel's values are not the same for all inputs.
+        read: Whether a gradient came back to it.
+        largest: Its largest magnitude.
+    """
+
+    differs: Tensor = field(default_factory=lambda: torch.tensor(False))
+    read: Tensor = field(default_factory=lambda: torch.tensor(False))
+    largest: Tensor = field(default_factory=lambda: torch.tensor(0.0))
+
+    def join(self, differs: Tensor, read: Tensor, largest: Tensor) -> None:
+        self.differs = self.differs | differs.cpu()
+        self.read = self.read | read.cpu()
+        self.largest = torch.maximum(self.largest, largest.cpu())
+
+
+def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
+    """Run a model and look at the inputs of its layers.
+
+    Args:
+        model: In float64, and the caller's to spoil.
+        inputs: What it is called with.
+        graded: Look at the gradients too. Outputs of layers are then scaled to at most
+            1, as no gradient passes a gate that is saturated, and what looks up rows
+            in a table gives different ones.
+    """
+    found: dict[str, _Seen] = {}
+    samples = count_samples(inputs)
+
+    def look(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        values = args[0]
+        axis = values.dim() - 1
+        if isinstance(module, _ConvNd):
+            axis -= len(module.kernel_size)
+        rest = [dim for dim in range(values.dim()) if dim != axis]
+        plain = values.detach()
+        largest = plain.abs().amax(rest)
+        # Between samples, as a constant is another one at the border of an image.
+        among = [0] if len(plain) == samples else rest
+        spread = plain.amax(among, True) - plain.amin(among, True)
+        differs = spread.amax(rest) > _SAME * largest.max()
+        seen = found.setdefault(name, _Seen())
+        nothing = torch.zeros_like(differs)
+        seen.join(differs, nothing, largest)
+
+        def on_gradient(gradient: Tensor) -> None:
+            seen.join(nothing, gradient.abs().amax(rest) != 0, nothing.to(largest))
+
+        if graded and values.requires_grad:
+            values.register_hook(on_gradient)
+
+    def scale(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        largest = output.detach().abs().max()
+        return output / largest if largest else output
+
+    def vary(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output * _random_like(output, positive=True)
+
+    for name, module in layers_of(model):
+        module.register_forward_pre_hook(partial(look, name))
+        if graded:
+            module.register_forward_hook(scale)
+    for module in model.modules():
+        if graded and isinstance(module, nn.Embedding):
+            module.register_forward_hook(vary)
+    with torch.set_grad_enabled(graded):
+        outputs = [o for o in tensors(call(model, inputs)) if o.requires_grad]
+    if outputs:
+        # A plain sum would have no gradient behind a softmax or a normalisation.
+        weights = [torch.rand_like(output) for output in outputs]
+        torch.autograd.backward(outputs, weights)
+    return found
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        found = tensors(call(model, mapped(torch.clone, inputs)))
+        return [o.clone() for o in found if o.is_floating_point()]
+
+
+def _removable(one: Channels, cut_off: Mapping[str, Tensor]) -> Tensor:
+    """Which channels of a set may go, bool ``[size]``."""
+    free = torch.ones(one.size, dtype=torch.bool)
+    for use in one.readers:
+        # Of layers that are never called, whose weights others take, nothing is known.
+        gone = cut_off.get(use.layer, torch.zeros(int(use.positions.max()) + 1) > 0)
+        free[use.channels[~gone[use.positions]]] = False
+    return one.removable(free)
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _random_like(tensor: Tensor, positive: bool) -> Tensor:
+    """Other values, in every second sample three times as large.
+
+    Positive layers make any two inputs ever more alike, but for their size.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    values = torch.rand_like(tensor) + 0.5
+    if not positive:
+        values *= torch.randn_like(tensor).sign()
+    values[1::2] *= 3
+    return values.requires_grad_(tensor.is_leaf)
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name.rpartition(".")[2]
+
+
+@torch.no_grad()
+def _mask(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    for name, weight in named_parameters(model).items():
+        if name in masks:
+            weight.dense.mul_(masks[name].to(weight.dense.device))
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module, masks: Mapping[str, Tensor], positive: bool) -> None:
+    """Other values wherever no mask is, as if no gate were closed.
+
+    Where all values are positive nothing cancels out, and no unit is asleep.
+    """
+    for name, weight in named_parameters(model).items():
+        values = weight.dense
+        if not values.is_floating_point():
+            continue
+        values.uniform_(0.5, 1.5)
+        if not positive and values.dim() > 1:
+            values.mul_(torch.randn_like(values).sign())
+        if _is_bias(name):
+            values.mul_(1e-4)
+    _mask(model, masks)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.reset_running_stats()
+
+
+@torch.no_grad()
+def _open(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Open what an initialisation has closed, wherever no mask is."""
+    for name, weight in named_parameters(model).items():
+        values = weight.dense
+        if not values.is_floating_point() or _is_bias(name) or not values.numel():
+            continue
+        closed = values == 0
+        if values.abs().max() <= CLOSED:
+            closed = torch.ones_like(closed)
+        fan_in = values[0].numel() if values.dim() > 1 else 1
+        values[closed] = (torch.rand_like(values) + 0.5)[closed] / fan_in**0.5
+    _mask(model, masks)
+
+
+@torch.no_grad()
+def _fill(cut: nn.Module, source: nn.Module) -> None:
+    """Give a cut model the values of one that is whole."""
+    values = dict(source.named_parameters(remove_duplicate=False))
+    for name, parameter in cut.named_parameters(remove_duplicate=False):
+        if parameter.grad is not None:
+            places = parameter.grad.to(torch.int64)
+            parameter.copy_(values[name].flatten()[places.flatten()].view_as(parameter))
