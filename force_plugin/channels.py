@@ -11,6 +11,7 @@ bit for bit, also those under a mask, in their own type.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,8 +117,8 @@ class Channels:
         gone = [row[result[row]][:number] for row in finest]
         result = torch.zeros_like(result)
         result[torch.cat(gone)] = True
-        even = all(len(result[block].sum(1).unique()) == 1 for block in self.blocks)
-        return result & even
+        counts = [result[block].sum(1) for block in self.blocks]
+        return result & all(bool((count == count[0]).all()) for count in counts)
 
 
 class Graph:
@@ -144,6 +145,7 @@ class Graph:
                 self._graph = tp.DependencyGraph().build_dependency(
                     model, inputs, forward_fn=_forward, verbose=False
                 )
+                _map_only_flattening(self._graph)
                 groups = list(self._graph.get_all_groups())
         except Exception as error:
             raise RuntimeError(
@@ -220,7 +222,8 @@ class Graph:
         found = Channels(self._names[first.dep.target.module], len(first.idxs))
         for item in group:
             target = item.dep.target
-            found.fixed = found.fixed or _FIXED.get(target.type, "")
+            fixed = _FIXED.get(target.type) or _own_parameters(target.module)
+            found.fixed = found.fixed or fixed or ""
             reads, writes = self._reads(item), self._writes(item)
             if not (reads or writes):
                 continue
@@ -229,11 +232,16 @@ class Graph:
                 torch.tensor(item.idxs),
                 torch.tensor(item.root_idxs),
             )
+            size = channels_of(target.module)[0 if reads else 1]
+            if int(use.positions.max()) >= size:
+                found.fixed = (
+                    found.fixed or "a reshape that torch-pruning cannot follow"
+                )
+                continue
             (found.readers if reads else found.writers).append(use)
             parts = getattr(target.module, "groups", 1)
             depthwise = target.type == tp.ops.OPTYPE.DEPTHWISE_CONV
             if parts > 1 and not depthwise:
-                size = channels_of(target.module)[0 if reads else 1]
                 whole = len(set(item.root_idxs)) == len(item.idxs) == size
                 if not whole or size % parts:
                     found.fixed = found.fixed or "a part of a convolution with groups"
@@ -266,6 +274,77 @@ class Graph:
             found.heads = around
 
 
+class Surgery:
+    """Takes channels out of copies of a model.
+
+    Args:
+        plain: A model as :func:`plain_copy` makes it; it stays as it is.
+        inputs: What it is called with.
+
+    Attributes:
+        sets: Its sets of channels by name.
+
+    Raises:
+        RuntimeError: torch-pruning cannot trace it.
+    """
+
+    def __init__(self, plain: nn.Module, inputs: Any) -> None:  # noqa: D107
+        self._plain = plain
+        self._inputs = inputs
+        self.sets = self._graph().sets
+
+    def _graph(self) -> Graph:
+        return Graph(copy.deepcopy(self._plain), self._inputs)
+
+    def cut(self, removed: Mapping[str, Tensor]) -> nn.Module:
+        """A copy without these channels.
+
+        Args:
+            removed: By set, bool tensors of shape ``[size]``, True = taken out.
+
+        Raises:
+            RuntimeError: Others would go with them.
+        """
+        graph = self._graph()
+        number_values(graph.model)
+        graph.cut(removed)
+        return graph.model
+
+    def possible(
+        self,
+        wanted: Mapping[str, Tensor],
+        check: Callable[[nn.Module, Mapping[str, Tensor]], str | None],
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Find out what can be taken out.
+
+        Args:
+            wanted: By set, bool tensors of shape ``[size]``, True = to be taken out.
+            check: Given a copy without some of them, and which these are, what is wrong
+                with it, or ``None``.
+
+        Returns:
+            The sets that can, all at once; and what is wrong without each other one.
+        """
+        problems: dict[str, str] = {}
+
+        def search(names: Sequence[str], good: list[str]) -> list[str]:
+            tried = {name: wanted[name] for name in (*good, *names)}
+            try:
+                problem = check(self.cut(tried), tried) if names else None
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+            if problem is None:
+                return [*good, *names]
+            if len(names) == 1:
+                problems[names[0]] = problem
+                return good
+            half = len(names) // 2
+            return search(names[half:], search(names[:half], good))
+
+        found = search([name for name in wanted if wanted[name].any()], [])
+        return {name: wanted[name] for name in found}, problems
+
+
 def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Outputs that are no layer's own: they are not to be cut."""
     return [output * 1 for output in tensors(call(model, inputs))]
@@ -276,6 +355,58 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Floating-point outputs of a model for inputs that it may write to."""
+    with torch.no_grad():
+        found = tensors(call(model, mapped(torch.clone, inputs)))
+        return [o.clone() for o in found if o.is_floating_point()]
+
+
+def _map_only_flattening(graph: Any) -> None:
+    """Let channels become several features only where a reshape makes one of many.
+
+    torch-pruning takes any reshape for this whose channels seem to be more afterwards,
+    and multiplies them at each turn of an attention until the memory is full.
+    """
+    for node in graph.module2node.values():
+        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", (0, 0))
+        if node.type != tp.ops.OPTYPE.RESHAPE or len(sizes) <= 2:
+            continue
+        width = math.prod(sizes[1:])
+        if sizes[1] < width and width in _widths_after(node):
+            continue
+        node.type = tp.ops.OPTYPE.ELEMENTWISE
+        around = [*node.inputs, *node.outputs]
+        for one in (node, *around):
+            for dependency in one.dependencies:
+                if node in (dependency.source, dependency.target):
+                    dependency.index_mapping = [None, None]
+
+
+def _widths_after(node: Any) -> set[int]:
+    """Input features of the next layers."""
+    found, seen, stack = set(), set(), [node]
+    while stack:
+        for following in stack.pop().outputs:
+            if following in seen:
+                continue
+            seen.add(following)
+            if isinstance(following.module, LAYERS):
+                found.add(channels_of(following.module)[0])
+            else:
+                stack.append(following)
+    return found
+
+
+def _own_parameters(module: nn.Module) -> str | None:
+    """Why a layer's channels cannot go: torch-pruning would not cut all of it."""
+    if not isinstance(module, LAYERS):
+        return None
+    if set(module._parameters) <= {"weight", "bias"}:
+        return None
+    return f"a {type(module).__name__}, which has parameters of its own"
 
 
 def _cut_in_groups(conv: _ConvNd, before: nn.Parameter, gone: Sequence[int]) -> None:
@@ -292,7 +423,7 @@ def _cut_in_groups(conv: _ConvNd, before: nn.Parameter, gone: Sequence[int]) -> 
     def pick(values: Tensor) -> Tensor:
         if conv.transposed:
             return values[stay.to(values.device)]
-        rows = values.unflatten(0, (conv.groups, -1))
+        rows = values.chunk(conv.groups)
         parts = [part[:, own] for part, own in zip(rows, kept, strict=True)]
         return torch.cat(parts)
 
@@ -389,6 +520,16 @@ def number_values(model: nn.Module) -> None:
             parameter.grad = torch.arange(
                 parameter.numel(), dtype=parameter.dtype, device=parameter.device
             ).view_as(parameter)
+
+
+@torch.no_grad()
+def fill(cut: nn.Module, source: nn.Module) -> None:
+    """Give a cut model the values of one that is whole."""
+    values = dict(source.named_parameters(remove_duplicate=False))
+    for name, parameter in cut.named_parameters(remove_duplicate=False):
+        if parameter.grad is not None:
+            places = parameter.grad.to(torch.int64)
+            parameter.copy_(values[name].flatten()[places.flatten()].view_as(parameter))
 
 
 def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:

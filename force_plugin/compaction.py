@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,12 +25,13 @@ from tqdm import tqdm
 from force_plugin.batches import count_samples
 from force_plugin.channels import (
     Channels,
-    Graph,
+    Surgery,
     call,
     checked_inputs,
+    fill,
     layers_of,
     mapped,
-    number_values,
+    outputs_of,
     plain_copy,
     rebuilt,
     two_samples,
@@ -150,7 +151,7 @@ class _Compaction:
         )
         self._trial = mapped(_in_float64, inputs)
         try:
-            self._expected = [_outputs(one, self._trial) for one in self._variants]
+            self._expected = [outputs_of(one, self._trial) for one in self._variants]
         except Exception as error:
             raise RuntimeError(
                 f"{type(model).__name__} cannot be run with example_inputs in float64: "
@@ -159,26 +160,15 @@ class _Compaction:
 
     def result(self) -> nn.Module:
         self._advance()
-        sets = self._graph().sets
-        self._advance()
+        surgery = Surgery(self._plain, self._inputs)
         layers = self._cut_off()
-        wanted = {}
-        for name, one in sets.items():
-            removable = _removable(one, layers)
-            if removable.any():
-                wanted[name] = removable
-        problems: dict[str, str] = {}
-        names = self._agreeing(list(wanted), [], wanted, problems)
-        self._advance()
-        copied = copy.deepcopy(self._variants[1])
-        if leads_through(copied, lambda: call(copied, self._trial)) is False:
-            warnings.warn(
-                "the masks have disconnected the network: its outputs no longer depend "
-                "on its inputs, and next to nothing is left of it; prune it less, or "
-                "in more steps",
-                stacklevel=5,
-            )
-        if problems and not names:
+        wanted = {
+            name: removable
+            for name, one in surgery.sets.items()
+            if (removable := _removable(one, layers)).any()
+        }
+        removed, problems = surgery.possible(wanted, self._problem)
+        if problems and not removed:
             raise RuntimeError(
                 f"{type(self._model).__name__}: none of the channels that masks have "
                 f"cut off can be taken out: {next(iter(problems.values()))}. The model "
@@ -191,56 +181,31 @@ class _Compaction:
                 f"masks have cut some off (that of {name}, for one): {reason}",
                 stacklevel=5,
             )
-        small = rebuilt(self._model, self._cut({n: wanted[n] for n in names}))
+        self._advance()
+        copied = copy.deepcopy(self._variants[1])
+        if leads_through(copied, lambda: call(copied, self._trial)) is False:
+            warnings.warn(
+                "the masks have disconnected the network: its outputs no longer depend "
+                "on its inputs, and next to nothing is left of it; prune it less, or "
+                "in more steps",
+                stacklevel=5,
+            )
+        small = rebuilt(self._model, surgery.cut(removed))
         self._advance()
         return small
 
-    def _graph(self) -> Graph:
-        graph = Graph(copy.deepcopy(self._plain), self._inputs)
-        number_values(graph.model)
-        return graph
-
-    def _cut(self, removed: Mapping[str, Tensor]) -> nn.Module:
-        graph = self._graph()
-        graph.cut(removed)
-        return graph.model
-
-    def _agreeing(
-        self,
-        names: Sequence[str],
-        good: list[str],
-        wanted: Mapping[str, Tensor],
-        problems: dict[str, str],
-    ) -> list[str]:
-        """Of some sets those that can be taken out beside the good ones."""
-        if not names:
-            return good
-        problem = self._problem({n: wanted[n] for n in (*good, *names)})
-        if problem is None:
-            return [*good, *names]
-        if len(names) == 1:
-            problems[names[0]] = problem
-            return good
-        half = len(names) // 2
-        good = self._agreeing(names[:half], good, wanted, problems)
-        return self._agreeing(names[half:], good, wanted, problems)
-
-    def _problem(self, removed: Mapping[str, Tensor]) -> str | None:
-        """Why these cannot go."""
-        try:
-            cut = self._cut(removed)
-            for variant, expected in zip(self._variants, self._expected, strict=True):
-                _fill(cut, variant)
-                found = _outputs(cut, self._trial)
-                if [o.shape for o in found] != [o.shape for o in expected]:
-                    return "the outputs would have other shapes"
-                for one, other in zip(found, expected, strict=True):
-                    off = float((one - other).abs().max()) if one.numel() else 0.0
-                    scale = float(other.abs().max()) if other.numel() else 0.0
-                    if not off <= TOLERANCE * max(scale, 1.0):
-                        return f"an output would change by {off:.3g}"
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
+    def _problem(self, cut: nn.Module, removed: object) -> str | None:
+        """Whether other outputs come from a cut copy, or outputs of another shape."""
+        for variant, expected in zip(self._variants, self._expected, strict=True):
+            fill(cut, variant)
+            found = outputs_of(cut, self._trial)
+            if [o.shape for o in found] != [o.shape for o in expected]:
+                return "the outputs would have other shapes"
+            for one, other in zip(found, expected, strict=True):
+                off = float((one - other).abs().max()) if one.numel() else 0.0
+                scale = float(other.abs().max()) if other.numel() else 0.0
+                if not off <= TOLERANCE * max(scale, 1.0):
+                    return f"an output would change by {off:.3g}"
         return None
 
     def _cut_off(self) -> dict[str, Tensor]:
@@ -345,12 +310,6 @@ def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
     return found
 
 
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.no_grad():
-        found = tensors(call(model, mapped(torch.clone, inputs)))
-        return [o.clone() for o in found if o.is_floating_point()]
-
-
 def _removable(one: Channels, cut_off: Mapping[str, Tensor]) -> Tensor:
     """Which channels of a set may go, bool ``[size]``."""
     free = torch.ones(one.size, dtype=torch.bool)
@@ -424,13 +383,3 @@ def _open(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         fan_in = values[0].numel() if values.dim() > 1 else 1
         values[closed] = (torch.rand_like(values) + 0.5)[closed] / fan_in**0.5
     _mask(model, masks)
-
-
-@torch.no_grad()
-def _fill(cut: nn.Module, source: nn.Module) -> None:
-    """Give a cut model the values of one that is whole."""
-    values = dict(source.named_parameters(remove_duplicate=False))
-    for name, parameter in cut.named_parameters(remove_duplicate=False):
-        if parameter.grad is not None:
-            places = parameter.grad.to(torch.int64)
-            parameter.copy_(values[name].flatten()[places.flatten()].view_as(parameter))
