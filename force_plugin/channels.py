@@ -140,7 +140,8 @@ class Graph:
         self.model = model
         self._names = {module: name for name, module in model.named_modules()}
         try:
-            with warnings.catch_warnings():
+            # Some modules keep what they have computed for the next time.
+            with warnings.catch_warnings(), restored(model.modules()):
                 warnings.simplefilter("ignore")
                 self._graph = tp.DependencyGraph().build_dependency(
                     model, inputs, forward_fn=_forward, verbose=False
@@ -359,7 +360,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Floating-point outputs of a model for inputs that it may write to."""
-    with torch.no_grad():
+    with torch.no_grad(), restored(model.modules()):
         found = tensors(call(model, mapped(torch.clone, inputs)))
         return [o.clone() for o in found if o.is_floating_point()]
 
@@ -483,10 +484,10 @@ def plain_copy(model: nn.Module) -> nn.Module:
     weights = named_parameters(model).values()
     with restored(model.modules()), torch.no_grad():
         for module in model.modules():
-            # What prune leaves in a pruned module's place cannot be copied.
-            for key, value in list(vars(module).items()):
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    setattr(module, key, value.detach())
+            # Results of a forward pass, as prune leaves them, cannot be copied.
+            for attributes in (vars(module), *vars(module).values()):
+                for key, value in _results_in(attributes):
+                    attributes[key] = value.detach()
         result = copy.deepcopy(model)
     with torch.no_grad():
         for weight in weights:
@@ -503,6 +504,16 @@ def plain_copy(model: nn.Module) -> nn.Module:
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
     return result
+
+
+def _results_in(attributes: object) -> list[tuple[Any, Tensor]]:
+    if not isinstance(attributes, dict):
+        return []
+    return [
+        (key, value)
+        for key, value in attributes.items()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    ]
 
 
 def _slots_in(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,7 +40,7 @@ from force_plugin.channels import (
 from force_plugin.connection import leads_through, tensors
 from force_plugin.gates import CLOSED
 from force_plugin.parameters import named_parameters
-from force_plugin.snapshot import undisturbed
+from force_plugin.snapshot import restored, undisturbed
 
 TOLERANCE = 1e-10
 """How far outputs may be off, in float64, as a share of the largest of them."""
@@ -143,9 +144,7 @@ class _Compaction:
         self._plain = plain_copy(model)
         _mask(self._plain, masks)
         # Behind a gate that is closed at initialisation, nothing is seen of a mistake.
-        opened = copy.deepcopy(self._plain)
-        _open(opened, masks)
-        self._variants = [self._plain, opened]
+        self._variants = [self._plain, _opened(self._plain, masks)]
         inputs = mapped(
             lambda t: t + torch.randn_like(t) if t.is_floating_point() else t, inputs
         )
@@ -182,8 +181,8 @@ class _Compaction:
                 stacklevel=5,
             )
         self._advance()
-        copied = copy.deepcopy(self._variants[1])
-        if leads_through(copied, lambda: call(copied, self._trial)) is False:
+        opened = self._variants[1]
+        if leads_through(opened, lambda: call(opened, self._trial)) is False:
             warnings.warn(
                 "the masks have disconnected the network: its outputs no longer depend "
                 "on its inputs, and next to nothing is left of it; prune it less, or "
@@ -213,7 +212,7 @@ class _Compaction:
         layers: dict[str, _Seen] = {}
         for positive in _DRAWS:
             self._advance()
-            model = copy.deepcopy(self._plain)
+            model = copy.deepcopy(self._plain).requires_grad_(False)
             _randomise(model, self._masks, positive)
             inputs = mapped(partial(_random_like, positive=positive), self._inputs)
             for name, seen in _watch(model, inputs, graded=True).items():
@@ -221,7 +220,7 @@ class _Compaction:
                 known.join(seen.differs, seen.read, seen.largest)
         carried: dict[str, Tensor] = {}
         for variant in self._variants:
-            watched = _watch(copy.deepcopy(variant), self._trial, graded=False)
+            watched = _watch(variant, self._trial, graded=False)
             for name, seen in watched.items():
                 before = carried.get(name, torch.zeros(()))
                 carried[name] = torch.maximum(seen.largest, before)
@@ -256,7 +255,7 @@ def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
     """Run a model and look at the inputs of its layers.
 
     Args:
-        model: In float64, and the caller's to spoil.
+        model: In float64, without parameters that require gradients if ``graded``.
         inputs: What it is called with.
         graded: Look at the gradients too. Outputs of layers are then scaled to at most
             1, as no gradient passes a gate that is saturated, and what looks up rows
@@ -279,7 +278,9 @@ def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
         differs = spread.amax(rest) > _SAME * largest.max()
         seen = found.setdefault(name, _Seen())
         nothing = torch.zeros_like(differs)
-        seen.join(differs, nothing, largest)
+        # What comes from parameters alone has no gradient here.
+        read = nothing if graded and values.requires_grad else ~nothing
+        seen.join(differs, read, largest)
 
         def on_gradient(gradient: Tensor) -> None:
             seen.join(nothing, gradient.abs().amax(rest) != 0, nothing.to(largest))
@@ -294,14 +295,16 @@ def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
     def vary(module: nn.Module, args: object, output: Tensor) -> Tensor:
         return output * _random_like(output, positive=True)
 
-    for name, module in layers_of(model):
-        module.register_forward_pre_hook(partial(look, name))
-        if graded:
-            module.register_forward_hook(scale)
-    for module in model.modules():
-        if graded and isinstance(module, nn.Embedding):
-            module.register_forward_hook(vary)
-    with torch.set_grad_enabled(graded):
+    with ExitStack() as hooks, torch.set_grad_enabled(graded):
+        hooks.enter_context(restored(model.modules()))
+        for name, module in layers_of(model):
+            handle = module.register_forward_pre_hook(partial(look, name))
+            hooks.callback(handle.remove)
+            if graded:
+                hooks.callback(module.register_forward_hook(scale).remove)
+        for module in model.modules():
+            if graded and isinstance(module, nn.Embedding):
+                hooks.callback(module.register_forward_hook(vary).remove)
         outputs = [o for o in tensors(call(model, inputs)) if o.requires_grad]
     if outputs:
         # A plain sum would have no gradient behind a softmax or a normalisation.
@@ -371,15 +374,28 @@ def _randomise(model: nn.Module, masks: Mapping[str, Tensor], positive: bool) ->
 
 
 @torch.no_grad()
-def _open(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Open what an initialisation has closed, wherever no mask is."""
-    for name, weight in named_parameters(model).items():
+def _opened(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """What an initialisation has closed is open, wherever no mask is.
+
+    Returns:
+        A copy that shares all other parameters.
+    """
+    memo = {id(parameter): parameter for parameter in model.parameters()}
+    result = copy.deepcopy(model, memo)
+    for name, weight in named_parameters(result).items():
         values = weight.dense
         if not values.is_floating_point() or _is_bias(name) or not values.numel():
             continue
         closed = values == 0
         if values.abs().max() <= CLOSED:
             closed = torch.ones_like(closed)
+        if name in masks:
+            closed &= masks[name].to(closed.device)
+        if not closed.any():
+            continue
         fan_in = values[0].numel() if values.dim() > 1 else 1
-        values[closed] = (torch.rand_like(values) + 0.5)[closed] / fan_in**0.5
-    _mask(model, masks)
+        random = (torch.rand_like(values) + 0.5) / fan_in**0.5
+        opened = nn.Parameter(torch.where(closed, random, values))
+        for module, key in weight.slots():
+            module._parameters[key] = opened
+    return result
