@@ -28,6 +28,7 @@ from force_plugin.pruning import force_prune, saliency
 from force_plugin.report import LayerReport, SparsityReport, sparsity_report
 from force_plugin.size import CompactReport, LayerSize, compact_report
 from force_plugin.state_dicts import load_pruned_state_dict
+from force_plugin.structured import SaliencyImportance, snap_prune
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "Magnitude",
     "Random",
     "SNIPIt",
+    "SaliencyImportance",
     "SaliencyMethod",
     "SparsityReport",
     "StageDiagnosis",
@@ -63,5 +65,6 @@ __all__ = [
     "saliency",
     "save_compact",
     "save_masks",
+    "snap_prune",
     "sparsity_report",
 ]

@@ -14,6 +14,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,11 +40,9 @@ from force_plugin.snapshot import restored
 LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 """What channels come from and go to; all else that torch-pruning knows passes them."""
 
-# Their statistics run over channels, so that none can go without a change of others;
-# what a model gives out has the shape that its users count on.
+# What a model gives out has the shape that its users count on.
 _FIXED = {
     tp.ops.OPTYPE.OUTPUT: "an output of the model",
-    tp.ops.OPTYPE.LN: "a layer normalisation",
     tp.ops.OPTYPE.GN: "a group normalisation",
     tp.ops.OPTYPE.MHA: "a MultiheadAttention",
     tp.ops.OPTYPE.LSTM: "an LSTM",
@@ -75,6 +74,8 @@ class Channels:
         writers: Layers whose output channels they are.
         readers: Layers whose input channels they are.
         fixed: Why none can go, or ``""``.
+        normalised: Whether a layer normalisation runs over them, so that the others
+            become others where one of them goes.
         units: Channels that can only go together, one row for each: the same one of
             the halves of a gated layer, a whole head of an attention.
         blocks: Tensors of the set's channels, one row for each of the parts of which
@@ -87,9 +88,15 @@ class Channels:
     writers: list[Use] = field(default_factory=list)
     readers: list[Use] = field(default_factory=list)
     fixed: str = ""
+    normalised: bool = False
     units: Tensor = field(default_factory=lambda: torch.empty(0, 1))
     blocks: list[Tensor] = field(default_factory=list)
     heads: str = ""
+
+    @property
+    def choices(self) -> Tensor:
+        """Channels of which any row may go: units, or one of each block, int64."""
+        return max(self.blocks, key=len).T if self.blocks else self.units
 
     def removable(self, free: Tensor) -> Tensor:
         """Which channels may go if no reader needs the free ones.
@@ -100,7 +107,7 @@ class Channels:
         Returns:
             A bool tensor of this shape: whole units, as many in each block, not all.
         """
-        if self.fixed:
+        if self.fixed or self.normalised:
             return torch.zeros_like(free)
         read = torch.zeros_like(free)
         for use in self.readers:
@@ -225,6 +232,7 @@ class Graph:
             target = item.dep.target
             fixed = _FIXED.get(target.type) or _own_parameters(target.module)
             found.fixed = found.fixed or fixed or ""
+            found.normalised |= target.type == tp.ops.OPTYPE.LN
             reads, writes = self._reads(item), self._writes(item)
             if not (reads or writes):
                 continue
@@ -441,6 +449,24 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
+def channel_sums(layer: nn.Module, values: Tensor, *, inputs: bool) -> Tensor:
+    """Sums over the weights of each channel of a layer.
+
+    Args:
+        layer: A convolution or linear layer.
+        values: A tensor of the shape of its weight.
+        inputs: Of each input channel; else of each output channel.
+
+    Returns:
+        A tensor of shape ``[channels]``.
+    """
+    groups = getattr(layer, "groups", 1)
+    if inputs == getattr(layer, "transposed", False):
+        return values.flatten(1).sum(1)
+    parts = values.reshape(groups, -1, *values.shape[1:])
+    return parts.sum(1).flatten(0, 1).flatten(1).sum(1)
+
+
 def checked_inputs(model: nn.Module, inputs: Any, argument: str) -> Any:
     """Inputs where the model is, floating-point ones in its own type.
 
@@ -461,6 +487,38 @@ def checked_inputs(model: nn.Module, inputs: Any, argument: str) -> Any:
     )
 
 
+@contextmanager
+def without_reading(
+    model: nn.Module, unread: Iterable[tuple[Use, Tensor]]
+) -> Iterator[None]:
+    """Have layers read 0 instead of some channels for a while.
+
+    Args:
+        model: The model.
+        unread: What layers read, and for each of its channels whether it is not to be
+            read.
+    """
+    with ExitStack() as hooks:
+        for use, gone in unread:
+            layer = model.get_submodule(use.layer)
+            positions = use.positions[gone]
+
+            def clear(
+                layer: nn.Module, args: tuple[Any, ...], positions: Tensor = positions
+            ) -> tuple[Any, ...]:
+                axis = channel_axis(layer, args[0])
+                return args[0].index_fill(axis, positions, 0), *args[1:]
+
+            hooks.callback(layer.register_forward_pre_hook(clear).remove)
+        yield
+
+
+def channel_axis(layer: nn.Module, values: Tensor) -> int:
+    """The axis of a layer's input (or output) along which its channels lie."""
+    spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
+    return values.dim() - 1 - spatial
+
+
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same tuples, lists and mappings with other tensors."""
     if isinstance(value, Tensor):
@@ -470,6 +528,18 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [mapped(function, item) for item in value]
     return value
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """A floating-point tensor in double precision, another as it is."""
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def jittered(tensor: Tensor) -> Tensor:
+    """A floating-point tensor with noise, so that no two samples are the same."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor + torch.randn_like(tensor)
 
 
 def two_samples(inputs: Any) -> Any:
@@ -605,3 +675,14 @@ def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
 def layers_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Convolutions and linear layers by name."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LAYERS))
+
+
+def tell_features(model: nn.Module, small: nn.Module) -> None:
+    """Correct what a timm model says of the inputs of its classifier."""
+    classifiers = [
+        getattr(one, "get_classifier", lambda: None)() for one in (model, small)
+    ]
+    widths = [getattr(one, "in_features", None) for one in classifiers]
+    for key in ("num_features", "head_hidden_size"):
+        if widths[0] is not None and getattr(small, key, None) == widths[0]:
+            setattr(small, key, widths[1])

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from force_plugin.batches import count_samples
@@ -28,13 +27,17 @@ from force_plugin.channels import (
     Channels,
     Surgery,
     call,
+    channel_axis,
     checked_inputs,
     fill,
+    in_float64,
+    jittered,
     layers_of,
     mapped,
     outputs_of,
     plain_copy,
     rebuilt,
+    tell_features,
     two_samples,
 )
 from force_plugin.connection import leads_through, tensors
@@ -112,19 +115,8 @@ def compact(
     with undisturbed(model), torch.enable_grad(), bar:
         torch.manual_seed(0)
         small = _Compaction(model, masks, inputs, bar.update).result()
-    _tell_features(model, small)
+    tell_features(model, small)
     return small
-
-
-def _tell_features(model: nn.Module, small: nn.Module) -> None:
-    """Correct what a timm model says of the inputs of its classifier."""
-    classifiers = [
-        getattr(one, "get_classifier", lambda: None)() for one in (model, small)
-    ]
-    widths = [getattr(one, "in_features", None) for one in classifiers]
-    for key in ("num_features", "head_hidden_size"):
-        if widths[0] is not None and getattr(small, key, None) == widths[0]:
-            setattr(small, key, widths[1])
 
 
 class _Compaction:
@@ -139,16 +131,13 @@ class _Compaction:
     ) -> None:
         self._advance = advance
         self._model = model
-        self._inputs = two_samples(mapped(_in_float64, inputs))
+        self._inputs = two_samples(mapped(in_float64, inputs))
         self._masks = masks
         self._plain = plain_copy(model)
         _mask(self._plain, masks)
         # Behind a gate that is closed at initialisation, nothing is seen of a mistake.
         self._variants = [self._plain, _opened(self._plain, masks)]
-        inputs = mapped(
-            lambda t: t + torch.randn_like(t) if t.is_floating_point() else t, inputs
-        )
-        self._trial = mapped(_in_float64, inputs)
+        self._trial = mapped(jittered, mapped(in_float64, inputs))
         try:
             self._expected = [outputs_of(one, self._trial) for one in self._variants]
         except Exception as error:
@@ -266,9 +255,7 @@ def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
 
     def look(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         values = args[0]
-        axis = values.dim() - 1
-        if isinstance(module, _ConvNd):
-            axis -= len(module.kernel_size)
+        axis = channel_axis(module, values)
         rest = [dim for dim in range(values.dim()) if dim != axis]
         plain = values.detach()
         largest = plain.abs().amax(rest)
@@ -321,10 +308,6 @@ def _removable(one: Channels, cut_off: Mapping[str, Tensor]) -> Tensor:
         gone = cut_off.get(use.layer, torch.zeros(int(use.positions.max()) + 1) > 0)
         free[use.channels[~gone[use.positions]]] = False
     return one.removable(free)
-
-
-def _in_float64(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _random_like(tensor: Tensor, positive: bool) -> Tensor:

@@ -1,0 +1,226 @@
+"""Does a compacted network learn what the masked one learns? Trained, side by side.
+
+    python benchmarks/compact_training.py              # resumes where it stopped
+    python benchmarks/compact_training.py --data digits --seeds 0
+    python benchmarks/compact_training.py --from benchmarks/compact_training.json
+
+FORCE prunes a network, ``compact`` takes out what the masks have cut off, and the
+dense, the masked and the compacted network are trained: the same initial weights, the
+same masks, the same batches in the same order, the same schedule. They take turns, a
+step each, so that the times of a step are of the same minutes. In exact arithmetic the
+compacted network is the masked one until a constant that training gives to a channel
+that was cut off from the inputs (the bias of its normalisation) reaches the outputs.
+
+Data, training and ``--data`` are those of benchmarks/open_gates.py: Fashion-MNIST, the
+first ``--images`` of the training and all of the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import timm
+import torch
+from cost import machine
+from open_gates import (
+    DEBIAN,
+    DIGITS,
+    EPOCHS,
+    FASHION,
+    TRAINING_IMAGES,
+    Data,
+    Run,
+    accuracy,
+    load,
+    loader,
+    percent,
+)
+from speed import read, show_machines, write
+from torch import nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from force_plugin import compact, force_prune
+from force_plugin.size import multiplications
+
+Row = dict[str, Any]
+
+SIDES = ("dense", "masked", "compacted")
+
+
+def train(models: dict[str, nn.Module], data: Data, run: Run) -> dict[str, list[float]]:
+    """Train all of them on the same batches; seconds of each step."""
+    batches = loader(data[0], run)
+    total = run.epochs * len(batches)
+    trained = []
+    for side, model in models.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=run.lr, total_steps=total
+        )
+        trained.append((side, model.train(), optimizer, schedule))
+    seconds: dict[str, list[float]] = {side: [] for side in models}
+    order = random.Random(0)
+    # disable=None: no bar where nobody looks.
+    with tqdm(total=total, desc=f"seed {run.seed}", leave=False, disable=None) as bar:
+        for _ in range(run.epochs):
+            for inputs, targets in batches:
+                for side, model, optimizer, schedule in order.sample(trained, 3):
+                    start = time.perf_counter()
+                    optimizer.zero_grad()
+                    cross_entropy(model(inputs), targets).backward()
+                    optimizer.step()
+                    seconds[side].append(time.perf_counter() - start)
+                    schedule.step()
+                bar.update()
+    return seconds
+
+
+def execute(run: Run, data: Data) -> Row:
+    """Prune, compact, train and test one seed."""
+    torch.manual_seed(run.seed)
+    models = {"dense": timm.create_model(run.model, num_classes=10)}
+    masked = models["masked"] = deepcopy(models["dense"])
+    report = force_prune(
+        masked,
+        loader(data[0], run),
+        run.sparsity,
+        steps=run.steps,
+        on_collapse="warn",
+        progress=False,
+    )
+    example = data[0][0][0][None]
+    models["compacted"] = compact(masked, example, progress=False)
+    with torch.no_grad():
+        one, other = (models[side].eval()(example) for side in SIDES[1:])
+    result: Row = {
+        "disconnected": any("disconnected" in w for w in report.warnings),
+        "emptied": len(report.empty_layers),
+        "distance": float((one - other).abs().max() / other.abs().max()),
+        "sides": {},
+    }
+    for side, taken in train(models, data, run).items():
+        result["sides"][side] = {
+            "accuracy": accuracy(models[side], data[1]),
+            "seconds": median(taken),
+            "multiplications": multiplications(models[side], example),
+            "parameters": sum(p.numel() for p in models[side].parameters()),
+        }
+    return result
+
+
+def show(rows: list[Row]) -> None:
+    """Machine and commands, then a block for each setting."""
+    show_machines(rows)
+
+    def spread(values: list[float]) -> str:
+        deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{mean(values):.2f}{deviation}"
+
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        setting = row["run"] | {"seed": 0}
+        blocks.setdefault(json.dumps(setting), []).append(row)
+    for block in blocks.values():
+        run = Run(**block[0]["run"])
+        seeds = ", ".join(str(row["run"]["seed"]) for row in block)
+        print(
+            f"\n{run.model}, FORCE at {percent(run.sparsity)} in {run.steps} steps; "
+            f"{run.data}:\n{run.images:,} images, {run.epochs} epochs in batches of "
+            f"{run.batch}, AdamW, one cycle up to {run.lr:g}\n"
+            f"test accuracy in %, mean ± standard deviation over seeds {seeds}\n\n"
+            f"{'':23}{'accuracy':>15}{'ms a step':>12}{'ratio':>8}"
+            f"{'mult.':>8}{'parameters':>13}"
+        )
+        accuracies = {}
+        for side in SIDES:
+            seen = [row["sides"][side] for row in block]
+            dense = [row["sides"]["dense"] for row in block]
+            pairs = list(zip(seen, dense, strict=True))
+            accuracies[side] = [100 * one["accuracy"] for one in seen]
+            shares = {
+                key: mean(one[key] / base[key] for one, base in pairs)
+                for key in ("seconds", "multiplications", "parameters")
+            }
+            print(
+                f"{side:23}{spread(accuracies[side]):>15}"
+                f"{1000 * mean(one['seconds'] for one in seen):12.1f}"
+                f"{shares['seconds']:8.3f}{shares['multiplications']:8.3f}"
+                f"{shares['parameters']:13.3f}"
+            )
+        pairs = zip(accuracies["compacted"], accuracies["masked"], strict=True)
+        print(f"{'compacted - masked':23}{spread([a - b for a, b in pairs]):>15}")
+        if cut := sum(row["disconnected"] for row in block):
+            print(f"disconnected by their masks: {cut} of {len(block)}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="resnet18", help="any timm model that takes 32x32")
+    add("--sparsity", type=float, default=0.99)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--steps", type=int, default=60, help="of FORCE")
+    add("--data", help=f"a folder, or digits (default: {DEBIAN})")
+    add("--images", type=int, default=10_000, help="training images")
+    add("--epochs", type=int, help="default: 4; for the digits 40")
+    add("--batch", type=int, default=128)
+    add("--lr", type=float, default=2e-3, help="highest learning rate")
+    add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
+    add("--quick", action="store_true", help="a small model: does it run?")
+    here = Path(__file__)
+    add("--store", type=Path, metavar="FILE", default=here.with_suffix(".json"))
+    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
+    args = parser.parse_args()
+    if args.quick:
+        args.model, args.data, args.epochs, args.steps = "test_resnet", "digits", 1, 3
+        args.images, args.batch, args.seeds = 64, 32, args.seeds[:2]
+    args.data = args.data or (str(DEBIAN) if DEBIAN.exists() else "digits")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    warnings.simplefilter("ignore")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = read(args.source or args.store)
+    dataset = DIGITS if args.data == "digits" else FASHION
+    images = min(args.images, TRAINING_IMAGES[dataset])
+    data = None
+    for seed in () if args.source else args.seeds:
+        run = Run(
+            dataset,
+            images,
+            args.epochs or EPOCHS[dataset],
+            args.batch,
+            args.lr,
+            args.model,
+            seed,
+            "open",
+            args.sparsity,
+            args.steps,
+        )
+        if any(row["run"] == vars(run) for row in rows):
+            continue
+        print(f"seed {seed}", file=sys.stderr, flush=True)
+        data = data or load(dataset, Path(args.data), images)
+        found = execute(run, data)
+        rows.append({"run": vars(run), "machine": machine("cpu")} | found)
+        write(args.store, rows)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

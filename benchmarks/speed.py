@@ -1,0 +1,380 @@
+"""What a pruned model costs: dense, masked, permanent, compacted, and by channels.
+
+    python benchmarks/speed.py                            # resumes where it stopped
+    python benchmarks/speed.py --models resnet50:32:64 --sparsities 0.99 --no-snap
+    python benchmarks/speed.py --from benchmarks/speed.json --plot docs
+                                                          # measures nothing
+
+FORCE prunes each model on scikit-learn's digits. Forward passes (evaluation mode,
+``torch.inference_mode``) and training steps (forward, backward, SGD with momentum) of
+one batch are timed of
+
+dense         the model that was pruned
+masked        as ``force_prune`` leaves it
+permanent     after ``make_permanent``
+compact       after ``compact``, with the masks that remain
+compact+perm  after ``compact`` and ``make_permanent``
+snap          ``snap_prune`` at the multiplications of the compacted, by bisection
+
+A round lets each of them run for ``--seconds`` twice, in an order of its own. Times are
+medians over rounds; a ratio is to the dense model in the same round, its median with
+the least and the largest beside it. Memory is the peak of two training steps, in a
+fresh process, over what the process takes before it has the model (Linux only).
+Multiplications are a share of the dense model's.
+
+A model at a sparsity is stored as soon as it is measured, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from cost import fresh, machine, of_process
+from open_gates import percent
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from force_plugin import compact, force_prune, make_permanent
+from force_plugin.size import multiplications
+from force_plugin.zoo import digits, load_data, load_model
+
+Row = dict[str, Any]
+Batch = tuple[Tensor, Tensor]
+
+MODELS = "resnet50:32:64 resnet50:224:8 vgg19_bn:32:64 vit_tiny_patch16_224:224:8"
+FULL = {"models": MODELS.split(), "sparsities": [0.9, 0.95, 0.98, 0.99, 0.995]}
+FULL |= {"steps": 20, "rounds": 7, "seconds": 0.5}
+QUICK = {"models": ["test_resnet:32:8"], "sparsities": [0.9]}
+QUICK |= {"steps": 3, "rounds": 2, "seconds": 0.01}
+SAMPLES = 32  # at least, in a step of scoring
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    optimizer.zero_grad()
+    cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def peaks(paths: list[Path]) -> list[int]:
+    """Bytes that stored models and two training steps of each need."""
+    warnings.simplefilter("ignore")
+    found = []
+    for path in (paths[0], *paths):  # the first once more: what is made only once
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS now
+        before = of_process("VmRSS")
+        model, batch = torch.load(path, weights_only=False)
+        optimizer = make_optimizer(model.train())
+        for _ in range(2):  # the momentum comes with the first
+            step(model, optimizer, batch)
+        found.append(of_process("VmHWM") - before)
+        del model, batch, optimizer
+    return found[1:]
+
+
+def memory(models: dict[str, nn.Module], batch: Batch) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{side}.pt" for side in models]
+        for path, model in zip(paths, models.values(), strict=True):
+            torch.save((model, batch), path)
+        return dict(zip(models, fresh(peaks, paths), strict=True))
+
+
+def seconds_of(run: Callable[[], object], at_least: float) -> float:
+    """The mean time of calls that take so long in all."""
+    start, number, taken = time.perf_counter(), 0, -1.0
+    while taken < at_least:
+        run()
+        number, taken = number + 1, time.perf_counter() - start
+    return taken / number
+
+
+def forward(model: nn.Module, inputs: Tensor) -> None:
+    with torch.inference_mode():
+        model(inputs)
+
+
+def take_turns(
+    models: dict[str, nn.Module], batch: Batch, args: argparse.Namespace
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a forward pass and of a training step of each side in each round."""
+    optimizers = {side: make_optimizer(model) for side, model in models.items()}
+    times: dict[str, dict[str, list[float]]] = {
+        side: {"forward": [], "step": []} for side in models
+    }
+    for number in range(args.rounds + 1):
+        for side in random.Random(number).sample(list(models), len(models)):
+            model, optimizer = models[side], optimizers[side]
+            runs = {
+                "forward": partial(forward, model.eval(), batch[0]),
+                "step": partial(step, model, optimizer, batch),
+            }
+            for what, run in runs.items():
+                model.train(what == "step")
+                # The first round warms up.
+                taken = seconds_of(run, args.seconds if number else 0)
+                if number:
+                    times[side][what].append(round(taken, 7))
+            optimizer.zero_grad()
+    return times
+
+
+def snapped(
+    dense: nn.Module,
+    loader: DataLoader[Any],
+    example: Tensor,
+    target: int,
+    batches: int,
+) -> tuple[float, nn.Module]:
+    """The model without channels whose multiplications are nearest to a number."""
+    from force_plugin import snap_prune
+
+    low, high = 0.0, 1.0
+    best: tuple[float, float, nn.Module] | None = None
+    for _ in range(8):
+        sparsity = (low + high) / 2
+        torch.manual_seed(1)
+        small = snap_prune(
+            dense, loader, example, sparsity, batches=batches, progress=False
+        )
+        off = multiplications(small, example) - target
+        if best is None or abs(off) < best[0]:
+            best = abs(off), sparsity, small
+        low, high = (sparsity, high) if off > 0 else (low, sparsity)
+        if abs(off) < 0.01 * target:
+            break
+    assert best is not None
+    return best[1:]
+
+
+def measure(
+    name: str, size: int, samples: int, sparsity: float, args: argparse.Namespace
+) -> Row:
+    def tell(what: str) -> None:
+        case = f"{name}:{size}:{samples} at {percent(sparsity)}"
+        print(f"{case}: {what}", file=sys.stderr, flush=True)
+
+    torch.manual_seed(0)
+    dense = load_model(name, num_classes=10, image_size=size)
+    loader = load_data(dense, digits()[0], image_size=size, batch_size=samples)
+    batch = next(iter(loader))
+    example, batches = batch[0][:1], -(-SAMPLES // samples)
+    models = {"dense": dense, "masked": deepcopy(dense)}
+    tell("force_prune")
+    report = force_prune(
+        models["masked"],
+        loader,
+        sparsity,
+        steps=args.steps,
+        batches=batches,
+        on_collapse="warn",
+        progress=False,
+    )
+    facts: Row = {
+        "emptied": len(report.empty_layers),
+        "disconnected": any("disconnected" in w for w in report.warnings),
+    }
+    tell("compact")
+    models["permanent"] = deepcopy(models["masked"])
+    models["compact"] = compact(models["masked"], example, progress=False)
+    models["compact+perm"] = deepcopy(models["compact"])
+    for side in ("permanent", "compact+perm"):
+        make_permanent(models[side])
+    if not args.no_snap:
+        tell("snap_prune")
+        target = multiplications(models["compact"], example)
+        facts["snap_sparsity"], models["snap"] = snapped(
+            dense, loader, example, target, batches
+        )
+    tell("memory")
+    sides: dict[str, Row] = {
+        side: {
+            "multiplications": multiplications(models[side], example),
+            "parameters": sum(p.numel() for p in models[side].parameters()),
+            "bytes": used,
+        }
+        for side, used in memory(models, batch).items()
+    }
+    tell("time")
+    for side, times in take_turns(models, batch, args).items():
+        sides[side] |= times
+    return facts | {"sides": sides}
+
+
+def ratios(row: Row, side: str, what: str) -> list[float]:
+    """Of a side's times to the dense model's, round by round."""
+    dense = row["sides"]["dense"][what]
+    return [a / b for a, b in zip(row["sides"][side][what], dense, strict=True)]
+
+
+def read(file: Path) -> list[Row]:
+    return json.loads(file.read_text("utf-8")) if file.exists() else []
+
+
+def write(file: Path, rows: list[Row]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def show_machines(rows: Iterable[Row]) -> None:
+    """Where, with what and by which commands it was measured."""
+    lines = [
+        "{cpu}, {cores} cores, {threads} threads, on {device}\n"
+        "Python {python}, torch {torch}, timm {timm}, {date}".format(**row["machine"])
+        for row in rows
+    ]
+    lines += [row["machine"]["command"] for row in rows]
+    print(*dict.fromkeys(lines), sep="\n")
+
+
+def show(rows: Iterable[Row]) -> None:
+    rows = sorted(rows, key=lambda row: (row["model"], row["size"], row["sparsity"]))
+    show_machines(rows)
+    for (name, size), block in groupby(rows, lambda row: (row["model"], row["size"])):
+        first, *others = block
+        dense = first["sides"]["dense"]
+        print(
+            f"\n{name} at {size}x{size}, batch {first['batch']}: "
+            f"{dense['parameters']:,} parameters,\n{dense['multiplications']:,} "
+            f"multiplications an image, {first['rounds']} rounds\n\n"
+            f"{'':20}{'forward':>18}{'training step':>27}{'peak':>9}\n{'':15}{'mult.'}"
+            + 2 * f"{'ms':>8}{'ratio':>6}{'min':>5}{'max':>5}"
+            + f"{'MB':>6}{'ratio':>6}"
+        )
+        for row in (first, *others):
+            told = [f"\n{percent(row['sparsity'])}, FORCE in {row['steps']} steps"]
+            if row["emptied"]:
+                told.append(f"{row['emptied']} layers emptied")
+            if row["disconnected"]:
+                told.append("disconnected")
+            if "snap_sparsity" in row:
+                told.append(f"snap: {row['snap_sparsity']:.1%} of channels")
+            print(", ".join(told))
+            base = row["sides"]["dense"]
+            for side, seen in row["sides"].items():
+                share = seen["multiplications"] / base["multiplications"]
+                line = f"{side:13}{share:7.3f}"
+                for what in ("forward", "step"):
+                    all_of = ratios(row, side, what)
+                    line += f"{1000 * median(seen[what]):8.1f}{median(all_of):6.3f}"
+                    line += f"{min(all_of):5.2f}{max(all_of):5.2f}"
+                over = seen["bytes"] / base["bytes"]
+                print(f"{line}{seen['bytes'] / 2**20:6.0f}{over:6.3f}")
+
+
+def plot(rows: list[Row], folder: Path) -> None:
+    """Draw speed-ups, but for networks that are disconnected, whose outputs are fixed.
+
+    Dashed: what the multiplications would promise.
+    """
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if not row["disconnected"]]
+    rows.sort(key=lambda row: row["sparsity"])
+    cases = list(dict.fromkeys((row["model"], row["size"]) for row in rows))
+    shared = {"sharex": "col", "sharey": "col", "squeeze": False}
+    width = max(3 * len(cases), 6)
+    figure, axes = plt.subplots(
+        2, len(cases), figsize=(width, 6), layout="constrained", **shared
+    )
+    drawn = {"masked": "masked", "compact+perm": "compacted", "snap": "snap"}
+    for column, case in zip(axes.T, cases, strict=True):
+        found = [row for row in rows if (row["model"], row["size"]) == case]
+        labels = [percent(row["sparsity"]) for row in found]
+        promised = [
+            row["sides"]["dense"]["multiplications"]
+            / row["sides"]["compact"]["multiplications"]
+            for row in found
+        ]
+        for axis, what in zip(column, ("forward", "step"), strict=True):
+            for side, label in drawn.items():
+                has = [row for row in found if side in row["sides"]]
+                at = [percent(row["sparsity"]) for row in has]
+                over = [1 / median(ratios(row, side, what)) for row in has]
+                axis.plot(at, over, "o-", label=label, markersize=4)
+            axis.plot(labels, promised, "k--", label="multiplications")
+            axis.axhline(1, color="grey", linewidth=0.8)
+            axis.set_yscale("log", base=2)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        column[0].set_title(f"{case[0]}, {case[1]}x{case[1]}", fontsize="medium")
+        column[1].set_xlabel("sparsity")
+    axes[0, 0].set_ylabel("speed-up, forward")
+    axes[1, 0].set_ylabel("speed-up, training step")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4)
+    figure.savefig(folder / "speed.png", dpi=150)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="any of timm's")
+    add("--sparsities", type=float, nargs="+")
+    add("--steps", type=int, help="of FORCE (default: 20)")
+    add("--rounds", type=int, help="default: 7")
+    add("--seconds", type=float, help="of a turn, at least (default: 0.5)")
+    add("--no-snap", action="store_true", help="leave out snap_prune")
+    add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
+    add("--quick", action="store_true", help="a small model: does it run?")
+    here = Path(__file__)
+    add("--store", type=Path, metavar="FILE", default=here.with_suffix(".json"))
+    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
+    add("--plot", type=Path, metavar="DIR", help="draw it into this folder")
+    args = parser.parse_args()
+    for key, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    warnings.simplefilter("ignore")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = read(args.source or args.store)
+    for spec in () if args.source else args.models:
+        name, size, samples = spec.split(":")
+        for sparsity in args.sparsities:
+            case: Row = {"model": name, "size": int(size), "batch": int(samples)}
+            case |= {"sparsity": sparsity, "steps": args.steps}
+            if any(case.items() <= row.items() for row in rows):
+                continue
+            found = measure(name, int(size), int(samples), sparsity, args)
+            case |= {"rounds": args.rounds, "machine": machine("cpu")}
+            rows.append(case | found)
+            write(args.store, rows)
+    show(rows)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()

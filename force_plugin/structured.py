@@ -1,0 +1,392 @@
+"""Prune whole channels by what they mean to the loss, through torch-pruning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from force_plugin.channels import (
+    LAYERS,
+    Channels,
+    Surgery,
+    channel_sums,
+    checked_inputs,
+    fill,
+    in_float64,
+    mapped,
+    outputs_of,
+    plain_copy,
+    rebuilt,
+    tell_features,
+    two_samples,
+    without_reading,
+)
+from force_plugin.distributed import Ranks, unwrap
+from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.parameters import find_weights, name_some
+from force_plugin.pruning import saliency
+from force_plugin.schedules import kept_per_step
+from force_plugin.scoring import Forward, Loader, LossFn, Probe
+from force_plugin.selection import top_k_masks
+from force_plugin.sharding import Parts
+from force_plugin.snapshot import undisturbed
+
+
+class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
+    """The saliency of channels, for any pruner of torch-pruning.
+
+        importance = SaliencyImportance(model, loader, "force")
+        pruner = torch_pruning.pruner.BasePruner(
+            model, example_inputs, importance, pruning_ratio=0.5
+        )
+        pruner.step()
+
+    A channel of a group is worth the sum of the saliencies of all weights that go with
+    it: rows of the layers that write it and columns of those that read it. They are
+    measured when a group is asked for first, and again once layers have been cut.
+
+    Source: the criterion of the method, summed over a group of
+    :class:`torch_pruning.dependency.Group` (Fang et al. 2023, arXiv 2301.12900).
+
+    Args:
+        model: The model that the pruner prunes.
+        loader: Batches, as in :func:`force_plugin.force_prune`.
+        method: A name of ``force_plugin.METHODS``, or a class.
+        batches: Number of batches, from the loader's beginning; ``None``: all of them.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
+            ``(inputs, targets)`` pair.
+        open_gates: Score with closed gates opened, as :mod:`force_plugin.gates` says.
+        microbatch: The most samples to pass through the network at once.
+
+    Raises:
+        TypeError, ValueError: ``method`` is none.
+    """
+
+    def __init__(  # noqa: D107 (the class has it)
+        self,
+        model: nn.Module,
+        loader: Loader,
+        method: str | type[SaliencyMethod] = "force",
+        *,
+        batches: int | None = 1,
+        loss_fn: LossFn = nn.functional.cross_entropy,
+        forward: Forward | None = None,
+        open_gates: bool = True,
+        microbatch: int | None = None,
+    ) -> None:
+        find_method(method)
+        self._model = model
+        self._loader = loader
+        self._method = method
+        self._options: dict[str, Any] = {
+            "batches": batches,
+            "loss_fn": loss_fn,
+            "forward": forward,
+            "open_gates": open_gates,
+            "microbatch": microbatch,
+        }
+        self._scores: dict[str, Tensor] = {}
+
+    def __call__(self, group: Any) -> Tensor:
+        """Saliency of each channel of a group.
+
+        Args:
+            group: A :class:`torch_pruning.dependency.Group`.
+
+        Returns:
+            Sums in float64 of shape ``[len(group[0].idxs)]``, in their order.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As :func:`force_plugin.saliency`.
+        """
+        names = {module: name for name, module in self._model.named_modules()}
+        self._measure(names)
+        places = {index: place for place, index in enumerate(group[0].root_idxs)}
+        total = torch.zeros(len(places), dtype=torch.float64)
+        for item in group:
+            layer, handler = item.dep.target.module, item.dep.handler
+            scores = self._scores.get(f"{names.get(layer)}.weight")
+            if not isinstance(layer, LAYERS) or scores is None:
+                continue
+            inputs = handler == group._DG.get_pruner_of_module(layer).prune_in_channels
+            depthwise = item.dep.target.type == tp.ops.OPTYPE.DEPTHWISE_CONV
+            sums = channel_sums(layer, scores, inputs=inputs and not depthwise)
+            roots = torch.tensor([places[root] for root in item.root_idxs])
+            total.index_add_(0, roots, sums[torch.tensor(item.idxs)])
+        return total
+
+    def _measure(self, names: Mapping[nn.Module, str]) -> None:
+        weights = {
+            f"{name}.weight": module.weight
+            for module, name in names.items()
+            if isinstance(module, LAYERS)
+        }
+        known = {name: scores.shape for name, scores in self._scores.items()}
+        if known and all(known.get(n, w.shape) == w.shape for n, w in weights.items()):
+            return
+        scores = saliency(self._model, self._loader, self._method, **self._options)
+        self._scores = {n: score.double().cpu() for n, score in scores.items()}
+
+
+@torch.inference_mode(False)
+def snap_prune(
+    model: nn.Module,
+    loader: Loader,
+    example_inputs: Any,
+    sparsity: float,
+    *,
+    steps: int = 5,
+    method: Literal["snap", "random"] = "snap",
+    batches: int | None = 1,
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    forward: Forward | None = None,
+    ignored_layers: Iterable[nn.Module] = (),
+    open_gates: bool = True,
+    microbatch: int | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Take channels out of a model, before it is trained: SNAP-it.
+
+    Each channel is imagined to have a gate of 1 behind the layers that write it; the
+    sensitivity of a channel is the magnitude of the gradient of the loss with respect
+    to its gate, in evaluation mode. The least sensitive ones of the whole network go,
+    which changes the others' sensitivities; so it is done in steps, of which the first
+    takes half of the channels, and each of the following covers half of what is then
+    missing (Verdenius et al. 2020, arXiv 2006.00896).
+
+    What goes together, through residual sums, concatenations, groups and attention
+    heads, is one channel with one gate. The last layers' outputs stay, and so does one
+    channel of each set.
+
+    Args:
+        model: Any module; it stays as it is. Masks are taken along.
+        loader: Batches, as in :func:`force_plugin.force_prune`. Each step takes the
+            first ones.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments
+            or a mapping of keyword arguments. Any batch size; the values do not matter.
+        sparsity: Fraction of the channels to take out, 0 ≤ sparsity < 1; exactly
+            ⌊(1 − sparsity) · m⌋ of m channels stay.
+        steps: S: sparsities s − (s − ½)·½^i for i = 0 … S, then s. ``0``: all at once.
+        method: ``"random"`` takes channels at random (PyTorch's global generator
+            decides), as a baseline.
+        batches: Batches a step; ``None``: the whole loader.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
+            ``(inputs, targets)`` pair.
+        ignored_layers: Modules of the model whose output channels stay.
+        open_gates: Score with closed gates opened, as :mod:`force_plugin.gates` says.
+        microbatch: The most samples to pass through the network at once.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        A new model without these channels, with parameters of its own on the same
+        device. Optimizers are to be made of it.
+
+    Raises:
+        TypeError, ValueError: An argument, a batch or the loss is not as expected.
+        RuntimeError: torch-pruning cannot trace the model, nothing can be taken out of
+            it, or a gradient is not finite or missing.
+    """
+    model = unwrap(model)
+    inputs = checked_inputs(model, example_inputs, "example_inputs")
+    if method not in ("snap", "random"):
+        raise ValueError(f'method: expected "snap" or "random", got {method!r}')
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
+    own = {module: name for name, module in model.named_modules()}
+    others = [module for module in ignored_layers if module not in own]
+    if others:
+        raise ValueError(
+            "ignored_layers: expected modules of the model, got another "
+            f"{type(others[0]).__name__}"
+        )
+    ignored = {own[module] for module in ignored_layers}
+    seed = int(torch.randint(2**62, ())) if method == "random" else 0
+    generator = torch.Generator().manual_seed(seed)
+    inputs = mapped(in_float64, inputs)
+    with undisturbed(model), torch.enable_grad(), Ranks(model) as ranks:
+        plain = plain_copy(model)
+        surgery = Surgery(plain, two_samples(inputs))
+        names = _prunable(surgery, plain, inputs, ignored)
+        total = sum(len(surgery.sets[name].choices) for name in names)
+        small = model
+        bar = tqdm(
+            _kept_after(steps, sparsity, total, len(names)),
+            desc="snap",
+            unit="step",
+            disable=not progress or ranks.rank > 0,
+        )
+        for kept in bar:
+            sets = {name: surgery.sets[name] for name in names}
+            if method == "random":
+                sizes = {name: len(one.choices) for name, one in sets.items()}
+                scores = {
+                    name: torch.rand(size, generator=generator).double()
+                    for name, size in sizes.items()
+                }
+                ranks.share(scores.values())
+            else:
+                scores = _sensitivities(
+                    small,
+                    sets,
+                    Parts(small, ranks),
+                    loader,
+                    batches=batches,
+                    loss_fn=loss_fn,
+                    forward=forward,
+                    open_gates=open_gates,
+                    microbatch=microbatch,
+                )
+            small = rebuilt(small, surgery.cut(_least(sets, scores, kept)))
+            surgery = Surgery(plain_copy(small), two_samples(inputs))
+    tell_features(model, small)
+    return small
+
+
+def _prunable(
+    surgery: Surgery, plain: nn.Module, inputs: Any, ignored: set[str]
+) -> list[str]:
+    """Sets of channels that can be taken out, as half of each is for once.
+
+    The outputs must be those of the whole model whose layers do not read these
+    channels; but for a layer normalisation, which runs over those that are left.
+    """
+    wanted = {}
+    for name, one in surgery.sets.items():
+        writers = {use.layer for use in one.writers}
+        if one.fixed or not one.readers or writers & ignored or len(one.choices) < 2:
+            continue
+        half = torch.zeros(one.size, dtype=torch.bool)
+        half[one.choices[torch.randperm(len(one.choices))[1::2]].flatten()] = True
+        wanted[name] = half
+    trial = mapped(
+        lambda t: t + torch.randn_like(t) if t.is_floating_point() else t, inputs
+    )
+    shapes = [output.shape for output in outputs_of(plain, trial)]
+
+    def check(cut: nn.Module, removed: Mapping[str, Tensor]) -> str | None:
+        fill(cut, plain)
+        outputs = outputs_of(cut, trial)
+        if [output.shape for output in outputs] != shapes:
+            return "the outputs would have other shapes"
+        if any(surgery.sets[name].normalised for name in removed):
+            return None
+        unread = [
+            (use, removed[name][use.channels])
+            for name in removed
+            for use in surgery.sets[name].readers
+        ]
+        with without_reading(plain, unread):
+            expected = outputs_of(plain, trial)
+        for one, other in zip(outputs, expected, strict=True):
+            off = float((one - other).abs().max())
+            if not off <= 1e-9 * max(float(other.abs().max()), 1.0):
+                return "more than these channels would go"
+        return None
+
+    found: dict[str, Tensor] = {}
+    problems: dict[str, str] = {}
+    for normalised in (False, True):
+        some = {
+            n: w for n, w in wanted.items() if surgery.sets[n].normalised == normalised
+        }
+        good, bad = surgery.possible(some, check)
+        found, problems = found | good, problems | bad
+    if not found:
+        why = next(iter(problems.values()), "there are none")
+        raise RuntimeError(
+            f"snap_prune: no channels of {type(plain).__name__} can be taken out: "
+            f"{why}. The model is as it was"
+        )
+    if problems:
+        name, reason = next(iter(problems.items()))
+        warnings.warn(
+            f"{len(problems)} of {len(wanted)} sets of channels stay as they are (that "
+            f"of {name}, for one): {reason}",
+            stacklevel=4,
+        )
+    return list(found)
+
+
+def _kept_after(steps: int, sparsity: float, total: int, sets: int) -> list[int]:
+    """Number of channels that are kept after each step."""
+    kept = kept_per_step("snip_it", steps + 2 if steps else 1, sparsity, total)
+    if kept[-1] < sets:
+        raise ValueError(
+            f"sparsity: {sparsity} leaves {kept[-1]} of {total} channels, and one in "
+            f"each of {sets} sets must stay; at most {1 - sets / total:.6g} is possible"
+        )
+    return kept
+
+
+def _sensitivities(
+    model: nn.Module,
+    sets: Mapping[str, Channels],
+    parts: Parts,
+    loader: Loader,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Magnitude of the gradient of a gate on each unit of each set, in float64.
+
+    The gradient of a gate behind a layer is the sum of θ · g over the weights, and the
+    bias, of its channel.
+    """
+    layers = {use.layer for one in sets.values() for use in one.writers}
+    parameters = [
+        (model.get_submodule(layer), key)
+        for layer in sorted(layers)
+        for key in ("weight", "bias")
+        if getattr(model.get_submodule(layer), key) is not None
+    ]
+    weights = find_weights(model, parameters)
+    with Probe(model, weights, loader, parts=parts, **options) as probe:
+        with probe.evaluation_mode():
+            gradients = probe.gradients()
+        products = {
+            name: (gradient.double() * probe.weights[name]).cpu()
+            for name, gradient in gradients.items()
+        }
+    broken = [name for name, p in products.items() if not p.isfinite().all()]
+    if broken:
+        raise RuntimeError(
+            f"the sensitivity of {name_some(broken)} is not finite: its gradient (or "
+            "the weight itself) is NaN or inf. Look at the data and the initialisation"
+        )
+    scores = {}
+    for name, one in sets.items():
+        gates = torch.zeros(one.size, dtype=torch.float64)
+        for use in one.writers:
+            layer = model.get_submodule(use.layer)
+            sums = channel_sums(layer, products[f"{use.layer}.weight"], inputs=False)
+            if f"{use.layer}.bias" in products:
+                sums = sums + products[f"{use.layer}.bias"]
+            gates.index_add_(0, use.channels, sums[use.positions])
+        scores[name] = gates[one.choices].sum(1).abs()
+    if not any(score.any() for score in scores.values()):
+        raise RuntimeError(
+            "the sensitivity of every channel is exactly 0: no gradient passes. Look "
+            "at the data and the initialisation, or take out fewer channels"
+        )
+    return scores
+
+
+def _least(
+    sets: Mapping[str, Channels], scores: Mapping[str, Tensor], kept: int
+) -> dict[str, Tensor]:
+    """The channels that go, so that so many units stay, the best of each set too."""
+    ranked = {name: score.clone() for name, score in scores.items()}
+    for score in ranked.values():
+        score[score.argmax()] = torch.inf
+    stay, _ = top_k_masks([*ranked.values()], kept)
+    removed = {}
+    for (name, one), units in zip(sets.items(), stay, strict=True):
+        removed[name] = torch.zeros(one.size, dtype=torch.bool)
+        removed[name][one.choices[~units].flatten()] = True
+    return removed
