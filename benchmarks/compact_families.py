@@ -180,7 +180,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "",
         "Share of the dense model's multiplications after FORCE and compact (✂: the "
         "mask has disconnected the network), and the largest difference of outputs in "
-        f"float64, as a share of the largest. torch {run['torch']}, timm {run['timm']}, "
+        "float64, as a share of the largest. "
+        f"torch {run['torch']}, timm {run['timm']}, "
         f"torch-pruning {run['torch_pruning']}, {run['machine']}, {run['date']}.",
         "",
         "What stays, and why:",
