@@ -22,6 +22,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from force_plugin.batches import count_samples, describe
 from force_plugin.connection import tensors
@@ -39,6 +40,9 @@ from force_plugin.snapshot import restored
 
 LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 """What channels come from and go to; all else that torch-pruning knows passes them."""
+
+TOLERANCE = 1e-10
+"""How far outputs may be off, in float64, as a share of the largest of them."""
 
 # What a model gives out has the shape that its users count on.
 _FIXED = {
@@ -146,6 +150,12 @@ class Graph:
     def __init__(self, model: nn.Module, inputs: Any) -> None:  # noqa: D107
         self.model = model
         self._names = {module: name for name, module in model.named_modules()}
+        for module, name in self._names.items():
+            if isinstance(module, nn.RNNBase):  # it may never come back
+                raise RuntimeError(
+                    f"torch-pruning cannot trace {type(model).__name__}, as {name} is "
+                    f"a {type(module).__name__}. The model is as it was"
+                )
         try:
             # Some modules keep what they have computed for the next time.
             with warnings.catch_warnings(), restored(model.modules()):
@@ -317,6 +327,14 @@ class Surgery:
         graph = self._graph()
         number_values(graph.model)
         graph.cut(removed)
+        for weight in named_parameters(self._plain).values():
+            slots = _slots_in(graph.model, self._plain, weight)
+            first, *others = [_places(*slot) for slot in slots]
+            if any(not torch.equal(first, places) for places in others):
+                raise RuntimeError(
+                    f"{weight.name} belongs to several modules, of which each would "
+                    "lose other channels"
+                )
         return graph.model
 
     def possible(
@@ -366,6 +384,17 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two outputs, as a share of the largest if above 1."""
+    if not one.numel():
+        return 0.0
+    # Infinities and what is no number may be meant.
+    same = (one == other) | (one.isnan() & other.isnan())
+    off = (one - other).abs().masked_fill(same, 0)
+    finite = other.masked_fill(~other.isfinite(), 0)
+    return float(off.max()) / max(float(finite.abs().max()), 1.0)
+
+
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Floating-point outputs of a model for inputs that it may write to."""
     with torch.no_grad(), restored(model.modules()):
@@ -413,6 +442,8 @@ def _own_parameters(module: nn.Module) -> str | None:
     """Why a layer's channels cannot go: torch-pruning would not cut all of it."""
     if not isinstance(module, LAYERS):
         return None
+    if is_parametrized(module):
+        return f"a {type(module).__name__} with a parametrisation"
     if set(module._parameters) <= {"weight", "bias"}:
         return None
     return f"a {type(module).__name__}, which has parameters of its own"
@@ -535,23 +566,53 @@ def in_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def jittered(tensor: Tensor) -> Tensor:
-    """A floating-point tensor with noise, so that no two samples are the same."""
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor + torch.randn_like(tensor)
+def many_samples(inputs: Any) -> Any:
+    """The same inputs again and again, so that each unit is awake in one of them.
 
-
-def two_samples(inputs: Any) -> Any:
-    """Inputs of at least two samples: a batch of one is given twice."""
-    if count_samples(inputs) != 1:
+    Returns:
+        As many samples as are not too large, at most 32, and two at least.
+    """
+    samples = count_samples(inputs)
+    if not samples:
         return inputs
-    return mapped(lambda t: torch.cat([t, t]) if t.shape[:1] == (1,) else t, inputs)
+    largest = max(tensor.numel() for tensor in tensors(inputs)) // samples
+    wanted = max(2, min(32, _VALUES // max(largest, 1)))
+    places = torch.arange(max(wanted, min(samples, 2))) % samples
+    return mapped(
+        lambda t: t[places.to(t.device)] if t.shape[:1] == (samples,) else t, inputs
+    )
+
+
+_VALUES = 2**19
+
+
+def jittered(tensor: Tensor) -> Tensor:
+    """Other values, so that no two samples are the same: noise, or other integers."""
+    if tensor.is_floating_point():
+        return tensor + torch.randn_like(tensor)
+    return shuffled(tensor)
+
+
+def shuffled(tensor: Tensor) -> Tensor:
+    """Integers drawn from those of a tensor: others may not be allowed."""
+    if tensor.dtype == torch.bool or tensor.is_complex() or not tensor.numel():
+        return tensor
+    places = torch.randint(tensor.numel(), tensor.shape, device=tensor.device)
+    return tensor.flatten()[places]
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy without masks, its parameters dense, in float64 and evaluation mode."""
+    """A copy without masks, its parameters dense, in float64 and evaluation mode.
+
+    Raises:
+        ValueError: A mask holds other values than 0 and 1.
+    """
     weights = named_parameters(model).values()
+    for weight in weights:
+        for owner in weight.owners:
+            mask = mask_of(*owner)
+            if mask is not None and not ((mask == 0) | (mask == 1)).all():
+                raise ValueError(f"mask of {weight.name}: expected 0 and 1, got others")
     with restored(model.modules()), torch.no_grad():
         for module in model.modules():
             # Results of a forward pass, as prune leaves them, cannot be copied.
@@ -603,14 +664,22 @@ def number_values(model: nn.Module) -> None:
             ).view_as(parameter)
 
 
+def _places(module: nn.Module, name: str) -> Tensor:
+    """Where the values of a parameter of a cut copy were."""
+    parameter = module._parameters[name]
+    if parameter is None or parameter.grad is None:
+        return torch.empty(0, dtype=torch.int64)
+    return parameter.grad.to(torch.int64)
+
+
 @torch.no_grad()
 def fill(cut: nn.Module, source: nn.Module) -> None:
     """Give a cut model the values of one that is whole."""
     values = dict(source.named_parameters(remove_duplicate=False))
     for name, parameter in cut.named_parameters(remove_duplicate=False):
         if parameter.grad is not None:
-            places = parameter.grad.to(torch.int64)
-            parameter.copy_(values[name].flatten()[places.flatten()].view_as(parameter))
+            at = parameter.grad.to(torch.int64)
+            parameter.copy_(values[name].flatten()[at.flatten()].view_as(parameter))
 
 
 def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
@@ -619,44 +688,24 @@ def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
     Args:
         model: The original, which stays as it is.
         cut: Its :func:`plain_copy`, numbered and cut; it becomes the result.
-
-    Raises:
-        RuntimeError: A parameter that several modules share was cut in two ways.
     """
     originals = dict(model.named_modules())
-    weights = named_parameters(model).values()
-    shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
     masks = []
-    held = []
-    for weight in weights:
-        mask = None
-        for module, name in _slots_in(cut, model, weight):
-            parameter = module._parameters[name]
-            assert parameter is not None
-            if parameter.grad is None:
-                continue
-            places = parameter.grad.to(torch.int64)
-            if id(weight) not in shared:
-                values = weight.dense.detach().flatten()[places.flatten()]
-                values = values.view(places.shape)
-                made = nn.Parameter(values, weight.dense.requires_grad)
-                shared[id(weight)] = places, made
-                if weight.mask is not None:
-                    flat = weight.mask.flatten()[
-                        places.flatten().to(weight.mask.device)
-                    ]
-                    mask = flat.view(places.shape)
-            earlier, made = shared[id(weight)]
-            if not torch.equal(earlier, places):
-                raise RuntimeError(
-                    f"{weight.name} belongs to several modules, of which each would "
-                    "lose other channels"
-                )
+    for weight in named_parameters(model).values():
+        slots = list(_slots_in(cut, model, weight))
+        if not weight.dense.is_floating_point():
+            continue
+        at = _places(*slots[0])
+        made = nn.Parameter(
+            weight.dense.detach().flatten()[at.flatten()].view(at.shape),
+            weight.dense.requires_grad,
+        )
+        for module, name in slots:
             module._parameters[name] = made
-        if mask is not None:
-            masks.append((weight.name, mask))
-            if all(mask_of(*owner) is None for owner in weight.owners):
-                held.append(weight.name)
+        if weight.mask is not None:
+            mask = weight.mask.to(at.device).flatten()[at.flatten()].view(at.shape)
+            pruned = any(mask_of(*owner) is not None for owner in weight.owners)
+            masks.append((weight.name, mask, pruned))
     for name, module in cut.named_modules():
         original = originals[name]
         module.training = original.training
@@ -665,9 +714,9 @@ def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
             if buffer is not None and own is not None:
                 module._buffers[key] = buffer.to(own.dtype)
     found = named_parameters(cut)
-    pairs = [(found[name], mask) for name, mask in masks]
+    pairs = [(found[name], mask) for name, mask, _ in masks]
     prune_with(pairs, readers=find_readers([weight for weight, _ in pairs], cut))
-    if held:
+    if masks and not any(pruned for *_, pruned in masks):
         make_permanent(cut)
     return cut
 

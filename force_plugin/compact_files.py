@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,13 +45,13 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     for name, mask in masks.items():
         bits = np.packbits(mask.flatten().cpu().numpy())
         tensors[_MASK + name] = torch.from_numpy(bits)
+    masked = any(map(_reparametrised, weights.values()))
     header = {
         "format": _FORMAT,
         "modules": json.dumps({name: _sizes(m) for name, m in model.named_modules()}),
-        "permanent": json.dumps(
-            bool(masks) and not any(map(_reparametrised, weights.values()))
-        ),
+        "permanent": json.dumps(bool(masks) and not masked),
     }
+    header["sha256"] = _checksum(header, tensors)
     # save_file makes files that only their owner may read.
     Path(path).write_bytes(save(tensors, header))
 
@@ -153,7 +154,24 @@ def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
         raise ValueError(
             f"{path}: a safetensors file, but not one that save_compact wrote"
         )
+    if header.get("sha256") != _checksum(header, tensors):
+        raise ValueError(
+            f"{path}: its checksum is another one; write it anew with save_compact"
+        )
     return header, tensors
+
+
+def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in ("modules", "permanent"):
+        digest.update(header.get(key, "").encode())
+    for name in sorted(tensors):
+        values = tensors[name].flatten()
+        digest.update(f"{name} {values.dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(
+            values.view(torch.uint8).numpy().tobytes() if len(values) else b""
+        )
+    return digest.hexdigest()
 
 
 def _check(

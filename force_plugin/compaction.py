@@ -24,29 +24,30 @@ from tqdm import tqdm
 
 from force_plugin.batches import count_samples
 from force_plugin.channels import (
+    TOLERANCE,
     Channels,
     Surgery,
     call,
     channel_axis,
+    channels_of,
     checked_inputs,
+    distance,
     fill,
     in_float64,
     jittered,
     layers_of,
+    many_samples,
     mapped,
     outputs_of,
     plain_copy,
     rebuilt,
+    shuffled,
     tell_features,
-    two_samples,
 )
 from force_plugin.connection import leads_through, tensors
 from force_plugin.gates import CLOSED
 from force_plugin.parameters import named_parameters
 from force_plugin.snapshot import restored, undisturbed
-
-TOLERANCE = 1e-10
-"""How far outputs may be off, in float64, as a share of the largest of them."""
 
 _DRAWS = (True, True, False, False)  # of random values: whether they are positive
 
@@ -107,7 +108,7 @@ def compact(
         )
     inputs = checked_inputs(model, example_inputs, "example_inputs")
     bar = tqdm(
-        total=len(_DRAWS) + 4,
+        total=len(_DRAWS) + 3,
         desc="compact",
         disable=not progress,
         bar_format="{l_bar}{bar}| {elapsed}",
@@ -131,13 +132,13 @@ class _Compaction:
     ) -> None:
         self._advance = advance
         self._model = model
-        self._inputs = two_samples(mapped(in_float64, inputs))
+        self._inputs = many_samples(mapped(in_float64, inputs))
         self._masks = masks
         self._plain = plain_copy(model)
         _mask(self._plain, masks)
         # Behind a gate that is closed at initialisation, nothing is seen of a mistake.
         self._variants = [self._plain, _opened(self._plain, masks)]
-        self._trial = mapped(jittered, mapped(in_float64, inputs))
+        self._trial = mapped(jittered, self._inputs)
         try:
             self._expected = [outputs_of(one, self._trial) for one in self._variants]
         except Exception as error:
@@ -150,10 +151,14 @@ class _Compaction:
         self._advance()
         surgery = Surgery(self._plain, self._inputs)
         layers = self._cut_off()
+        # Layers that are called in training only read channels that no graph shows.
+        unseen = {
+            channels_of(one)[0] for n, one in layers_of(self._plain) if n not in layers
+        }
         wanted = {
             name: removable
             for name, one in surgery.sets.items()
-            if (removable := _removable(one, layers)).any()
+            if one.size not in unseen and (removable := _removable(one, layers)).any()
         }
         removed, problems = surgery.possible(wanted, self._problem)
         if problems and not removed:
@@ -190,9 +195,7 @@ class _Compaction:
             if [o.shape for o in found] != [o.shape for o in expected]:
                 return "the outputs would have other shapes"
             for one, other in zip(found, expected, strict=True):
-                off = float((one - other).abs().max()) if one.numel() else 0.0
-                scale = float(other.abs().max()) if other.numel() else 0.0
-                if not off <= TOLERANCE * max(scale, 1.0):
+                if not (off := distance(one, other)) <= TOLERANCE:
                     return f"an output would change by {off:.3g}"
         return None
 
@@ -213,6 +216,9 @@ class _Compaction:
             for name, seen in watched.items():
                 before = carried.get(name, torch.zeros(()))
                 carried[name] = torch.maximum(seen.largest, before)
+        varied = any(_varies(tensor) for tensor in tensors(self._inputs))
+        for seen in layers.values():
+            seen.differs |= not varied
         return {
             name: ~seen.read | (~seen.differs & (carried[name] == 0))
             for name, seen in layers.items()
@@ -253,7 +259,9 @@ def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
     found: dict[str, _Seen] = {}
     samples = count_samples(inputs)
 
-    def look(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def look(
+        name: str, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
         values = args[0]
         axis = channel_axis(module, values)
         rest = [dim for dim in range(values.dim()) if dim != axis]
@@ -265,15 +273,17 @@ def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
         differs = spread.amax(rest) > _SAME * largest.max()
         seen = found.setdefault(name, _Seen())
         nothing = torch.zeros_like(differs)
-        # What comes from parameters alone has no gradient here.
-        read = nothing if graded and values.requires_grad else ~nothing
-        seen.join(differs, read, largest)
+        seen.join(differs, nothing, largest)
+        if not graded:
+            return None
+        if not values.requires_grad:  # of integers, or of parameters alone
+            values = plain.clone().requires_grad_()
 
         def on_gradient(gradient: Tensor) -> None:
             seen.join(nothing, gradient.abs().amax(rest) != 0, nothing.to(largest))
 
-        if graded and values.requires_grad:
-            values.register_hook(on_gradient)
+        values.register_hook(on_gradient)
+        return values, *args[1:]
 
     def scale(module: nn.Module, args: object, output: Tensor) -> Tensor:
         largest = output.detach().abs().max()
@@ -316,12 +326,17 @@ def _random_like(tensor: Tensor, positive: bool) -> Tensor:
     Positive layers make any two inputs ever more alike, but for their size.
     """
     if not tensor.is_floating_point():
-        return tensor
+        return shuffled(tensor)
     values = torch.rand_like(tensor) + 0.5
     if not positive:
         values *= torch.randn_like(tensor).sign()
     values[1::2] *= 3
     return values.requires_grad_(tensor.is_leaf)
+
+
+def _varies(tensor: Tensor) -> bool:
+    """Whether there are other values to put in its place."""
+    return tensor.is_floating_point() or bool((tensor != tensor.flatten()[:1]).any())
 
 
 def _is_bias(name: str) -> bool:

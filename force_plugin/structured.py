@@ -13,18 +13,20 @@ from tqdm import tqdm
 
 from force_plugin.channels import (
     LAYERS,
+    TOLERANCE,
     Channels,
     Surgery,
     channel_sums,
     checked_inputs,
+    distance,
     fill,
     in_float64,
+    many_samples,
     mapped,
     outputs_of,
     plain_copy,
     rebuilt,
     tell_features,
-    two_samples,
     without_reading,
 )
 from force_plugin.distributed import Ranks, unwrap
@@ -210,10 +212,10 @@ def snap_prune(
     ignored = {own[module] for module in ignored_layers}
     seed = int(torch.randint(2**62, ())) if method == "random" else 0
     generator = torch.Generator().manual_seed(seed)
-    inputs = mapped(in_float64, inputs)
+    inputs = many_samples(mapped(in_float64, inputs))
     with undisturbed(model), torch.enable_grad(), Ranks(model) as ranks:
         plain = plain_copy(model)
-        surgery = Surgery(plain, two_samples(inputs))
+        surgery = Surgery(plain, inputs)
         names = _prunable(surgery, plain, inputs, ignored)
         total = sum(len(surgery.sets[name].choices) for name in names)
         small = model
@@ -245,7 +247,7 @@ def snap_prune(
                     microbatch=microbatch,
                 )
             small = rebuilt(small, surgery.cut(_least(sets, scores, kept)))
-            surgery = Surgery(plain_copy(small), two_samples(inputs))
+            surgery = Surgery(plain_copy(small), inputs)
     tell_features(model, small)
     return small
 
@@ -286,8 +288,7 @@ def _prunable(
         with without_reading(plain, unread):
             expected = outputs_of(plain, trial)
         for one, other in zip(outputs, expected, strict=True):
-            off = float((one - other).abs().max())
-            if not off <= 1e-9 * max(float(other.abs().max()), 1.0):
+            if not distance(one, other) <= TOLERANCE:
                 return "more than these channels would go"
         return None
 
@@ -338,6 +339,7 @@ def _sensitivities(
     The gradient of a gate behind a layer is the sum of θ · g over the weights, and the
     bias, of its channel.
     """
+    names = {module: name for name, module in model.named_modules()}
     layers = {use.layer for one in sets.values() for use in one.writers}
     parameters = [
         (model.get_submodule(layer), key)
@@ -349,11 +351,15 @@ def _sensitivities(
     with Probe(model, weights, loader, parts=parts, **options) as probe:
         with probe.evaluation_mode():
             gradients = probe.gradients()
-        products = {
-            name: (gradient.double() * probe.weights[name]).cpu()
-            for name, gradient in gradients.items()
-        }
-    broken = [name for name, p in products.items() if not p.isfinite().all()]
+        sums = {}
+        for weight in weights:
+            products = gradients.pop(weight.name).mul_(probe.weights[weight.name])
+            for layer, key in weight.owners:
+                found = products
+                if key == "weight":
+                    found = channel_sums(layer, products.double(), inputs=False)
+                sums[f"{names[layer]}.{key}"] = found.double().cpu()
+    broken = [name for name, one in sums.items() if not one.isfinite().all()]
     if broken:
         raise RuntimeError(
             f"the sensitivity of {name_some(broken)} is not finite: its gradient (or "
@@ -363,11 +369,10 @@ def _sensitivities(
     for name, one in sets.items():
         gates = torch.zeros(one.size, dtype=torch.float64)
         for use in one.writers:
-            layer = model.get_submodule(use.layer)
-            sums = channel_sums(layer, products[f"{use.layer}.weight"], inputs=False)
-            if f"{use.layer}.bias" in products:
-                sums = sums + products[f"{use.layer}.bias"]
-            gates.index_add_(0, use.channels, sums[use.positions])
+            for key in ("weight", "bias"):
+                if f"{use.layer}.{key}" in sums:
+                    gradient = sums[f"{use.layer}.{key}"][use.positions]
+                    gates.index_add_(0, use.channels, gradient)
         scores[name] = gates[one.choices].sum(1).abs()
     if not any(score.any() for score in scores.values()):
         raise RuntimeError(
