@@ -31,6 +31,7 @@ from force_plugin.parameters import (
     HELD,
     Weight,
     find_readers,
+    is_sharded,
     mask_of,
     named_parameters,
 )
@@ -605,10 +606,15 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """A copy without masks, its parameters dense, in float64 and evaluation mode.
 
     Raises:
-        ValueError: A mask holds other values than 0 and 1.
+        ValueError: The model is sharded, or a mask holds other values than 0 and 1.
     """
     weights = named_parameters(model).values()
     for weight in weights:
+        if is_sharded(weight.dense):
+            raise ValueError(
+                f"model: expected one that is not sharded, but {weight.name} is; take "
+                "channels out before fully_shard is called"
+            )
         for owner in weight.owners:
             mask = mask_of(*owner)
             if mask is not None and not ((mask == 0) | (mask == 1)).all():

@@ -45,6 +45,7 @@ from force_plugin.channels import (
     tell_features,
 )
 from force_plugin.connection import leads_through, tensors
+from force_plugin.distributed import unwrap
 from force_plugin.gates import CLOSED
 from force_plugin.parameters import named_parameters
 from force_plugin.snapshot import restored, undisturbed
@@ -86,7 +87,8 @@ def compact(
 
     Raises:
         TypeError: ``model`` is no module, or there is no tensor in ``example_inputs``.
-        ValueError: Nothing is pruned in the model.
+        ValueError: Nothing is pruned in the model, a mask holds other values than 0 and
+            1, or the model is sharded.
         RuntimeError: It cannot be run or traced, or whatever is taken out changes its
             outputs; the message says why.
 
@@ -95,6 +97,7 @@ def compact(
             them the outputs would be others; or the masks have disconnected the
             network, so that next to nothing is left of it.
     """
+    model = unwrap(model)
     weights = named_parameters(model)
     masks = {n: w.mask for n, w in weights.items() if w.mask is not None}
     if not masks:
@@ -172,7 +175,7 @@ class _Compaction:
             warnings.warn(
                 f"{len(problems)} of {len(wanted)} sets of channels stay although "
                 f"masks have cut some off (that of {name}, for one): {reason}",
-                stacklevel=5,
+                stacklevel=4,
             )
         self._advance()
         opened = self._variants[1]
@@ -181,7 +184,7 @@ class _Compaction:
                 "the masks have disconnected the network: its outputs no longer depend "
                 "on its inputs, and next to nothing is left of it; prune it less, or "
                 "in more steps",
-                stacklevel=5,
+                stacklevel=4,
             )
         small = rebuilt(self._model, surgery.cut(removed))
         self._advance()

@@ -43,11 +43,10 @@ from force_plugin.snapshot import undisturbed
 class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
     """The saliency of channels, for any pruner of torch-pruning.
 
+    Its ``importance``::
+
         importance = SaliencyImportance(model, loader, "force")
-        pruner = torch_pruning.pruner.BasePruner(
-            model, example_inputs, importance, pruning_ratio=0.5
-        )
-        pruner.step()
+        torch_pruning.pruner.BasePruner(model, example_inputs, importance).step()
 
     A channel of a group is worth the sum of the saliencies of all weights that go with
     it: rows of the layers that write it and columns of those that read it. They are

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,18 @@ def network(seed: int = 0) -> nn.Module:
 
 
 def smaller(model: nn.Module | None = None, density: float = 0.03) -> nn.Module:
-    """What compact makes of a model that was trained a little."""
-    model = model or network()
+    """What compact makes of a model, trained a little."""
+    if model is None:
+        return deepcopy(_smaller_network(density))
+    return _smaller(model, density)
+
+
+@cache
+def _smaller_network(density: float) -> nn.Module:
+    return _smaller(network(), density)
+
+
+def _smaller(model: nn.Module, density: float) -> nn.Module:
     generator = torch.Generator().manual_seed(2)
     masks = {
         name: torch.rand(parameter.shape, generator=generator) < density
