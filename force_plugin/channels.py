@@ -204,6 +204,16 @@ class Graph:
             for (conv, weight), (_, gone) in zip(before, grouped, strict=True):
                 _cut_in_groups(conv, weight, gone)
 
+    def close(self) -> None:
+        """Let go of the model and of what autograd has saved of it, now.
+
+        The graph is full of cycles, and gigabytes would wait for the collector.
+        """
+        for node in self._graph.module2node.values():
+            vars(node).clear()
+        vars(self._graph).clear()
+        self._names.clear()
+
     def _group(self, module: nn.Module, indices: Sequence[int]) -> Any:
         pruner = self._graph.get_pruner_of_module(module)
         return self._graph.get_pruning_group(
@@ -311,7 +321,9 @@ class Surgery:
     def __init__(self, plain: nn.Module, inputs: Any) -> None:  # noqa: D107
         self._plain = plain
         self._inputs = inputs
-        self.sets = self._graph().sets
+        graph = self._graph()
+        self.sets = graph.sets
+        graph.close()
 
     def _graph(self) -> Graph:
         return Graph(copy.deepcopy(self._plain), self._inputs)
@@ -327,7 +339,10 @@ class Surgery:
         """
         graph = self._graph()
         number_values(graph.model)
-        graph.cut(removed)
+        try:
+            graph.cut(removed)
+        finally:
+            graph.close()
         for weight in named_parameters(self._plain).values():
             slots = _slots_in(graph.model, self._plain, weight)
             first, *others = [_places(*slot) for slot in slots]
@@ -567,24 +582,24 @@ def in_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def many_samples(inputs: Any) -> Any:
+def many_samples(inputs: Any, most: int = 32) -> Any:
     """The same inputs again and again, so that each unit is awake in one of them.
 
     Returns:
-        As many samples as are not too large, at most 32, and two at least.
+        As many samples as are not too large, two at least.
     """
     samples = count_samples(inputs)
     if not samples:
         return inputs
     largest = max(tensor.numel() for tensor in tensors(inputs)) // samples
-    wanted = max(2, min(32, _VALUES // max(largest, 1)))
+    wanted = max(2, min(most, _VALUES // max(largest, 1)))
     places = torch.arange(max(wanted, min(samples, 2))) % samples
     return mapped(
         lambda t: t[places.to(t.device)] if t.shape[:1] == (samples,) else t, inputs
     )
 
 
-_VALUES = 2**19
+_VALUES = 2**15  # an image has many positions, which are as good as samples
 
 
 def jittered(tensor: Tensor) -> Tensor:

@@ -142,8 +142,15 @@ class _Compaction:
         # Behind a gate that is closed at initialisation, nothing is seen of a mistake.
         self._variants = [self._plain, _opened(self._plain, masks)]
         self._trial = mapped(jittered, self._inputs)
+        self._expected: list[list[Tensor]] = []
+        self._carried: dict[str, Tensor] = {}
         try:
-            self._expected = [outputs_of(one, self._trial) for one in self._variants]
+            for one in self._variants:
+                watched, outputs = _watch(one, self._trial, graded=False)
+                self._expected.append(outputs)
+                for name, seen in watched.items():
+                    before = self._carried.get(name, torch.zeros(()))
+                    self._carried[name] = torch.maximum(seen.largest, before)
         except Exception as error:
             raise RuntimeError(
                 f"{type(model).__name__} cannot be run with example_inputs in float64: "
@@ -152,7 +159,7 @@ class _Compaction:
 
     def result(self) -> nn.Module:
         self._advance()
-        surgery = Surgery(self._plain, self._inputs)
+        surgery = Surgery(self._plain, many_samples(self._inputs, 2))
         layers = self._cut_off()
         # Layers that are called in training only read channels that no graph shows.
         unseen = {
@@ -210,22 +217,16 @@ class _Compaction:
             model = copy.deepcopy(self._plain).requires_grad_(False)
             _randomise(model, self._masks, positive)
             inputs = mapped(partial(_random_like, positive=positive), self._inputs)
-            for name, seen in _watch(model, inputs, graded=True).items():
+            for name, seen in _watch(model, inputs, graded=True)[0].items():
                 known = layers.setdefault(name, _Seen())
                 known.join(seen.differs, seen.read, seen.largest)
-        carried: dict[str, Tensor] = {}
-        for variant in self._variants:
-            watched = _watch(variant, self._trial, graded=False)
-            for name, seen in watched.items():
-                before = carried.get(name, torch.zeros(()))
-                carried[name] = torch.maximum(seen.largest, before)
         varied = any(_varies(tensor) for tensor in tensors(self._inputs))
         for seen in layers.values():
             seen.differs |= not varied
         return {
-            name: ~seen.read | (~seen.differs & (carried[name] == 0))
+            name: ~seen.read | (~seen.differs & (self._carried[name] == 0))
             for name, seen in layers.items()
-            if name in carried
+            if name in self._carried
         }
 
 
@@ -249,7 +250,9 @@ class _Seen:
         self.largest = torch.maximum(self.largest, largest.cpu())
 
 
-def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
+def _watch(
+    model: nn.Module, inputs: Any, *, graded: bool
+) -> tuple[dict[str, _Seen], list[Tensor]]:
     """Run a model and look at the inputs of its layers.
 
     Args:
@@ -305,12 +308,16 @@ def _watch(model: nn.Module, inputs: Any, *, graded: bool) -> dict[str, _Seen]:
         for module in model.modules():
             if graded and isinstance(module, nn.Embedding):
                 hooks.callback(module.register_forward_hook(vary).remove)
-        outputs = [o for o in tensors(call(model, inputs)) if o.requires_grad]
-    if outputs:
+        outputs = [
+            output.clone()
+            for output in tensors(call(model, mapped(torch.clone, inputs)))
+            if output.is_floating_point()
+        ]
+    if ends := [output for output in outputs if output.requires_grad]:
         # A plain sum would have no gradient behind a softmax or a normalisation.
-        weights = [torch.rand_like(output) for output in outputs]
-        torch.autograd.backward(outputs, weights)
-    return found
+        weights = [torch.rand_like(output) for output in ends]
+        torch.autograd.backward(ends, weights)
+    return found, [output.detach() for output in outputs]
 
 
 def _removable(one: Channels, cut_off: Mapping[str, Tensor]) -> Tensor:

@@ -214,7 +214,7 @@ def snap_prune(
     inputs = many_samples(mapped(in_float64, inputs))
     with undisturbed(model), torch.enable_grad(), Ranks(model) as ranks:
         plain = plain_copy(model)
-        surgery = Surgery(plain, inputs)
+        surgery = Surgery(plain, many_samples(inputs, 2))
         names = _prunable(surgery, plain, inputs, ignored)
         total = sum(len(surgery.sets[name].choices) for name in names)
         small = model
@@ -246,7 +246,7 @@ def snap_prune(
                     microbatch=microbatch,
                 )
             small = rebuilt(small, surgery.cut(_least(sets, scores, kept)))
-            surgery = Surgery(plain_copy(small), inputs)
+            surgery = Surgery(plain_copy(small), many_samples(inputs, 2))
     tell_features(model, small)
     return small
 
