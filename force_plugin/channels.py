@@ -103,6 +103,29 @@ class Channels:
         """Channels of which any row may go: units, or one of each block, int64."""
         return max(self.blocks, key=len).T if self.blocks else self.units
 
+    def without(self, gone: Tensor, sizes: Mapping[str, Tensor]) -> Channels:
+        """What is left of the set once channels have gone, numbered anew.
+
+        Args:
+            gone: Bool tensor of shape ``[size]``, True = taken out.
+            sizes: Of each layer which output channels stay, bool.
+        """
+        left = ~gone
+        number = left.cumsum(0) - 1
+        writers = []
+        for use in self.writers:
+            here = left[use.channels]
+            position = sizes[use.layer].cumsum(0) - 1
+            writers.append(
+                Use(
+                    use.layer,
+                    position[use.positions[here]],
+                    number[use.channels[here]],
+                )
+            )
+        units = number[self.choices[left[self.choices].all(1)]]
+        return Channels(self.name, int(left.sum()), writers, units=units)
+
     def removable(self, free: Tensor) -> Tensor:
         """Which channels may go if no reader needs the free ones.
 
@@ -390,7 +413,8 @@ class Surgery:
 
 def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Outputs that are no layer's own: they are not to be cut."""
-    return [output * 1 for output in tensors(call(model, inputs))]
+    outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
+    return [output * 1 for output in tensors(outputs)]
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -511,7 +535,8 @@ def channel_sums(layer: nn.Module, values: Tensor, *, inputs: bool) -> Tensor:
     if inputs == getattr(layer, "transposed", False):
         return values.flatten(1).sum(1)
     parts = values.reshape(groups, -1, *values.shape[1:])
-    return parts.sum(1).flatten(0, 1).flatten(1).sum(1)
+    rows = parts.sum(1).flatten(0, 1)
+    return rows.reshape(len(rows), -1).sum(1)
 
 
 def checked_inputs(model: nn.Module, inputs: Any, argument: str) -> Any:

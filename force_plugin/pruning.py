@@ -176,7 +176,7 @@ def force_prune(
                 f"sparsity: the model is pruned to {1 - available / total:.6g} "
                 f"already, and pruning it again only removes more; got {sparsity}"
             )
-        _agree(parts, model, weights, method_name, open_gates, kept_after)
+        agree(parts, model, weights, method_name, open_gates, kept_after)
 
         notes = Notes(kept_after, on_collapse, criterion.regrows, parts)
         masks: dict[str, Tensor] = {}
@@ -297,7 +297,7 @@ def saliency(
         criterion = find_method(method)
         weights = find_weights(model, parameters)
         parts.check(weights)
-        _agree(parts, model, weights, criterion.__name__, open_gates)
+        agree(parts, model, weights, criterion.__name__, open_gates)
         with Probe(
             model,
             weights,
@@ -316,7 +316,7 @@ def saliency(
             return {name: parts.joined(name, part) for name, part in scores.items()}
 
 
-def _agree(
+def agree(
     parts: Parts, model: nn.Module, weights: Sequence[Weight], *settings: object
 ) -> None:
     """Make sure that the ranks are about to do the same to the same network."""

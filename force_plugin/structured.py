@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from force_plugin.channels import (
     Channels,
     Surgery,
     channel_sums,
+    channels_of,
     checked_inputs,
     distance,
     fill,
@@ -32,8 +35,8 @@ from force_plugin.channels import (
 from force_plugin.distributed import Ranks, unwrap
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.parameters import find_weights, name_some
-from force_plugin.pruning import saliency
-from force_plugin.schedules import kept_per_step
+from force_plugin.pruning import agree, saliency
+from force_plugin.schedules import count_kept, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import Parts
@@ -50,7 +53,8 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
 
     A channel of a group is worth the sum of the saliencies of all weights that go with
     it: rows of the layers that write it and columns of those that read it. They are
-    measured when a group is asked for first, and again once layers have been cut.
+    measured when a group is asked for first, and again once layers have been cut, in
+    the modes that the model then has (torch-pruning leaves it in evaluation mode).
 
     Source: the criterion of the method, summed over a group of
     :class:`torch_pruning.dependency.Group` (Fang et al. 2023, arXiv 2301.12900).
@@ -109,19 +113,22 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         names = {module: name for name, module in self._model.named_modules()}
         self._measure(names)
-        places = {index: place for place, index in enumerate(group[0].root_idxs)}
-        total = torch.zeros(len(places), dtype=torch.float64)
+        first = group[0]
+        places: dict[int, int] = {}
+        for place, index in enumerate(first.idxs):
+            places.setdefault(index, place)
+        total = torch.zeros(len(first.idxs), dtype=torch.float64)
         for item in group:
             layer, handler = item.dep.target.module, item.dep.handler
             scores = self._scores.get(f"{names.get(layer)}.weight")
             if not isinstance(layer, LAYERS) or scores is None:
                 continue
             inputs = handler == group._DG.get_pruner_of_module(layer).prune_in_channels
-            depthwise = item.dep.target.type == tp.ops.OPTYPE.DEPTHWISE_CONV
-            sums = channel_sums(layer, scores, inputs=inputs and not depthwise)
-            roots = torch.tensor([places[root] for root in item.root_idxs])
+            sums = channel_sums(layer, scores, inputs=inputs)
+            own = item.idxs if item is first else item.root_idxs
+            roots = torch.tensor([places[root] for root in own])
             total.index_add_(0, roots, sums[torch.tensor(item.idxs)])
-        return total
+        return total.to(first.dep.target.module.weight.device)
 
     def _measure(self, names: Mapping[nn.Module, str]) -> None:
         weights = {
@@ -202,21 +209,32 @@ def snap_prune(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
     own = {module: name for name, module in model.named_modules()}
+    ignored_layers = list(ignored_layers)
     others = [module for module in ignored_layers if module not in own]
     if others:
         raise ValueError(
             "ignored_layers: expected modules of the model, got another "
             f"{type(others[0]).__name__}"
         )
-    ignored = {own[module] for module in ignored_layers}
+    ignored = {own[part] for module in ignored_layers for part in module.modules()}
     seed = int(torch.randint(2**62, ())) if method == "random" else 0
     generator = torch.Generator().manual_seed(seed)
     inputs = many_samples(mapped(in_float64, inputs))
     with undisturbed(model), torch.enable_grad(), Ranks(model) as ranks:
+        agree(
+            Parts(model, ranks),
+            model,
+            find_weights(model),
+            *(method, sparsity, steps, sorted(ignored), open_gates),
+        )
         plain = plain_copy(model)
         surgery = Surgery(plain, many_samples(inputs, 2))
         names = _prunable(surgery, plain, inputs, ignored)
-        total = sum(len(surgery.sets[name].choices) for name in names)
+        # Always cut from the whole model: torch-pruning traces others, whose groups
+        # have become filters per channel, in another way.
+        whole = {name: surgery.sets[name] for name in names}
+        gone = {name: torch.zeros(one.size) > 0 for name, one in whole.items()}
+        total = sum(len(one.choices) for one in whole.values())
         small = model
         bar = tqdm(
             _kept_after(steps, sparsity, total, len(names)),
@@ -225,12 +243,11 @@ def snap_prune(
             disable=not progress or ranks.rank > 0,
         )
         for kept in bar:
-            sets = {name: surgery.sets[name] for name in names}
+            sets = _left(model, whole, gone)
             if method == "random":
-                sizes = {name: len(one.choices) for name, one in sets.items()}
                 scores = {
-                    name: torch.rand(size, generator=generator).double()
-                    for name, size in sizes.items()
+                    name: torch.rand(len(one.choices), generator=generator).double()
+                    for name, one in sets.items()
                 }
                 ranks.share(scores.values())
             else:
@@ -245,8 +262,10 @@ def snap_prune(
                     open_gates=open_gates,
                     microbatch=microbatch,
                 )
-            small = rebuilt(small, surgery.cut(_least(sets, scores, kept)))
-            surgery = Surgery(plain_copy(small), many_samples(inputs, 2))
+            for name, removed in _least(sets, scores, kept).items():
+                left = (~gone[name]).nonzero().flatten()
+                gone[name][left[removed]] = True
+            small = rebuilt(model, surgery.cut(gone))
     tell_features(model, small)
     return small
 
@@ -315,15 +334,32 @@ def _prunable(
     return list(found)
 
 
+def _left(
+    model: nn.Module, sets: Mapping[str, Channels], gone: Mapping[str, Tensor]
+) -> dict[str, Channels]:
+    """The sets without the channels that have gone."""
+    stay = {
+        use.layer: torch.ones(channels_of(model.get_submodule(use.layer))[1]) > 0
+        for one in sets.values()
+        for use in one.writers
+    }
+    for name, one in sets.items():
+        for use in one.writers:
+            stay[use.layer][use.positions[gone[name][use.channels]]] = False
+    return {name: one.without(gone[name], stay) for name, one in sets.items()}
+
+
 def _kept_after(steps: int, sparsity: float, total: int, sets: int) -> list[int]:
     """Number of channels that are kept after each step."""
-    kept = kept_per_step("snip_it", steps + 2 if steps else 1, sparsity, total)
-    if kept[-1] < sets:
-        raise ValueError(
-            f"sparsity: {sparsity} leaves {kept[-1]} of {total} channels, and one in "
-            f"each of {sets} sets must stay; at most {1 - sets / total:.6g} is possible"
-        )
-    return kept
+    if isinstance(sparsity, Real) and 0 <= sparsity < 1:
+        last = count_kept(total, 1 - float(sparsity))
+        if last < sets:
+            possible = math.floor((1 - sets / total) * 1e6) / 1e6
+            raise ValueError(
+                f"sparsity: {sparsity} leaves {last} of {total} channels, and one in "
+                f"each of {sets} sets must stay; at most {possible} is possible"
+            )
+    return kept_per_step("snip_it", steps + 2 if steps else 1, sparsity, total)
 
 
 def _sensitivities(
