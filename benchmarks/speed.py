@@ -13,7 +13,7 @@ dense         the model that was pruned
 masked        as ``force_prune`` leaves it
 permanent     after ``make_permanent``
 compact       after ``compact``, with the masks that remain
-compact+perm  after ``compact`` and ``make_permanent``
+compact 16    after ``compact`` with ``round_to=16`` and ``make_permanent``
 snap          ``snap_prune`` at the multiplications of the compacted, by bisection
 
 A round lets each of them run for ``--seconds`` twice, in an order of its own. Times are
@@ -198,8 +198,10 @@ def measure(
     tell("compact")
     models["permanent"] = deepcopy(models["masked"])
     models["compact"] = compact(models["masked"], example, progress=False)
-    models["compact+perm"] = deepcopy(models["compact"])
-    for side in ("permanent", "compact+perm"):
+    models["compact 16"] = compact(
+        models["masked"], example, round_to=16, progress=False
+    )
+    for side in ("permanent", "compact 16"):
         make_permanent(models[side])
     if not args.no_snap:
         tell("snap_prune")
@@ -207,6 +209,10 @@ def measure(
         facts["snap_sparsity"], models["snap"] = snapped(
             dense, loader, example, target, batches
         )
+    if args.channels_last:
+        batch = batch[0].to(memory_format=torch.channels_last), batch[1]
+        for model in models.values():
+            model.to(memory_format=torch.channels_last)
     tell("memory")
     sides: dict[str, Row] = {
         side: {
@@ -248,14 +254,23 @@ def show_machines(rows: Iterable[Row]) -> None:
     print(*dict.fromkeys(lines), sep="\n")
 
 
+def case_of(row: Row) -> tuple[str, int, bool]:
+    return row["model"], row["size"], row["channels_last"]
+
+
+def title(row: Row) -> str:
+    name, size, channels_last = case_of(row)
+    return f"{name} at {size}x{size}" + (", channels last" if channels_last else "")
+
+
 def show(rows: Iterable[Row]) -> None:
-    rows = sorted(rows, key=lambda row: (row["model"], row["size"], row["sparsity"]))
+    rows = sorted(rows, key=lambda row: (*case_of(row), row["sparsity"]))
     show_machines(rows)
-    for (name, size), block in groupby(rows, lambda row: (row["model"], row["size"])):
+    for _, block in groupby(rows, case_of):
         first, *others = block
         dense = first["sides"]["dense"]
         print(
-            f"\n{name} at {size}x{size}, batch {first['batch']}: "
+            f"\n{title(first)}, batch {first['batch']}: "
             f"{dense['parameters']:,} parameters,\n{dense['multiplications']:,} "
             f"multiplications an image, {first['rounds']} rounds\n\n"
             f"{'':20}{'forward':>18}{'training step':>27}{'peak':>9}\n{'':15}{'mult.'}"
@@ -295,15 +310,15 @@ def plot(rows: list[Row], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in rows if not row["disconnected"]]
     rows.sort(key=lambda row: row["sparsity"])
-    cases = list(dict.fromkeys((row["model"], row["size"]) for row in rows))
+    cases = list(dict.fromkeys(map(case_of, rows)))
     shared = {"sharex": "col", "sharey": "col", "squeeze": False}
     width = max(3 * len(cases), 6)
     figure, axes = plt.subplots(
         2, len(cases), figsize=(width, 6), layout="constrained", **shared
     )
-    drawn = {"masked": "masked", "compact+perm": "compacted", "snap": "snap"}
+    drawn = {"masked": "masked", "compact 16": "compacted", "snap": "snap"}
     for column, case in zip(axes.T, cases, strict=True):
-        found = [row for row in rows if (row["model"], row["size"]) == case]
+        found = [row for row in rows if case_of(row) == case]
         labels = [percent(row["sparsity"]) for row in found]
         promised = [
             row["sides"]["dense"]["multiplications"]
@@ -321,7 +336,7 @@ def plot(rows: list[Row], folder: Path) -> None:
             axis.set_yscale("log", base=2)
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
-        column[0].set_title(f"{case[0]}, {case[1]}x{case[1]}", fontsize="medium")
+        column[0].set_title(title(found[0]), fontsize="medium")
         column[1].set_xlabel("sparsity")
     axes[0, 0].set_ylabel("speed-up, forward")
     axes[1, 0].set_ylabel("speed-up, training step")
@@ -340,6 +355,7 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, help="of FORCE (default: 20)")
     add("--rounds", type=int, help="default: 7")
     add("--seconds", type=float, help="of a turn, at least (default: 0.5)")
+    add("--channels-last", action="store_true", help="weights and images, of all sides")
     add("--no-snap", action="store_true", help="leave out snap_prune")
     add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
     add("--quick", action="store_true", help="a small model: does it run?")
@@ -365,6 +381,7 @@ def main() -> None:
         for sparsity in args.sparsities:
             case: Row = {"model": name, "size": int(size), "batch": int(samples)}
             case |= {"sparsity": sparsity, "steps": args.steps}
+            case |= {"channels_last": args.channels_last}
             if any(case.items() <= row.items() for row in rows):
                 continue
             found = measure(name, int(size), int(samples), sparsity, args)

@@ -126,11 +126,12 @@ class Channels:
         units = number[self.choices[left[self.choices].all(1)]]
         return Channels(self.name, int(left.sum()), writers, units=units)
 
-    def removable(self, free: Tensor) -> Tensor:
+    def removable(self, free: Tensor, round_to: int = 1) -> Tensor:
         """Which channels may go if no reader needs the free ones.
 
         Args:
             free: Bool tensor of shape ``[size]``.
+            round_to: Let a multiple of so many stay, where no parts are to be equal.
 
         Returns:
             A bool tensor of this shape: whole units, as many in each block, not all.
@@ -145,8 +146,12 @@ class Channels:
         result[self.units[whole].flatten()] = True
         finest = max(self.blocks, key=len, default=None)
         if finest is None:
-            if whole.all():
-                result[self.units[0]] = False
+            left = max(1, int((~whole).sum()))
+            if self.units.shape[1] == 1:
+                left = -(-left // round_to) * round_to
+            chosen = whole.nonzero().flatten()
+            back = chosen[: max(0, left - len(whole) + len(chosen))]
+            result[self.units[back].flatten()] = False
             return result
         number = min(int(result[finest].sum(1).min()), finest.shape[1] - 1)
         gone = [row[result[row]][:number] for row in finest]

@@ -48,6 +48,7 @@ from force_plugin.connection import leads_through, tensors
 from force_plugin.distributed import unwrap
 from force_plugin.gates import CLOSED
 from force_plugin.parameters import named_parameters
+from force_plugin.schedules import check_count
 from force_plugin.snapshot import restored, undisturbed
 
 _DRAWS = (True, True, False, False)  # of random values: whether they are positive
@@ -57,7 +58,11 @@ _SAME = 1e-12  # of the largest value of a tensor: less is rounding
 
 @torch.inference_mode(False)
 def compact(
-    model: nn.Module, example_inputs: Any, *, progress: bool = True
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    round_to: int = 1,
+    progress: bool = True,
 ) -> nn.Module:
     """Take out of a pruned model the channels that its masks have cut off.
 
@@ -80,6 +85,9 @@ def compact(
             masks whose convolutions and linear layers hold zeros. It stays as it is.
         example_inputs: What the model is called with: a tensor, a tuple of arguments
             or a mapping of keyword arguments. Any batch size; the values do not matter.
+        round_to: Let a multiple of so many channels stay in each set, as far as there
+            are that many: 8 or 16 is faster on most hardware than the odd numbers
+            that masks leave. Default: 1, all that can go.
         progress: Show a progress bar on standard error.
 
     Returns:
@@ -97,6 +105,7 @@ def compact(
             them the outputs would be others; or the masks have disconnected the
             network, so that next to nothing is left of it.
     """
+    check_count("round_to", round_to)
     model = unwrap(model)
     weights = named_parameters(model)
     masks = {n: w.mask for n, w in weights.items() if w.mask is not None}
@@ -118,7 +127,7 @@ def compact(
     )
     with undisturbed(model), torch.enable_grad(), bar:
         torch.manual_seed(0)
-        small = _Compaction(model, masks, inputs, bar.update).result()
+        small = _Compaction(model, masks, inputs, bar.update).result(round_to)
     tell_features(model, small)
     return small
 
@@ -157,7 +166,7 @@ class _Compaction:
                 f"{type(error).__name__}: {error}. The model is as it was"
             ) from error
 
-    def result(self) -> nn.Module:
+    def result(self, round_to: int) -> nn.Module:
         self._advance()
         surgery = Surgery(self._plain, many_samples(self._inputs, 2))
         layers = self._cut_off()
@@ -168,7 +177,8 @@ class _Compaction:
         wanted = {
             name: removable
             for name, one in surgery.sets.items()
-            if one.size not in unseen and (removable := _removable(one, layers)).any()
+            if one.size not in unseen
+            if (removable := _removable(one, layers, round_to)).any()
         }
         removed, problems = surgery.possible(wanted, self._problem)
         if problems and not removed:
@@ -320,14 +330,14 @@ def _watch(
     return found, [output.detach() for output in outputs]
 
 
-def _removable(one: Channels, cut_off: Mapping[str, Tensor]) -> Tensor:
+def _removable(one: Channels, cut_off: Mapping[str, Tensor], round_to: int) -> Tensor:
     """Which channels of a set may go, bool ``[size]``."""
     free = torch.ones(one.size, dtype=torch.bool)
     for use in one.readers:
         # Of layers that are never called, whose weights others take, nothing is known.
         gone = cut_off.get(use.layer, torch.zeros(int(use.positions.max()) + 1) > 0)
         free[use.channels[~gone[use.positions]]] = False
-    return one.removable(free)
+    return one.removable(free, round_to)
 
 
 def _random_like(tensor: Tensor, positive: bool) -> Tensor:

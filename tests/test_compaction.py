@@ -1371,3 +1371,18 @@ def test_progress_is_shown_unless_it_is_not_wanted(
     compact(pruned(), vectors())
     shown = capsys.readouterr()
     assert "compact" in shown.err and "100%" in shown.err and not shown.out
+
+
+@pytest.mark.parametrize("round_to", [1, 4, 8, 64])
+def test_a_multiple_stays_as_far_as_there_are_that_many(round_to: int) -> None:
+    model = mlp(6, 24, 3)
+    without(model[0], rows=[*range(0, 22, 2)])
+    small = compact(model, vectors(6), round_to=round_to, progress=False)
+    stay = {1: 13, 4: 16, 8: 16, 64: 24}[round_to]
+    assert small[0].out_features == small[2].in_features == stay
+    assert_same(model, small, vectors(6))
+
+
+def test_what_is_rounded_to_must_be_a_number_above_0() -> None:
+    with pytest.raises(ValueError, match="round_to: expected at least 1, got 0"):
+        compact(pruned(), vectors(6), round_to=0)

@@ -71,7 +71,7 @@ def test_speed_of_every_side_is_measured_once_and_drawn(
     (row,) = check_stored(file, first, again)
     assert (row["model"], row["size"], row["sparsity"]) == ("test_resnet", 32, 0.9)
     sides = row["sides"]
-    names = ["dense", "masked", "permanent", "compact", "compact+perm"]
+    names = ["dense", "masked", "permanent", "compact", "compact 16"]
     assert list(sides) == names + ([] if snap else ["snap"])
     for seen in sides.values():
         assert len(seen["forward"]) == len(seen["step"]) == row["rounds"]
