@@ -250,13 +250,11 @@ class Graph:
 
     def _count_heads(self, one: Channels, gone: int) -> None:
         attention: Any = self.model.get_submodule(one.heads)
-        width = attention.num_heads * (one.units.numel() // len(one.units))
-        number = attention.num_heads - gone // (one.units.numel() // len(one.units))
-        for key, value in vars(attention).items():
-            # timm's attn_dim: all heads side by side.
-            if key == "attn_dim" and value * 3 == width:
-                setattr(attention, key, value // attention.num_heads * number)
-        attention.num_heads = number
+        channels = one.units.shape[1]
+        attention.num_heads -= gone // channels
+        # timm's attentions: all heads side by side, of which there are q, k and v.
+        if getattr(attention, "attn_dim", 0) * 3 == one.size:
+            attention.attn_dim = attention.num_heads * channels // 3
 
     def _reads(self, item: Any) -> bool:
         """Whether it is about what a layer reads; depthwise ones only pass it."""
@@ -372,6 +370,8 @@ class Surgery:
         finally:
             graph.close()
         for weight in named_parameters(self._plain).values():
+            if len(weight.owners) == 1:
+                continue
             slots = _slots_in(graph.model, self._plain, weight)
             first, *others = [_places(*slot) for slot in slots]
             if any(not torch.equal(first, places) for places in others):
@@ -433,9 +433,7 @@ def distance(one: Tensor, other: Tensor) -> float:
     """The largest difference of two outputs, as a share of the largest if above 1."""
     if not one.numel():
         return 0.0
-    # Infinities and what is no number may be meant.
-    same = (one == other) | (one.isnan() & other.isnan())
-    off = (one - other).abs().masked_fill(same, 0)
+    off = (one - other).abs().masked_fill(one == other, 0)  # infinities may be meant
     finite = other.masked_fill(~other.isfinite(), 0)
     return float(off.max()) / max(float(finite.abs().max()), 1.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from force_plugin.channels import (
     distance,
     fill,
     in_float64,
+    jittered,
     many_samples,
     mapped,
     outputs_of,
@@ -40,7 +41,7 @@ from force_plugin.schedules import count_kept, kept_per_step
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import Parts
-from force_plugin.snapshot import undisturbed
+from force_plugin.snapshot import without_trace
 
 
 class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
@@ -176,7 +177,7 @@ def snap_prune(
     Args:
         model: Any module; it stays as it is. Masks are taken along.
         loader: Batches, as in :func:`force_plugin.force_prune`. Each step takes the
-            first ones.
+            next ones, from the beginning again when it ends.
         example_inputs: What the model is called with: a tensor, a tuple of arguments
             or a mapping of keyword arguments. Any batch size; the values do not matter.
         sparsity: Fraction of the channels to take out, 0 ≤ sparsity < 1; exactly
@@ -208,6 +209,11 @@ def snap_prune(
         raise ValueError(f'method: expected "snap" or "random", got {method!r}')
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
+    if not (hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")):
+        raise TypeError(
+            "loader: expected an iterable of batches (a DataLoader, a list), got "
+            f"{type(loader).__name__}"
+        )
     own = {module: name for name, module in model.named_modules()}
     ignored_layers = list(ignored_layers)
     others = [module for module in ignored_layers if module not in own]
@@ -220,7 +226,8 @@ def snap_prune(
     seed = int(torch.randint(2**62, ())) if method == "random" else 0
     generator = torch.Generator().manual_seed(seed)
     inputs = many_samples(mapped(in_float64, inputs))
-    with undisturbed(model), torch.enable_grad(), Ranks(model) as ranks:
+    onward = _Onward(loader)
+    with without_trace(model, loader), torch.enable_grad(), Ranks(model) as ranks:
         agree(
             Parts(model, ranks),
             model,
@@ -255,7 +262,7 @@ def snap_prune(
                     small,
                     sets,
                     Parts(small, ranks),
-                    loader,
+                    onward,
                     batches=batches,
                     loss_fn=loss_fn,
                     forward=forward,
@@ -268,6 +275,22 @@ def snap_prune(
             small = rebuilt(model, surgery.cut(gone))
     tell_features(model, small)
     return small
+
+
+class _Onward:
+    """Goes on where it was left when it is iterated again, until it has ended."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._rest: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._rest is None:
+            self._rest = iter(self._loader)
+        # "yield from" would end it together with this.
+        for batch in self._rest:  # noqa: UP028
+            yield batch
+        self._rest = None
 
 
 def _prunable(
@@ -286,9 +309,7 @@ def _prunable(
         half = torch.zeros(one.size, dtype=torch.bool)
         half[one.choices[torch.randperm(len(one.choices))[1::2]].flatten()] = True
         wanted[name] = half
-    trial = mapped(
-        lambda t: t + torch.randn_like(t) if t.is_floating_point() else t, inputs
-    )
+    trial = mapped(jittered, inputs)
     shapes = [output.shape for output in outputs_of(plain, trial)]
 
     def check(cut: nn.Module, removed: Mapping[str, Tensor]) -> str | None:

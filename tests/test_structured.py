@@ -1433,7 +1433,7 @@ def test_two_processes_take_the_same_channels_as_one(ranks: Seen, network: str) 
 
 
 def test_two_processes_take_a_wrapped_model(ranks: Seen) -> None:
-    alone = snapped(residual(), images(), 0.6)
+    alone = snapped(residual(), images(2), 0.6)
     for seen in ranks:
         assert same(seen["wrapped"], alone.state_dict())
 
@@ -1467,3 +1467,27 @@ def test_ranks_that_differ_are_an_error(ranks: Seen, what: str) -> None:
 
 if __name__ == "__main__":
     take_part(run)
+
+
+def test_each_step_takes_the_next_batches() -> None:
+    seen: list[int] = []
+
+    class Counted:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for number in range(3):
+                seen.append(number)
+                yield torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()
+    ).append(nn.Linear(16 * 16, 3))
+    example = torch.randn(1, 3, 8, 8)
+    snap_prune(model, Counted(), example, 0.5, steps=2, progress=False)
+    assert seen == [0, 1, 2, 0]
+
+
+def test_what_is_no_loader_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+    with pytest.raises(TypeError, match="loader: expected an iterable of batches"):
+        snap_prune(model, 5, torch.randn(1, 3, 8, 8), 0.5)
