@@ -25,6 +25,7 @@ def test_a_block_of_the_readme_runs(
         "model": timm.create_model("test_resnet", num_classes=10),
         "loader": loader,
         "train_loader": loader,
+        "example_inputs": loader[0][0],
     }
     if "import force_prune" not in BLOCKS[number]:
         exec("from force_plugin import *", scope)
