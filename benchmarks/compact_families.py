@@ -34,7 +34,7 @@ from typing import Any
 
 import timm
 import torch
-from families import loss_fn, models_to_run, prepare, read
+from families import families_to_run, loss_fn, prepare, read
 from torch import Tensor, nn
 
 from force_plugin import (
@@ -209,18 +209,8 @@ def main() -> None:
         return
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.models:
-        modules = [timm.models.model_entrypoint(m).__module__ for m in args.models]
-        families = {
-            name: module.rpartition(".")[2]
-            for name, module in zip(args.models, modules, strict=True)
-        }
-    else:
-        families = models_to_run(HERE / "families-models.json")
-    share, shares = map(int, args.share.split("/"))
-    done = {result["model"] for result in read(args.out)}
-    todo = [name for name in list(families)[share::shares] if name not in done]
-    for number, name in enumerate(todo, start=1):
+    todo = families_to_run(args)
+    for number, (name, family) in enumerate(todo.items(), start=1):
         print(f"[{number}/{len(todo)}] {name}", file=sys.stderr, flush=True)
         try:
             with warnings.catch_warnings():
@@ -231,7 +221,7 @@ def main() -> None:
             result = {"error": f"{type(error).__name__}: {error}"}
         facts = {
             "model": name,
-            "family": families[name],
+            "family": family,
             "torch": torch.__version__,
             "timm": timm.__version__,
             "torch_pruning": version("torch-pruning"),

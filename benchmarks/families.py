@@ -286,6 +286,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def families_to_run(args: argparse.Namespace) -> dict[str, str]:
+    """Family by name of the models asked for that have no result yet."""
+    if args.models:
+        modules = [timm.models.model_entrypoint(m).__module__ for m in args.models]
+        families = {
+            name: module.rpartition(".")[2]
+            for name, module in zip(args.models, modules, strict=True)
+        }
+    else:
+        families = models_to_run(HERE / "families-models.json")
+    share, shares = map(int, args.share.split("/"))
+    done = {result["model"] for result in read(args.out)}
+    names = list(families)[share::shares]
+    return {name: families[name] for name in names if name not in done}
+
+
 def sparsity_and_steps(text: str) -> tuple[float, int]:
     """Of "0.9:60"."""
     sparsity, _, steps = text.partition(":")
@@ -316,23 +332,12 @@ def main() -> None:
         return
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.models:
-        modules = [timm.models.model_entrypoint(m).__module__ for m in args.models]
-        families = {
-            name: module.rpartition(".")[2]
-            for name, module in zip(args.models, modules, strict=True)
-        }
-    else:
-        families = models_to_run(HERE / "families-models.json")
-
-    share, shares = map(int, args.share.split("/"))
-    done = {result["model"] for result in read(args.out)}
-    todo = [name for name in list(families)[share::shares] if name not in done]
+    todo = families_to_run(args)
     warnings.simplefilter("ignore", UserWarning)
-    for number, name in enumerate(todo, start=1):
+    for number, (name, family) in enumerate(todo.items(), start=1):
         result = {
             "model": name,
-            "family": families[name],
+            "family": family,
             "batch": args.batch,
             "torch": torch.__version__,
             "timm": timm.__version__,

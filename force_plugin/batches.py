@@ -51,6 +51,13 @@ def cut(batch: Any, samples: int, part: slice) -> Any:
     return _rebuilt(batch, lambda value: cut(value, samples, part))
 
 
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same tuples, lists and mappings with other tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return _rebuilt(value, lambda item: mapped(function, item))
+
+
 def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
     """A mapping, tuple or list with changed items; anything else as it is."""
     if isinstance(batch, Mapping):

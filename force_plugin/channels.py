@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from force_plugin.batches import count_samples, describe
+from force_plugin.batches import count_samples, describe, mapped
 from force_plugin.connection import tensors
 from force_plugin.masks import prune_with
 from force_plugin.parameters import (
@@ -592,17 +592,6 @@ def channel_axis(layer: nn.Module, values: Tensor) -> int:
     """The axis of a layer's input (or output) along which its channels lie."""
     spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
     return values.dim() - 1 - spatial
-
-
-def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same tuples, lists and mappings with other tensors."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: mapped(function, item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [mapped(function, item) for item in value]
-    return value
 
 
 def in_float64(tensor: Tensor) -> Tensor:

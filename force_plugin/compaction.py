@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from force_plugin.batches import count_samples
+from force_plugin.batches import count_samples, mapped
 from force_plugin.channels import (
     TOLERANCE,
     Channels,
@@ -37,7 +37,6 @@ from force_plugin.channels import (
     jittered,
     layers_of,
     many_samples,
-    mapped,
     outputs_of,
     plain_copy,
     rebuilt,

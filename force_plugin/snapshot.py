@@ -84,6 +84,17 @@ def restored(
 
 
 @contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Give a model's attributes and the global random generators back as they were."""
+    randomness = random_states(model)
+    with restored(model.modules()):
+        try:
+            yield
+        finally:
+            randomness()
+
+
+@contextmanager
 def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
     """Restore what scoring may change: attributes of modules and random states."""
     batch_sampler = getattr(loader, "batch_sampler", None)
@@ -97,28 +108,15 @@ def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
         if isinstance(generator := getattr(part, "generator", None), torch.Generator)
     ]
     loader_state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
-    restore_randomness = random_states(model)
-    with restored(model.modules()):
+    with undisturbed(model):
         try:
             yield
         finally:
-            restore_randomness()
             for generator, saved in generators:
                 generator.set_state(saved)
             if isinstance(loader, DataLoader):
                 # Workers that persist would draw no new seed for the first epoch.
                 vars(loader).update(loader_state)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Give a model's attributes and the global random generators back as they were."""
-    randomness = random_states(model)
-    with restored(model.modules()):
-        try:
-            yield
-        finally:
-            randomness()
 
 
 def random_states(model: nn.Module) -> Callable[[], None]:

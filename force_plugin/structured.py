@@ -13,6 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from force_plugin.batches import mapped
 from force_plugin.channels import (
     LAYERS,
     TOLERANCE,
@@ -26,7 +27,6 @@ from force_plugin.channels import (
     in_float64,
     jittered,
     many_samples,
-    mapped,
     outputs_of,
     plain_copy,
     rebuilt,
