@@ -96,8 +96,8 @@ def compact(
         TypeError: ``model`` is no module, or there is no tensor in ``example_inputs``.
         ValueError: Nothing is pruned in the model, a mask holds other values than 0 and
             1, or the model is sharded.
-        RuntimeError: It cannot be run or traced, or whatever is taken out changes its
-            outputs; the message says why.
+        RuntimeError: It cannot be run or traced, its outputs are NaN, or whatever is
+            taken out changes them; the message says why.
 
     Warns:
         UserWarning: Some channels stay although masks have cut them off, as without
@@ -164,6 +164,12 @@ class _Compaction:
                 f"{type(model).__name__} cannot be run with example_inputs in float64: "
                 f"{type(error).__name__}: {error}. The model is as it was"
             ) from error
+
+        if any(output.isnan().any() for output in self._expected[0]):
+            raise RuntimeError(
+                f"{type(model).__name__}: its outputs are NaN, so that they cannot be "
+                "compared; look at the weights. The model is as it was"
+            )
 
     def result(self, round_to: int) -> nn.Module:
         self._advance()

@@ -26,6 +26,7 @@ from force_plugin.channels import (
     fill,
     in_float64,
     jittered,
+    layers_of,
     many_samples,
     outputs_of,
     plain_copy,
@@ -205,6 +206,11 @@ def snap_prune(
     """
     model = unwrap(model)
     inputs = checked_inputs(model, example_inputs, "example_inputs")
+    if not any(True for _ in layers_of(model)):
+        raise ValueError(
+            "snap_prune: expected a model with convolutions or linear layers, got a "
+            f"{type(model).__name__} without any"
+        )
     if method not in ("snap", "random"):
         raise ValueError(f'method: expected "snap" or "random", got {method!r}')
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:

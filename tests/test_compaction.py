@@ -1386,3 +1386,11 @@ def test_a_multiple_stays_as_far_as_there_are_that_many(round_to: int) -> None:
 def test_what_is_rounded_to_must_be_a_number_above_0() -> None:
     with pytest.raises(ValueError, match="round_to: expected at least 1, got 0"):
         compact(pruned(), vectors(6), round_to=0)
+
+
+def test_outputs_that_are_nan_cannot_be_compared() -> None:
+    model = pruned()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="its outputs are NaN"):
+        compact(model, vectors(6), progress=False)

@@ -1491,3 +1491,8 @@ def test_what_is_no_loader_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
     with pytest.raises(TypeError, match="loader: expected an iterable of batches"):
         snap_prune(model, 5, torch.randn(1, 3, 8, 8), 0.5)
+
+
+def test_model_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a model with convolutions or lin"):
+        snap_prune(nn.ReLU(), [], torch.randn(1, 3), 0.5)
