@@ -15,7 +15,7 @@ permanent     after ``make_permanent``
 compact       after ``compact``, with the masks that remain
 compact 16    after ``compact`` with ``round_to=16`` and ``make_permanent``
 snap          ``snap_prune`` at the multiplications of the compacted, as near as six
-              trials come
+              trials come; not where the masks disconnect the network
 
 A round lets each of them run for ``--seconds`` twice, in an order of its own. Times are
 medians over rounds; a ratio is to the dense model in the same round, its median with
@@ -209,7 +209,7 @@ def measure(
     )
     for side in ("permanent", "compact 16"):
         make_permanent(models[side])
-    if not args.no_snap:
+    if not (args.no_snap or facts["disconnected"]):  # next to nothing is left then
         tell("snap_prune")
         target = multiplications(models["compact"], example)
         facts["snap_sparsity"], models["snap"] = snapped(
