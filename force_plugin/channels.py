@@ -2,10 +2,7 @@
 
 Which channels these are, through residual sums, concatenations, groups and
 normalisations, is what the dependency graph of torch-pruning finds out (Fang et al.
-2023, arXiv 2301.12900), and it cuts them, too. Here it works on a copy, in float64. In
-the ``grad`` of each of the copy's parameters, which it cuts along with the parameter,
-stand the positions that the values had before: by them the new model gets its values
-bit for bit, also those under a mask, in their own type.
+2023, arXiv 2301.12900), and it cuts them, too: from a copy, in float64.
 """
 
 from __future__ import annotations
@@ -24,26 +21,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from force_plugin.batches import count_samples, describe, mapped
+from force_plugin.batches import mapped
 from force_plugin.connection import tensors
-from force_plugin.masks import prune_with
-from force_plugin.parameters import (
-    HELD,
-    Weight,
-    find_readers,
-    is_sharded,
-    mask_of,
-    named_parameters,
-)
-from force_plugin.permanent import make_permanent
-from force_plugin.reparametrisation import forget_readers, remove
+from force_plugin.copies import number_values, places, slots_in
+from force_plugin.example_inputs import call
+from force_plugin.parameters import named_parameters
 from force_plugin.snapshot import restored
 
 LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 """What channels come from and go to; all else that torch-pruning knows passes them."""
 
-TOLERANCE = 1e-10
-"""How far outputs may be off, in float64, as a share of the largest of them."""
 
 # What a model gives out has the shape that its users count on.
 _FIXED = {
@@ -372,8 +359,8 @@ class Surgery:
         for weight in named_parameters(self._plain).values():
             if len(weight.owners) == 1:
                 continue
-            slots = _slots_in(graph.model, self._plain, weight)
-            first, *others = [_places(*slot) for slot in slots]
+            slots = slots_in(graph.model, self._plain, weight)
+            first, *others = [places(*slot) for slot in slots]
             if any(not torch.equal(first, places) for places in others):
                 raise RuntimeError(
                     f"{weight.name} belongs to several modules, of which each would "
@@ -420,29 +407,6 @@ def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Outputs that are no layer's own: they are not to be cut."""
     outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
     return [output * 1 for output in tensors(outputs)]
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Outputs of a model for a tensor, a tuple of arguments or a mapping of them."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two outputs, as a share of the largest if above 1."""
-    if not one.numel():
-        return 0.0
-    off = (one - other).abs().masked_fill(one == other, 0)  # infinities may be meant
-    finite = other.masked_fill(~other.isfinite(), 0)
-    return float(off.max()) / max(float(finite.abs().max()), 1.0)
-
-
-def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Floating-point outputs of a model for inputs that it may write to."""
-    with torch.no_grad(), restored(model.modules()):
-        found = tensors(call(model, mapped(torch.clone, inputs)))
-        return [o.clone() for o in found if o.is_floating_point()]
 
 
 def _map_only_flattening(graph: Any) -> None:
@@ -542,26 +506,6 @@ def channel_sums(layer: nn.Module, values: Tensor, *, inputs: bool) -> Tensor:
     return rows.reshape(len(rows), -1).sum(1)
 
 
-def checked_inputs(model: nn.Module, inputs: Any, argument: str) -> Any:
-    """Inputs where the model is, floating-point ones in its own type.
-
-    Raises:
-        TypeError: There is no tensor among them.
-    """
-    own = next(model.parameters(), torch.empty(0))
-    if not any(True for _ in tensors(inputs)):
-        raise TypeError(
-            f"{argument}: expected what the model is called with, a tensor, a tuple of "
-            f"arguments or a mapping of them, got {describe(inputs)}"
-        )
-    return mapped(
-        lambda t: (
-            t.to(own.device, own.dtype) if t.is_floating_point() else t.to(own.device)
-        ),
-        inputs,
-    )
-
-
 @contextmanager
 def without_reading(
     model: nn.Module, unread: Iterable[tuple[Use, Tensor]]
@@ -594,182 +538,6 @@ def channel_axis(layer: nn.Module, values: Tensor) -> int:
     return values.dim() - 1 - spatial
 
 
-def in_float64(tensor: Tensor) -> Tensor:
-    """A floating-point tensor in double precision, another as it is."""
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def many_samples(inputs: Any, most: int = 32) -> Any:
-    """The same inputs again and again, so that each unit is awake in one of them.
-
-    Returns:
-        As many samples as are not too large, two at least.
-    """
-    samples = count_samples(inputs)
-    if not samples:
-        return inputs
-    largest = max(tensor.numel() for tensor in tensors(inputs)) // samples
-    wanted = max(2, min(most, _VALUES // max(largest, 1)))
-    places = torch.arange(max(wanted, min(samples, 2))) % samples
-    return mapped(
-        lambda t: t[places.to(t.device)] if t.shape[:1] == (samples,) else t, inputs
-    )
-
-
-_VALUES = 2**15  # an image has many positions, which are as good as samples
-
-
-def jittered(tensor: Tensor) -> Tensor:
-    """Other values, so that no two samples are the same: noise, or other integers."""
-    if tensor.is_floating_point():
-        return tensor + torch.randn_like(tensor)
-    return shuffled(tensor)
-
-
-def shuffled(tensor: Tensor) -> Tensor:
-    """Integers drawn from those of a tensor: others may not be allowed."""
-    if tensor.dtype == torch.bool or tensor.is_complex() or not tensor.numel():
-        return tensor
-    places = torch.randint(tensor.numel(), tensor.shape, device=tensor.device)
-    return tensor.flatten()[places]
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy without masks, its parameters dense, in float64 and evaluation mode.
-
-    Raises:
-        ValueError: The model is sharded, or a mask holds other values than 0 and 1.
-    """
-    weights = named_parameters(model).values()
-    for weight in weights:
-        if is_sharded(weight.dense):
-            raise ValueError(
-                f"model: expected one that is not sharded, but {weight.name} is; take "
-                "channels out before fully_shard is called"
-            )
-        for owner in weight.owners:
-            mask = mask_of(*owner)
-            if mask is not None and not ((mask == 0) | (mask == 1)).all():
-                raise ValueError(f"mask of {weight.name}: expected 0 and 1, got others")
-    with restored(model.modules()), torch.no_grad():
-        for module in model.modules():
-            # Results of a forward pass, as prune leaves them, cannot be copied.
-            for attributes in (vars(module), *vars(module).values()):
-                for key, value in _results_in(attributes):
-                    attributes[key] = value.detach()
-        result = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in weights:
-            for owner, (module, name) in zip(
-                weight.owners, _slots_in(result, model, weight), strict=True
-            ):
-                vars(module).pop(HELD, None)
-                if mask_of(*owner) is not None:
-                    remove(module, name)
-                    getattr(module, name).data = weight.dense.detach().clone()
-    forget_readers(result)
-    result = result.double().eval()
-    for parameter in result.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-        parameter.grad = None
-    return result
-
-
-def _results_in(attributes: object) -> list[tuple[Any, Tensor]]:
-    if not isinstance(attributes, dict):
-        return []
-    return [
-        (key, value)
-        for key, value in attributes.items()
-        if isinstance(value, Tensor) and value.grad_fn is not None
-    ]
-
-
-def _slots_in(
-    other: nn.Module, model: nn.Module, weight: Weight
-) -> Iterator[tuple[nn.Module, str]]:
-    names = {module: name for name, module in model.named_modules()}
-    for module, name in weight.owners:
-        yield other.get_submodule(names[module]), name
-
-
-def number_values(model: nn.Module) -> None:
-    """Write into the ``grad`` of each parameter where each of its values is."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.grad = torch.arange(
-                parameter.numel(), dtype=parameter.dtype, device=parameter.device
-            ).view_as(parameter)
-
-
-def _places(module: nn.Module, name: str) -> Tensor:
-    """Where the values of a parameter of a cut copy were."""
-    parameter = module._parameters[name]
-    if parameter is None or parameter.grad is None:
-        return torch.empty(0, dtype=torch.int64)
-    return parameter.grad.to(torch.int64)
-
-
-@torch.no_grad()
-def fill(cut: nn.Module, source: nn.Module) -> None:
-    """Give a cut model the values of one that is whole."""
-    values = dict(source.named_parameters(remove_duplicate=False))
-    for name, parameter in cut.named_parameters(remove_duplicate=False):
-        if parameter.grad is not None:
-            at = parameter.grad.to(torch.int64)
-            parameter.copy_(values[name].flatten()[at.flatten()].view_as(parameter))
-
-
-def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
-    """A cut copy as a model: with the values, types, masks and modes of the original.
-
-    Args:
-        model: The original, which stays as it is.
-        cut: Its :func:`plain_copy`, numbered and cut; it becomes the result.
-    """
-    originals = dict(model.named_modules())
-    masks = []
-    for weight in named_parameters(model).values():
-        slots = list(_slots_in(cut, model, weight))
-        if not weight.dense.is_floating_point():
-            continue
-        at = _places(*slots[0])
-        made = nn.Parameter(
-            weight.dense.detach().flatten()[at.flatten()].view(at.shape),
-            weight.dense.requires_grad,
-        )
-        for module, name in slots:
-            module._parameters[name] = made
-        if weight.mask is not None:
-            mask = weight.mask.to(at.device).flatten()[at.flatten()].view(at.shape)
-            pruned = any(mask_of(*owner) is not None for owner in weight.owners)
-            masks.append((weight.name, mask, pruned))
-    for name, module in cut.named_modules():
-        original = originals[name]
-        module.training = original.training
-        for key, buffer in module._buffers.items():
-            own = original._buffers[key]
-            if buffer is not None and own is not None:
-                module._buffers[key] = buffer.to(own.dtype)
-    found = named_parameters(cut)
-    pairs = [(found[name], mask) for name, mask, _ in masks]
-    prune_with(pairs, readers=find_readers([weight for weight, _ in pairs], cut))
-    if masks and not any(pruned for *_, pruned in masks):
-        make_permanent(cut)
-    return cut
-
-
 def layers_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Convolutions and linear layers by name."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LAYERS))
-
-
-def tell_features(model: nn.Module, small: nn.Module) -> None:
-    """Correct what a timm model says of the inputs of its classifier."""
-    classifiers = [
-        getattr(one, "get_classifier", lambda: None)() for one in (model, small)
-    ]
-    widths = [getattr(one, "in_features", None) for one in classifiers]
-    for key in ("num_features", "head_hidden_size"):
-        if widths[0] is not None and getattr(small, key, None) == widths[0]:
-            setattr(small, key, widths[1])

@@ -24,27 +24,26 @@ from tqdm import tqdm
 
 from force_plugin.batches import count_samples, mapped
 from force_plugin.channels import (
-    TOLERANCE,
     Channels,
     Surgery,
-    call,
     channel_axis,
     channels_of,
-    checked_inputs,
-    distance,
-    fill,
-    in_float64,
-    jittered,
     layers_of,
-    many_samples,
-    outputs_of,
-    plain_copy,
-    rebuilt,
-    shuffled,
-    tell_features,
 )
 from force_plugin.connection import leads_through, tensors
+from force_plugin.copies import fill, plain_copy, rebuilt, tell_features
 from force_plugin.distributed import unwrap
+from force_plugin.example_inputs import (
+    TOLERANCE,
+    call,
+    checked_inputs,
+    distance,
+    in_float64,
+    jittered,
+    many_samples,
+    outputs_of,
+    shuffled,
+)
 from force_plugin.gates import CLOSED
 from force_plugin.parameters import named_parameters
 from force_plugin.schedules import check_count

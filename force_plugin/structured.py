@@ -16,25 +16,24 @@ from tqdm import tqdm
 from force_plugin.batches import mapped
 from force_plugin.channels import (
     LAYERS,
-    TOLERANCE,
     Channels,
     Surgery,
     channel_sums,
     channels_of,
-    checked_inputs,
-    distance,
-    fill,
-    in_float64,
-    jittered,
     layers_of,
-    many_samples,
-    outputs_of,
-    plain_copy,
-    rebuilt,
-    tell_features,
     without_reading,
 )
+from force_plugin.copies import fill, plain_copy, rebuilt, tell_features
 from force_plugin.distributed import Ranks, unwrap
+from force_plugin.example_inputs import (
+    TOLERANCE,
+    checked_inputs,
+    distance,
+    in_float64,
+    jittered,
+    many_samples,
+    outputs_of,
+)
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.parameters import find_weights, name_some
 from force_plugin.pruning import agree, saliency
