@@ -59,3 +59,24 @@ def test_the_table_in_the_docs_is_that_of_the_stored_results(tmp_path: Path) -> 
     sweep(stored, "--table", str(tmp_path / "table.md"))
     ours = (tmp_path / "table.md").read_text()
     assert ours == (docs / "families-table.md").read_text()
+
+
+def test_what_is_compacted_computes_the_same_and_stands_in_the_docs(
+    tmp_path: Path,
+) -> None:
+    script, docs = SWEEP.with_name("compact_families.py"), SWEEP.parents[1] / "docs"
+    lines = script.with_suffix(".jsonl").read_text().splitlines()
+    compacted = [
+        one
+        for line in map(json.loads, lines)
+        for one in line.get("force", {}).values()
+        if "error" not in one
+    ]
+    assert len(compacted) > 250
+    for one in compacted:
+        for distance in ("distance", "distance_opened", "distance_loaded"):
+            assert one[distance] <= 1e-10
+    command = [sys.executable, str(script), "--table", str(tmp_path / "table.md")]
+    subprocess.run(command, check=True)
+    ours = (tmp_path / "table.md").read_text()
+    assert ours == (docs / "compact-table.md").read_text()
