@@ -180,6 +180,7 @@ class Graph:
                     model, inputs, forward_fn=_forward, verbose=False
                 )
                 _map_only_flattening(self._graph)
+                _measure_concatenations(self._graph)
                 groups = list(self._graph.get_all_groups())
         except Exception as error:
             raise RuntimeError(
@@ -428,6 +429,27 @@ def _map_only_flattening(graph: Any) -> None:
             for dependency in one.dependencies:
                 if node in (dependency.source, dependency.target):
                     dependency.index_mapping = [None, None]
+
+
+def _measure_concatenations(graph: Any) -> None:
+    """Tell how many channels each part of a concatenation has, as autograd knows.
+
+    torch-pruning infers it from layers before, which a slice of theirs does not have;
+    ever other channels then seem to go together, for minutes.
+    """
+    for node in graph.module2node.values():
+        if node.type != tp.ops.OPTYPE.CONCAT:
+            continue
+        parts = node.grad_fn.next_functions
+        dim = getattr(node.grad_fn, "_saved_dim", 1)
+        dim -= 2**64 if dim >= 2**63 else 0  # it is stored without a sign
+        shapes = [
+            list(function._input_metadata[output].shape)
+            for function, output in parts
+            if hasattr(function, "_input_metadata")
+        ]
+        if len(shapes) == len(node.inputs) == len(parts):
+            node.module.concat_sizes = [shape[dim] for shape in shapes]
 
 
 def _widths_after(node: Any) -> set[int]:

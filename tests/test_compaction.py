@@ -635,6 +635,28 @@ def test_halves_however_they_are_split(split: str) -> None:
         assert [*widths(small).values()] == [(8, 3), (3, 4)]
 
 
+def test_sums_with_some_of_the_channels_pass_them_on() -> None:
+    def forward(m: nn.ModuleList, x: Tensor) -> Tensor:
+        y = m[0](x)
+        for layer in m[1:-1]:
+            wider = layer(torch.relu(y))
+            some, others = wider[:, : y.shape[1]], wider[:, y.shape[1] :]
+            y = torch.cat([some + y, others], 1)
+        return m[-1](y)
+
+    sizes = [3, *range(6, 60, 6), 2]  # ReXNet's blocks, as many as it has
+    layers = [nn.Conv2d(*pair, 1, bias=False) for pair in pairwise(sizes)]
+    model = Wrapped(forward, *layers)
+    for layer in model.layers[:-1]:
+        without(layer, rows=[1])
+    small = shrink(model, images(4))
+    assert [rows for rows, _ in widths(small).values()] == [
+        *(size - 1 for size in sizes[1:-1]),
+        2,
+    ]
+    assert_same(model, small, images(4))
+
+
 def test_depthwise_convolutions_pass_channels_on() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1, bias=False),

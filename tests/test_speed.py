@@ -1,4 +1,4 @@
-"""The benchmarks of speed and of training run, and the docs show what they stored."""
+"""Benchmarks of speed and of training run, and the docs show what they stored."""
 
 from __future__ import annotations
 
@@ -103,11 +103,32 @@ def test_the_compacted_is_trained_beside_the_masked(
         assert row["distance"] < 1e-4  # before training they are the same
 
 
+def test_channels_go_by_their_sensitivity_and_at_random(
+    tmp_path: Path, run_here: Callable[..., str]
+) -> None:
+    file = tmp_path / "snap.json"
+    quick = ["--model", "test_resnet", "--data", "digits", "--images", "128"]
+    quick += ["--sparsities", "0.5", "--seeds", "0", "--epochs", "2"]
+    quick += ["--store", str(file)]
+    first = run("snap", *quick, "--threads", "1")
+    stored = file.read_bytes()
+    again = run_here("snap", *quick, "--plot", str(tmp_path))
+    assert (tmp_path / "snap.png").stat().st_size
+    assert file.read_bytes() == stored
+    one, other = check_stored(file, first, again)
+    assert [one["method"], other["method"]] == ["snap", "random"]
+    assert one["layers"] != other["layers"]
+    for row in (one, other):
+        assert 2 * row["channels"][1] - row["channels"][0] in (0, 1)
+        assert len(row["accuracies"]) == 2
+
+
 @pytest.mark.parametrize(
     ("script", "results"),
     [
         ("speed", "speed-results.txt"),
         ("compact_training", "compact-training-results.txt"),
+        ("snap", "snap-results.txt"),
     ],
 )
 def test_the_docs_show_what_is_stored(
