@@ -133,6 +133,10 @@ class Channels:
         result[self.units[whole].flatten()] = True
         finest = max(self.blocks, key=len, default=None)
         if finest is None:
+            for use in (*self.writers, *self.readers):  # something is left of each
+                if result[use.channels].all():
+                    whole &= (self.units != use.channels[0]).all(1)
+                    result[self.units[~whole].flatten()] = False
             left = max(1, int((~whole).sum()))
             if self.units.shape[1] == 1:
                 left = -(-left // round_to) * round_to
@@ -181,7 +185,8 @@ class Graph:
                 )
                 _map_only_flattening(self._graph)
                 _measure_concatenations(self._graph)
-                groups = list(self._graph.get_all_groups())
+                self._patience = _Patience(self._graph)
+                groups = list(map(self._patience.renew, self._graph.get_all_groups()))
         except Exception as error:
             raise RuntimeError(
                 f"torch-pruning cannot trace {type(model).__name__}: "
@@ -232,8 +237,10 @@ class Graph:
 
     def _group(self, module: nn.Module, indices: Sequence[int]) -> Any:
         pruner = self._graph.get_pruner_of_module(module)
-        return self._graph.get_pruning_group(
-            module, pruner.prune_out_channels, list(indices)
+        return self._patience.renew(
+            self._graph.get_pruning_group(
+                module, pruner.prune_out_channels, list(indices)
+            )
         )
 
     def _count_heads(self, one: Channels, gone: int) -> None:
@@ -408,6 +415,44 @@ def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Outputs that are no layer's own: they are not to be cut."""
     outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
     return [output * 1 for output in tensors(outputs)]
+
+
+class _Patience:
+    """Ends a search for the channels of one group that would go on and on.
+
+    Args:
+        graph: A graph of torch-pruning, whose nodes are watched from now on.
+    """
+
+    LOOKS = 50  # at each node of the graph, on the average; one or two are usual
+
+    def __init__(self, graph: Any) -> None:
+        nodes = graph.module2node.values()
+        self._most = self._left = self.LOOKS * len(nodes)
+        for node in nodes:
+            node.dependencies = _Watched(node.dependencies, self)
+
+    def look(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("its search for channels that go together has no end")
+
+    def renew(self, found: Any) -> Any:
+        """The group that was found, and as much patience for the next."""
+        self._left = self._most
+        return found
+
+
+class _Watched(list[Any]):
+    """What follows from a node."""
+
+    def __init__(self, items: Iterable[Any], patience: _Patience) -> None:
+        super().__init__(items)
+        self._patience = patience
+
+    def __iter__(self) -> Iterator[Any]:
+        self._patience.look()
+        return super().__iter__()
 
 
 def _map_only_flattening(graph: Any) -> None:

@@ -657,6 +657,26 @@ def test_sums_with_some_of_the_channels_pass_them_on() -> None:
     assert_same(model, small, images(4))
 
 
+def test_a_layer_keeps_a_channel_of_a_set_that_it_shares() -> None:
+    model = Wrapped(
+        lambda m, x: m[3](m[0](x) + torch.cat([m[1](x), m[2](x)], 1)),
+        *(nn.Conv2d(3, size, 1, bias=False) for size in (6, 2, 4)),
+        nn.Conv2d(6, 2, 1),
+    )
+    without(model.layers[3], columns=[0, 1, 4])
+    small = shrink(model, images(4))
+    assert [rows for rows, _ in widths(small).values()] == [4, 1, 3, 2]
+    assert_same(model, small, images(4))
+
+
+def test_a_search_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("force_plugin.channels._Patience.LOOKS", 0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3)).double()
+    without(model[0], rows=[1])
+    with unchanged(model), pytest.raises(RuntimeError, match="go together has no end"):
+        shrink(model, vectors())
+
+
 def test_depthwise_convolutions_pass_channels_on() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1, bias=False),
