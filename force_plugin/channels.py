@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
@@ -185,6 +185,7 @@ class Graph:
                 )
                 _map_only_flattening(self._graph)
                 _measure_concatenations(self._graph)
+                _order_splits(self._graph)
                 self._patience = _Patience(self._graph)
                 groups = list(map(self._patience.renew, self._graph.get_all_groups()))
         except Exception as error:
@@ -193,6 +194,7 @@ class Graph:
                 f"{type(error).__name__}: {error}. The model is as it was"
             ) from error
         self.sets = {one.name: one for one in map(self._describe, groups)}
+        self._splits = list(self._find_splits())
 
     def cut(self, removed: Mapping[str, Tensor]) -> None:
         """Take channels out of the model.
@@ -224,6 +226,8 @@ class Graph:
                 self._count_heads(self.sets[name], len(indices))
             for (conv, weight), (_, gone) in zip(before, grouped, strict=True):
                 _cut_in_groups(conv, weight, gone)
+        for split, module, key in self._splits:
+            setattr(module, key, type(getattr(module, key))(split.split_sizes))
 
     def close(self) -> None:
         """Let go of the model and of what autograd has saved of it, now.
@@ -234,6 +238,7 @@ class Graph:
             vars(node).clear()
         vars(self._graph).clear()
         self._names.clear()
+        self._splits.clear()
 
     def _group(self, module: nn.Module, indices: Sequence[int]) -> Any:
         pruner = self._graph.get_pruner_of_module(module)
@@ -301,6 +306,24 @@ class Graph:
                 found.blocks.append(order.view(parts, -1))
         self._find_units(found, first.dep.target.module)
         return found
+
+    def _find_splits(self) -> Iterator[tuple[Any, nn.Module, str]]:
+        """Splits whose sizes a module keeps, this module, and under which name."""
+        for node in self._graph.module2node.values():
+            sizes = getattr(node.module, "split_sizes", None)
+            if node.type != tp.ops.OPTYPE.SPLIT or not sizes:
+                continue
+            around = _layers_next_to(node, "inputs") | _layers_next_to(node, "outputs")
+            found = [
+                (name, key)
+                for layer in around
+                for name in _ancestors(self._names[layer])
+                for key, value in vars(self.model.get_submodule(name)).items()
+                if isinstance(value, tuple | list) and list(value) == list(sizes)
+            ]
+            if found:  # the innermost
+                name, key = max(found, key=lambda one: (len(one[0]), one))
+                yield node.module, self.model.get_submodule(name), key
 
     def _find_units(self, found: Channels, module: nn.Module) -> None:
         """Channels that go together: the same ones of some equal parts of a layer."""
@@ -424,7 +447,7 @@ class _Patience:
         graph: A graph of torch-pruning, whose nodes are watched from now on.
     """
 
-    LOOKS = 50  # at each node of the graph, on the average; one or two are usual
+    LOOKS = 20  # at each node of the graph, on the average; DenseNet needs three
 
     def __init__(self, graph: Any) -> None:
         nodes = graph.module2node.values()
@@ -497,19 +520,49 @@ def _measure_concatenations(graph: Any) -> None:
             node.module.concat_sizes = [shape[dim] for shape in shapes]
 
 
+def _order_splits(graph: Any) -> None:
+    """Put what follows a split in the order of its parts.
+
+    torch-pruning takes them in the order in which it comes upon them, from behind.
+    """
+    for node in graph.module2node.values():
+        if node.type != tp.ops.OPTYPE.SPLIT:
+            continue
+        found = [
+            (part, following)
+            for following in dict.fromkeys(node.outputs)
+            for function, part in following.grad_fn.next_functions
+            if function is node.grad_fn
+        ]
+        if len(found) == len(node.outputs):
+            found.sort(key=lambda one: one[0])
+            node.outputs = [following for _, following in found]
+
+
 def _widths_after(node: Any) -> set[int]:
     """Input features of the next layers."""
+    return {channels_of(layer)[0] for layer in _layers_next_to(node, "outputs")}
+
+
+def _layers_next_to(node: Any, side: Literal["inputs", "outputs"]) -> set[nn.Module]:
+    """The first layers before or after a node."""
     found, seen, stack = set(), set(), [node]
     while stack:
-        for following in stack.pop().outputs:
+        for following in getattr(stack.pop(), side):
             if following in seen:
                 continue
             seen.add(following)
             if isinstance(following.module, LAYERS):
-                found.add(channels_of(following.module)[0])
+                found.add(following.module)
             else:
                 stack.append(following)
     return found
+
+
+def _ancestors(name: str) -> list[str]:
+    """Names of the modules that a module is in."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 
 
 def _own_parameters(module: nn.Module) -> str | None:

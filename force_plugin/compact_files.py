@@ -80,7 +80,7 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     _check(model, modules, weights, tensors, path)
     for name, module in model.named_modules():
         for key, value in modules[name][1].items():
-            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+            setattr(module, key, type(getattr(module, key))(value))
     masks = {}
     for name, weight in weights.items():
         old = weight.dense
@@ -102,7 +102,7 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _sizes(module: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The class of a module, and its attributes that are integers or tuples of them."""
+    """The class of a module, and its attributes that are integers or rows of them."""
     sizes = {
         key: value
         for key, value in vars(module).items()
@@ -112,7 +112,7 @@ def _sizes(module: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def _is_shape(value: object) -> bool:
-    return isinstance(value, tuple) and all(type(item) is int for item in value)
+    return isinstance(value, tuple | list) and all(type(item) is int for item in value)
 
 
 def _reparametrised(weight: Weight) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -70,3 +72,16 @@ def tied_layers(seed: int = 0) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     return model
+
+
+class Mixed(nn.Module):
+    """Convolutions that share the channels, as in MixNet."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.convs = nn.ModuleList(nn.Conv2d(size, 3, 1) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(self.convs, x.split(self.sizes, 1), strict=True)
+        return torch.cat([conv(part) for conv, part in parts], 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from networks import conv_network, tiny_resnet
+from networks import Mixed, conv_network, tiny_resnet
 from safetensors import safe_open
 from safetensors.torch import save_file
 from state import unchanged
@@ -112,6 +112,23 @@ def test_modules_know_their_sizes(tmp_path: Path) -> None:
     assert type(loaded.stem.conv.kernel_size) is tuple
     loaded.reset_classifier(3)
     assert loaded.eval()(inputs()).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_sizes_of_a_split_are_read_as_what_they_were(
+    kind: type, tmp_path: Path
+) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), Mixed(kind([2, 6])))
+
+    model = make()
+    prune.ln_structured(model[0], "weight", amount=3, n=1, dim=0)
+    small = compact(model, inputs(), progress=False)
+    save_compact(small, tmp_path / "small.safetensors")
+    loaded = load_compact(make(), tmp_path / "small.safetensors")
+    assert loaded[1].sizes == small[1].sizes
+    assert isinstance(loaded[1].sizes, kind) and sum(loaded[1].sizes) == 5
+    assert torch.equal(loaded(inputs()), small(inputs()))
 
 
 def test_heads_that_went_stay_away(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import ResidualBlock, conv_network, tiny_resnet
+from networks import Mixed, ResidualBlock, conv_network, tiny_resnet
 from state import unchanged
 from timm.layers import SqueezeExcite
 from timm.models.vision_transformer import Attention
@@ -666,6 +666,16 @@ def test_a_layer_keeps_a_channel_of_a_set_that_it_shares() -> None:
     without(model.layers[3], columns=[0, 1, 4])
     small = shrink(model, images(4))
     assert [rows for rows, _ in widths(small).values()] == [4, 1, 3, 2]
+    assert_same(model, small, images(4))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_module_that_keeps_the_sizes_of_a_split_has_new_ones(kind: type) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), Mixed(kind([2, 6]))).double()
+    without(model[0], rows=[1, 3, 4])
+    small = shrink(model, images(4))
+    assert (model[1].sizes, small[1].sizes) == (kind([2, 6]), kind([1, 4]))
+    assert [*widths(small).values()] == [(5, 3), (3, 1), (3, 4)]
     assert_same(model, small, images(4))
 
 
