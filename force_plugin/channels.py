@@ -180,12 +180,9 @@ class Graph:
             # Some modules keep what they have computed for the next time.
             with warnings.catch_warnings(), restored(model.modules()):
                 warnings.simplefilter("ignore")
-                self._graph = tp.DependencyGraph().build_dependency(
+                self._graph = _Traced().build_dependency(
                     model, inputs, forward_fn=_forward, verbose=False
                 )
-                _map_only_flattening(self._graph)
-                _measure_concatenations(self._graph)
-                _order_splits(self._graph)
                 self._patience = _Patience(self._graph)
                 groups = list(map(self._patience.renew, self._graph.get_all_groups()))
         except Exception as error:
@@ -440,6 +437,60 @@ def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
     return [output * 1 for output in tensors(outputs)]
 
 
+class _Traced(tp.DependencyGraph):  # type: ignore[misc]
+    """A graph of torch-pruning, told what it would only guess from the layers around.
+
+    Guesses that are wrong let ever more channels go together, until the memory is full.
+    """
+
+    def _build_dependency(self, module2node: Mapping[nn.Module, Any]) -> None:
+        for node in module2node.values():
+            if node.type == tp.ops.OPTYPE.RESHAPE and not _flattens(node):
+                node.type = tp.ops.OPTYPE.ELEMENTWISE
+            elif node.type == tp.ops.OPTYPE.CONCAT:
+                node.module.concat_sizes = _sizes_of_parts(node)
+            elif node.type == tp.ops.OPTYPE.SPLIT:
+                node.outputs = _in_order(node)
+        super()._build_dependency(module2node)
+
+
+def _flattens(node: Any) -> bool:
+    """Whether a reshape makes several features of each channel, or one of each."""
+    sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", (0, 0))
+    if len(sizes) <= 2:
+        return True
+    width = math.prod(sizes[1:])
+    return sizes[1] < width and width in _widths_after(node)
+
+
+def _sizes_of_parts(node: Any) -> list[int] | None:
+    """How many channels each part of a concatenation has, as far as autograd knows."""
+    parts = node.grad_fn.next_functions
+    dim = getattr(node.grad_fn, "_saved_dim", 1)
+    dim -= 2**64 if dim >= 2**63 else 0  # it is stored without a sign
+    shapes = [
+        list(function._input_metadata[output].shape)
+        for function, output in parts
+        if hasattr(function, "_input_metadata")
+    ]
+    if len(shapes) == len(node.inputs) == len(parts):
+        return [shape[dim] for shape in shapes]
+    return None
+
+
+def _in_order(node: Any) -> list[Any]:
+    """What follows a split in the order of its parts, not of the way back."""
+    found = [
+        (part, following)
+        for following in dict.fromkeys(node.outputs)
+        for function, part in following.grad_fn.next_functions
+        if function is node.grad_fn
+    ]
+    if len(found) != len(node.outputs):
+        return node.outputs  # type: ignore[no-any-return]
+    return [following for _, following in sorted(found, key=lambda one: one[0])]
+
+
 class _Patience:
     """Ends a search for the channels of one group that would go on and on.
 
@@ -476,67 +527,6 @@ class _Watched(list[Any]):
     def __iter__(self) -> Iterator[Any]:
         self._patience.look()
         return super().__iter__()
-
-
-def _map_only_flattening(graph: Any) -> None:
-    """Let channels become several features only where a reshape makes one of many.
-
-    torch-pruning takes any reshape for this whose channels seem to be more afterwards,
-    and multiplies them at each turn of an attention until the memory is full.
-    """
-    for node in graph.module2node.values():
-        sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", (0, 0))
-        if node.type != tp.ops.OPTYPE.RESHAPE or len(sizes) <= 2:
-            continue
-        width = math.prod(sizes[1:])
-        if sizes[1] < width and width in _widths_after(node):
-            continue
-        node.type = tp.ops.OPTYPE.ELEMENTWISE
-        around = [*node.inputs, *node.outputs]
-        for one in (node, *around):
-            for dependency in one.dependencies:
-                if node in (dependency.source, dependency.target):
-                    dependency.index_mapping = [None, None]
-
-
-def _measure_concatenations(graph: Any) -> None:
-    """Tell how many channels each part of a concatenation has, as autograd knows.
-
-    torch-pruning infers it from layers before, which a slice of theirs does not have;
-    ever other channels then seem to go together, for minutes.
-    """
-    for node in graph.module2node.values():
-        if node.type != tp.ops.OPTYPE.CONCAT:
-            continue
-        parts = node.grad_fn.next_functions
-        dim = getattr(node.grad_fn, "_saved_dim", 1)
-        dim -= 2**64 if dim >= 2**63 else 0  # it is stored without a sign
-        shapes = [
-            list(function._input_metadata[output].shape)
-            for function, output in parts
-            if hasattr(function, "_input_metadata")
-        ]
-        if len(shapes) == len(node.inputs) == len(parts):
-            node.module.concat_sizes = [shape[dim] for shape in shapes]
-
-
-def _order_splits(graph: Any) -> None:
-    """Put what follows a split in the order of its parts.
-
-    torch-pruning takes them in the order in which it comes upon them, from behind.
-    """
-    for node in graph.module2node.values():
-        if node.type != tp.ops.OPTYPE.SPLIT:
-            continue
-        found = [
-            (part, following)
-            for following in dict.fromkeys(node.outputs)
-            for function, part in following.grad_fn.next_functions
-            if function is node.grad_fn
-        ]
-        if len(found) == len(node.outputs):
-            found.sort(key=lambda one: one[0])
-            node.outputs = [following for _, following in found]
 
 
 def _widths_after(node: Any) -> set[int]:
