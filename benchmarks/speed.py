@@ -305,9 +305,10 @@ def show(rows: Iterable[Row]) -> None:
 
 
 def plot(rows: list[Row], folder: Path) -> None:
-    """Draw speed-ups, but for networks that are disconnected, whose outputs are fixed.
+    """Draw speed-ups where there are several sparsities.
 
-    Dashed: what the multiplications would promise.
+    Not of networks that are disconnected, whose outputs are fixed. Dashed: what the
+    multiplications would promise.
     """
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -316,13 +317,19 @@ def plot(rows: list[Row], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in rows if not row["disconnected"]]
     rows.sort(key=lambda row: row["sparsity"])
-    cases = list(dict.fromkeys(map(case_of, rows)))
-    shared = {"sharex": "col", "sharey": "col", "squeeze": False}
-    width = max(3 * len(cases), 6)
+    cases = sorted({case_of(row) for row in rows})
+    some = [c for c in cases if [case_of(row) for row in rows].count(c) > 1]
+    cases = some or cases
+    shared = {"sharex": "col", "sharey": True, "squeeze": False}
+    width = max(3 * len(cases), 8)
     figure, axes = plt.subplots(
         2, len(cases), figsize=(width, 6), layout="constrained", **shared
     )
-    drawn = {"masked": "masked", "compact 16": "compacted", "snap": "snap"}
+    drawn = {
+        "masked": "masked",
+        "compact 16": "compact, round_to=16",
+        "snap": "snap_prune",
+    }
     for column, case in zip(axes.T, cases, strict=True):
         found = [row for row in rows if case_of(row) == case]
         labels = [percent(row["sparsity"]) for row in found]
