@@ -98,7 +98,7 @@ def show(rows: list[Row]) -> None:
         f"batches of {run.batch},\nAdamW, one cycle up to {run.lr:g}; test accuracy in "
         "%, mean ± standard deviation\n\n"
         f"{'channels out':14}{'by':8}{'parameters':>12}{'mult.':>9}"
-        f"{'first epoch':>16}{'last epoch':>16}{'seeds':>7}"
+        f"{'first epoch':>15}{'last epoch':>15}{'seeds':>7}"
     )
     for (sparsity, method), some in groups(rows).items():
         shares = [
@@ -112,7 +112,7 @@ def show(rows: list[Row]) -> None:
             cells.append(f"{mean(values):.2f}{deviation}")
         print(
             f"{sparsity:<14.0%}{method:8}{shares[0]:12.3%}{shares[1]:9.3%}"
-            f"{cells[0]:>16}{cells[1]:>16}{len(some):7}"
+            f"{cells[0]:>15}{cells[1]:>15}{len(some):7}"
         )
 
 
