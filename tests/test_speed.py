@@ -119,7 +119,8 @@ def test_channels_go_by_their_sensitivity_and_at_random(
     assert [one["method"], other["method"]] == ["snap", "random"]
     assert one["layers"] != other["layers"]
     for row in (one, other):
-        assert 2 * row["channels"][1] - row["channels"][0] in (0, 1)
+        before, after = row["channels"]
+        assert 0.45 < after / before < 0.55
         assert len(row["accuracies"]) == 2
 
 
