@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -218,7 +219,11 @@ class Graph:
                 and getattr(item.dep.target.module, "groups", 1) > 1
             ]
             before = [(conv, conv.weight) for conv, _ in grouped]
+            parts = _sizes_after(group)
             group.prune(record_history=False)
+            for part, sizes in parts:
+                setattr(part, _sizes_of(part), sizes)
+                vars(part)["offsets"] = list(accumulate(sizes, initial=0))
             if self.sets[name].heads:
                 self._count_heads(self.sets[name], len(indices))
             for (conv, weight), (_, gone) in zip(before, grouped, strict=True):
@@ -324,13 +329,18 @@ class Graph:
 
     def _find_units(self, found: Channels, module: nn.Module) -> None:
         """Channels that go together: the same ones of some equal parts of a layer."""
-        tied = sorted(self._group(module, [0])[0].idxs)
-        parts = torch.arange(found.size)
-        if found.size % len(tied) == 0:
-            parts = parts.view(len(tied), -1)
-            if parts[:, 0].tolist() == tied:
+
+        def tied(channel: int) -> list[int]:
+            return sorted(self._group(module, [channel])[0].idxs)
+
+        number = len(tied(0))
+        if found.size % number == 0:
+            parts = torch.arange(found.size).view(number, -1)
+            width = parts.shape[1]
+            probes = {0, width // 2, width - 1}
+            if all(tied(one) == parts[:, one].tolist() for one in probes):
                 found.units = parts.T
-                if len(tied) > 1:
+                if number > 1:
                     self._find_heads(found)
                 return
         found.fixed = found.fixed or "channels that are tied to each other"
@@ -457,8 +467,8 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
 def _flattens(node: Any) -> bool:
     """Whether a reshape makes several features of each channel, or one of each."""
     sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", (0, 0))
-    if len(sizes) <= 2:
-        return True
+    if len(sizes) <= 2:  # a parameter of one axis is only to be multiplied with
+        return len(sizes) == 2
     width = math.prod(sizes[1:])
     return sizes[1] < width and width in _widths_after(node)
 
@@ -527,6 +537,33 @@ class _Watched(list[Any]):
     def __iter__(self) -> Iterator[Any]:
         self._patience.look()
         return super().__iter__()
+
+
+def _sizes_after(group: Any) -> list[tuple[nn.Module, list[int]]]:
+    """What is left of the parts of splits and concatenations without some channels.
+
+    torch-pruning counts a channel twice that it comes upon from both sides, and
+    keeps the offsets.
+    """
+    gone: dict[nn.Module, set[int]] = {}
+    for item in group:
+        if item.dep.target.type in (tp.ops.OPTYPE.SPLIT, tp.ops.OPTYPE.CONCAT):
+            gone.setdefault(item.dep.target.module, set()).update(item.idxs)
+    found = []
+    for part, indices in gone.items():
+        if sizes := getattr(part, _sizes_of(part)):
+            ends = accumulate(sizes, initial=0)
+            left = [
+                sum(index not in indices for index in range(start, end))
+                for start, end in pairwise(ends)
+            ]
+            found.append((part, left))
+    return found
+
+
+def _sizes_of(part: nn.Module) -> str:
+    """Where a split or a concatenation of torch-pruning has the sizes of its parts."""
+    return "split_sizes" if hasattr(part, "split_sizes") else "concat_sizes"
 
 
 def _widths_after(node: Any) -> set[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -150,10 +152,33 @@ def multiplications(model: nn.Module, example_inputs: Any) -> int:
     inputs = checked_inputs(model, example_inputs, "example_inputs")
     counter = FlopCounterMode(display=False)
     # The fused attention of CPUs is not counted.
-    with undisturbed(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+    with (
+        undisturbed(model),
+        _frozen(model),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+        counter,
+    ):
         call(model.eval(), inputs)
     samples = count_samples(list(tensors(inputs))) or 1
     return int(counter.get_total_flops()) // 2 // samples
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Have no parameter require gradients for a while.
+
+    What expand makes of one that does requires them even under no_grad, without a
+    gradient function, and the counter's hooks fail at it where a module is given it.
+    """
+    trained = [one for one in model.parameters() if one.requires_grad]
+    try:
+        for one in trained:
+            one.requires_grad_(False)
+        yield
+    finally:
+        for one in trained:
+            one.requires_grad_()
 
 
 def _parameters(model: nn.Module) -> int:

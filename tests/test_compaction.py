@@ -679,6 +679,33 @@ def test_a_module_that_keeps_the_sizes_of_a_split_has_new_ones(kind: type) -> No
     assert_same(model, small, images(4))
 
 
+class MixedBlock(nn.Module):
+    """A residual block that convolves some of its channels, as in InceptionNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (2, 3, 3)
+        self.depthwise = nn.Conv2d(3, 3, 1, groups=3, bias=False)
+        self.layer = nn.Conv2d(8, 8, 1, bias=False)
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = x.split(self.sizes, 1)
+        y = self.layer(torch.cat([a, self.depthwise(b), c], 1))
+        return x + y * self.scale.view(1, -1, 1, 1)
+
+
+def test_parts_of_a_residual_stream_pass_through_layers_of_their_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), MixedBlock(), MixedBlock())
+    model.append(nn.Conv2d(8, 2, 1)).double()
+    for layer in (model[0], model[1].layer, model[2].layer):
+        without(layer, rows=[1, 3, 7])
+    small = shrink(model, images(4))
+    assert [rows for rows, _ in widths(small).values()] == [5, 2, 5, 2, 5, 2]
+    assert small[1].sizes == small[2].sizes == (1, 2, 2)
+    assert_same(model, small, images(4))
+
+
 def test_a_search_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("force_plugin.channels._Patience.LOOKS", 0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3)).double()

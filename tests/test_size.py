@@ -213,6 +213,24 @@ def test_inputs_may_be_several(kind: str) -> None:
     assert compact_report(model, model, inputs[kind]).multiplications[0] == 3 * 4 * 2
 
 
+def test_a_parameter_that_is_expanded_may_be_given_to_a_module() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 3))
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.token.expand(len(x), -1)) + self.layer(x)
+
+    model = Tokens()
+    model.layer.bias.requires_grad_(False)
+    with unchanged(model):
+        report = compact_report(model, model, torch.zeros(2, 3))
+    assert report.multiplications[0] == 2 * 3 * 4
+    assert [one.requires_grad for one in model.parameters()] == [True, True, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_inputs_are_brought_to_the_type_of_the_model(dtype: torch.dtype) -> None:
     model = conv_network().to(dtype)
