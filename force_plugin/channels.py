@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -204,9 +205,9 @@ class Graph:
             RuntimeError: Others would go with them, or torch-pruning fails. The model
                 may then be half-cut.
         """
-        for name, channels in removed.items():
+        for name in self._in_turn(removed):
             module = self.model.get_submodule(name)
-            indices = channels.nonzero().flatten().tolist()
+            indices = removed[name].nonzero().flatten().tolist()
             if not indices:
                 continue
             group = self._group(module, indices)
@@ -231,6 +232,35 @@ class Graph:
         for split, module, key in self._splits:
             setattr(module, key, type(getattr(module, key))(split.split_sizes))
 
+    def _in_turn(self, names: Iterable[str]) -> list[str]:
+        """Sets that a convolution with groups reads before those that it writes.
+
+        torch-pruning takes one with an output a group for a depthwise one, whose
+        input channels are its output channels.
+        """
+        grouped = {
+            name for name, one in layers_of(self.model) if getattr(one, "groups", 1) > 1
+        }
+        before = {
+            use.layer: name
+            for name, one in self.sets.items()
+            for use in one.readers
+            if use.layer in grouped
+        }
+        turns = {
+            name: {before.get(use.layer, name) for use in self.sets[name].writers}
+            - {name}
+            for name in names
+        }
+        try:
+            return [
+                name
+                for name in TopologicalSorter(turns).static_order()
+                if name in turns
+            ]
+        except CycleError:
+            return list(turns)
+
     def close(self) -> None:
         """Let go of the model and of what autograd has saved of it, now.
 
@@ -244,11 +274,12 @@ class Graph:
 
     def _group(self, module: nn.Module, indices: Sequence[int]) -> Any:
         pruner = self._graph.get_pruner_of_module(module)
-        return self._patience.renew(
-            self._graph.get_pruning_group(
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            group = self._graph.get_pruning_group(
                 module, pruner.prune_out_channels, list(indices)
             )
-        )
+        return self._patience.renew(group)
 
     def _count_heads(self, one: Channels, gone: int) -> None:
         attention: Any = self.model.get_submodule(one.heads)

@@ -766,6 +766,19 @@ def test_groups_lose_other_channels_each() -> None:
     assert_same(model, small, images(8))
 
 
+def test_groups_of_which_one_output_is_left_read_their_own_inputs() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1, bias=False),
+        nn.Conv2d(8, 8, 1, groups=4, bias=False),
+        nn.Conv2d(8, 2, 1),
+    ).double()
+    without(model[0], rows=[0, 3, 4, 7])
+    without(model[2], columns=[1, 2, 5, 6])
+    small = shrink(model, images(4))
+    assert [*widths(small).values()] == [(4, 3), (4, 1), (2, 4)]
+    assert_same(model, small, images(4))
+
+
 def test_a_group_that_nothing_is_left_of_keeps_a_channel() -> None:
     model = grouped()
     without(model[0], rows=range(12))
