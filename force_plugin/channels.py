@@ -485,13 +485,19 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
     """
 
     def _build_dependency(self, module2node: Mapping[nn.Module, Any]) -> None:
+        splits = []
         for node in module2node.values():
             if node.type == tp.ops.OPTYPE.RESHAPE and not _flattens(node):
                 node.type = tp.ops.OPTYPE.ELEMENTWISE
             elif node.type == tp.ops.OPTYPE.CONCAT:
                 node.module.concat_sizes = _sizes_of_parts(node)
             elif node.type == tp.ops.OPTYPE.SPLIT:
-                node.outputs = _in_order(node)
+                splits.append((node, _follow_split(node)))
+        for node, found in splits:
+            if found is None:
+                node.enable_index_mapping = False
+            else:
+                node.outputs, node.grad_fn = found
         super()._build_dependency(module2node)
 
 
@@ -507,8 +513,7 @@ def _flattens(node: Any) -> bool:
 def _sizes_of_parts(node: Any) -> list[int] | None:
     """How many channels each part of a concatenation has, as far as autograd knows."""
     parts = node.grad_fn.next_functions
-    dim = getattr(node.grad_fn, "_saved_dim", 1)
-    dim -= 2**64 if dim >= 2**63 else 0  # it is stored without a sign
+    dim = _signed(getattr(node.grad_fn, "_saved_dim", 1))
     shapes = [
         list(function._input_metadata[output].shape)
         for function, output in parts
@@ -519,17 +524,44 @@ def _sizes_of_parts(node: Any) -> list[int] | None:
     return None
 
 
-def _in_order(node: Any) -> list[Any]:
-    """What follows a split in the order of its parts, not of the way back."""
+@dataclass
+class _Split:
+    """What torch-pruning reads of the gradient function of a split, as it is."""
+
+    _saved_split_sizes: list[int]
+    _saved_dim: int = 1
+
+
+def _follow_split(node: Any) -> tuple[list[Any], Any] | None:
+    """What follows the parts of a split in their order, not in that of the way back.
+
+    Returns:
+        The nodes, and a gradient function that tells the sizes; ``None`` if not each of
+        the parts is used once, which torch-pruning cannot tell.
+    """
+    split = node.grad_fn
+    if not hasattr(split, "_input_metadata"):
+        return node.outputs, split
     found = [
         (part, following)
         for following in dict.fromkeys(node.outputs)
         for function, part in following.grad_fn.next_functions
-        if function is node.grad_fn
+        if function is split
     ]
-    if len(found) != len(node.outputs):
-        return node.outputs  # type: ignore[no-any-return]
-    return [following for _, following in sorted(found, key=lambda one: one[0])]
+    found.sort(key=lambda one: one[0])
+    shapes = [list(one.shape) for one in split._input_metadata]
+    if [part for part, _ in found] != list(range(len(shapes))):
+        return None
+    outputs = [following for _, following in found]
+    dim = _signed(split._saved_dim)
+    if dim not in (1, -1):
+        return outputs, split
+    return outputs, _Split([shape[dim] for shape in shapes])
+
+
+def _signed(dim: int) -> int:
+    """An axis that autograd has stored without its sign."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 class _Patience:
