@@ -8,14 +8,13 @@ normalisations, is what the dependency graph of torch-pruning finds out (Fang et
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from itertools import accumulate, pairwise
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -23,16 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from force_plugin.batches import mapped
-from force_plugin.connection import tensors
 from force_plugin.copies import number_values, places, slots_in
-from force_plugin.example_inputs import call
+from force_plugin.layers import LAYERS, channel_axis, channels_of, layers_of
 from force_plugin.parameters import named_parameters
 from force_plugin.snapshot import restored
-
-LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
-"""What channels come from and go to; all else that torch-pruning knows passes them."""
-
+from force_plugin.tracing import Patience, layers_next_to, sizes_after, sizes_of, trace
 
 # What a model gives out has the shape that its users count on.
 _FIXED = {
@@ -182,10 +176,8 @@ class Graph:
             # Some modules keep what they have computed for the next time.
             with warnings.catch_warnings(), restored(model.modules()):
                 warnings.simplefilter("ignore")
-                self._graph = _Traced().build_dependency(
-                    model, inputs, forward_fn=_forward, verbose=False
-                )
-                self._patience = _Patience(self._graph)
+                self._graph = trace(model, inputs)
+                self._patience = Patience(self._graph)
                 groups = list(map(self._patience.renew, self._graph.get_all_groups()))
         except Exception as error:
             raise RuntimeError(
@@ -220,10 +212,10 @@ class Graph:
                 and getattr(item.dep.target.module, "groups", 1) > 1
             ]
             before = [(conv, conv.weight) for conv, _ in grouped]
-            parts = _sizes_after(group)
+            parts = sizes_after(group)
             group.prune(record_history=False)
             for part, sizes in parts:
-                setattr(part, _sizes_of(part), sizes)
+                setattr(part, sizes_of(part), sizes)
                 vars(part)["offsets"] = list(accumulate(sizes, initial=0))
             if self.sets[name].heads:
                 self._count_heads(self.sets[name], len(indices))
@@ -346,7 +338,7 @@ class Graph:
             sizes = getattr(node.module, "split_sizes", None)
             if node.type != tp.ops.OPTYPE.SPLIT or not sizes:
                 continue
-            around = _layers_next_to(node, "inputs") | _layers_next_to(node, "outputs")
+            around = layers_next_to(node, "inputs") | layers_next_to(node, "outputs")
             found = [
                 (name, key)
                 for layer in around
@@ -472,183 +464,6 @@ class Surgery:
         return {name: wanted[name] for name in found}, problems
 
 
-def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Outputs that are no layer's own: they are not to be cut."""
-    outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
-    return [output * 1 for output in tensors(outputs)]
-
-
-class _Traced(tp.DependencyGraph):  # type: ignore[misc]
-    """A graph of torch-pruning, told what it would only guess from the layers around.
-
-    Guesses that are wrong let ever more channels go together, until the memory is full.
-    """
-
-    def _build_dependency(self, module2node: Mapping[nn.Module, Any]) -> None:
-        splits = []
-        for node in module2node.values():
-            if node.type == tp.ops.OPTYPE.RESHAPE and not _flattens(node):
-                node.type = tp.ops.OPTYPE.ELEMENTWISE
-            elif node.type == tp.ops.OPTYPE.CONCAT:
-                node.module.concat_sizes = _sizes_of_parts(node)
-            elif node.type == tp.ops.OPTYPE.SPLIT:
-                splits.append((node, _follow_split(node)))
-        for node, found in splits:
-            if found is None:
-                node.enable_index_mapping = False
-            else:
-                node.outputs, node.grad_fn = found
-        super()._build_dependency(module2node)
-
-
-def _flattens(node: Any) -> bool:
-    """Whether a reshape makes several features of each channel, or one of each."""
-    sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", (0, 0))
-    if len(sizes) <= 2:  # a parameter of one axis is only to be multiplied with
-        return len(sizes) == 2
-    width = math.prod(sizes[1:])
-    return sizes[1] < width and width in _widths_after(node)
-
-
-def _sizes_of_parts(node: Any) -> list[int] | None:
-    """How many channels each part of a concatenation has, as far as autograd knows."""
-    parts = node.grad_fn.next_functions
-    dim = _signed(getattr(node.grad_fn, "_saved_dim", 1))
-    shapes = [
-        list(function._input_metadata[output].shape)
-        for function, output in parts
-        if hasattr(function, "_input_metadata")
-    ]
-    if len(shapes) == len(node.inputs) == len(parts):
-        return [shape[dim] for shape in shapes]
-    return None
-
-
-@dataclass
-class _Split:
-    """What torch-pruning reads of the gradient function of a split, as it is."""
-
-    _saved_split_sizes: list[int]
-    _saved_dim: int = 1
-
-
-def _follow_split(node: Any) -> tuple[list[Any], Any] | None:
-    """What follows the parts of a split in their order, not in that of the way back.
-
-    Returns:
-        The nodes, and a gradient function that tells the sizes; ``None`` if not each of
-        the parts is used once, which torch-pruning cannot tell.
-    """
-    split = node.grad_fn
-    if not hasattr(split, "_input_metadata"):
-        return node.outputs, split
-    found = [
-        (part, following)
-        for following in dict.fromkeys(node.outputs)
-        for function, part in following.grad_fn.next_functions
-        if function is split
-    ]
-    found.sort(key=lambda one: one[0])
-    shapes = [list(one.shape) for one in split._input_metadata]
-    if [part for part, _ in found] != list(range(len(shapes))):
-        return None
-    outputs = [following for _, following in found]
-    dim = _signed(split._saved_dim)
-    if dim not in (1, -1):
-        return outputs, split
-    return outputs, _Split([shape[dim] for shape in shapes])
-
-
-def _signed(dim: int) -> int:
-    """An axis that autograd has stored without its sign."""
-    return dim - 2**64 if dim >= 2**63 else dim
-
-
-class _Patience:
-    """Ends a search for the channels of one group that would go on and on.
-
-    Args:
-        graph: A graph of torch-pruning, whose nodes are watched from now on.
-    """
-
-    LOOKS = 20  # at each node of the graph, on the average; DenseNet needs three
-
-    def __init__(self, graph: Any) -> None:
-        nodes = graph.module2node.values()
-        self._most = self._left = self.LOOKS * len(nodes)
-        for node in nodes:
-            node.dependencies = _Watched(node.dependencies, self)
-
-    def look(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise RuntimeError("its search for channels that go together has no end")
-
-    def renew(self, found: Any) -> Any:
-        """The group that was found, and as much patience for the next."""
-        self._left = self._most
-        return found
-
-
-class _Watched(list[Any]):
-    """What follows from a node."""
-
-    def __init__(self, items: Iterable[Any], patience: _Patience) -> None:
-        super().__init__(items)
-        self._patience = patience
-
-    def __iter__(self) -> Iterator[Any]:
-        self._patience.look()
-        return super().__iter__()
-
-
-def _sizes_after(group: Any) -> list[tuple[nn.Module, list[int]]]:
-    """What is left of the parts of splits and concatenations without some channels.
-
-    torch-pruning counts a channel twice that it comes upon from both sides, and
-    keeps the offsets.
-    """
-    gone: dict[nn.Module, set[int]] = {}
-    for item in group:
-        if item.dep.target.type in (tp.ops.OPTYPE.SPLIT, tp.ops.OPTYPE.CONCAT):
-            gone.setdefault(item.dep.target.module, set()).update(item.idxs)
-    found = []
-    for part, indices in gone.items():
-        if sizes := getattr(part, _sizes_of(part)):
-            ends = accumulate(sizes, initial=0)
-            left = [
-                sum(index not in indices for index in range(start, end))
-                for start, end in pairwise(ends)
-            ]
-            found.append((part, left))
-    return found
-
-
-def _sizes_of(part: nn.Module) -> str:
-    """Where a split or a concatenation of torch-pruning has the sizes of its parts."""
-    return "split_sizes" if hasattr(part, "split_sizes") else "concat_sizes"
-
-
-def _widths_after(node: Any) -> set[int]:
-    """Input features of the next layers."""
-    return {channels_of(layer)[0] for layer in _layers_next_to(node, "outputs")}
-
-
-def _layers_next_to(node: Any, side: Literal["inputs", "outputs"]) -> set[nn.Module]:
-    """The first layers before or after a node."""
-    found, seen, stack = set(), set(), [node]
-    while stack:
-        for following in getattr(stack.pop(), side):
-            if following in seen:
-                continue
-            seen.add(following)
-            if isinstance(following.module, LAYERS):
-                found.add(following.module)
-            else:
-                stack.append(following)
-    return found
-
-
 def _ancestors(name: str) -> list[str]:
     """Names of the modules that a module is in."""
     parts = name.split(".")[:-1]
@@ -689,33 +504,6 @@ def _cut_in_groups(conv: _ConvNd, before: nn.Parameter, gone: Sequence[int]) -> 
     conv.weight.grad = pick(before.grad)
 
 
-def channels_of(module: nn.Module) -> tuple[int, int]:
-    """Input and output channels of a layer."""
-    if isinstance(module, _ConvNd):
-        return module.in_channels, module.out_channels
-    assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
-
-
-def channel_sums(layer: nn.Module, values: Tensor, *, inputs: bool) -> Tensor:
-    """Sums over the weights of each channel of a layer.
-
-    Args:
-        layer: A convolution or linear layer.
-        values: A tensor of the shape of its weight.
-        inputs: Of each input channel; else of each output channel.
-
-    Returns:
-        A tensor of shape ``[channels]``.
-    """
-    groups = getattr(layer, "groups", 1)
-    if inputs == getattr(layer, "transposed", False):
-        return values.flatten(1).sum(1)
-    parts = values.reshape(groups, -1, *values.shape[1:])
-    rows = parts.sum(1).flatten(0, 1)
-    return rows.reshape(len(rows), -1).sum(1)
-
-
 @contextmanager
 def without_reading(
     model: nn.Module, unread: Iterable[tuple[Use, Tensor]]
@@ -740,14 +528,3 @@ def without_reading(
 
             hooks.callback(layer.register_forward_pre_hook(clear).remove)
         yield
-
-
-def channel_axis(layer: nn.Module, values: Tensor) -> int:
-    """The axis of a layer's input (or output) along which its channels lie."""
-    spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
-    return values.dim() - 1 - spatial
-
-
-def layers_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Convolutions and linear layers by name."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, LAYERS))

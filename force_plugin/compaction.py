@@ -23,13 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from force_plugin.batches import count_samples, mapped
-from force_plugin.channels import (
-    Channels,
-    Surgery,
-    channel_axis,
-    channels_of,
-    layers_of,
-)
+from force_plugin.channels import Channels, Surgery
 from force_plugin.connection import leads_through, tensors
 from force_plugin.copies import fill, plain_copy, rebuilt, tell_features
 from force_plugin.distributed import unwrap
@@ -45,6 +39,7 @@ from force_plugin.example_inputs import (
     shuffled,
 )
 from force_plugin.gates import CLOSED
+from force_plugin.layers import channel_axis, channels_of, layers_of
 from force_plugin.parameters import named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.snapshot import restored, undisturbed

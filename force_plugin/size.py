@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from force_plugin.batches import count_samples
-from force_plugin.channels import channels_of, layers_of
 from force_plugin.connection import tensors
 from force_plugin.example_inputs import call, checked_inputs
+from force_plugin.layers import channels_of, layers_of
 from force_plugin.report import COLUMNS, shorten
 from force_plugin.snapshot import undisturbed
 

@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from force_plugin.batches import mapped
-from force_plugin.channels import (
-    LAYERS,
-    Channels,
-    Surgery,
-    channel_sums,
-    channels_of,
-    layers_of,
-    without_reading,
-)
+from force_plugin.channels import Channels, Surgery, without_reading
 from force_plugin.copies import fill, plain_copy, rebuilt, tell_features
 from force_plugin.distributed import Ranks, unwrap
 from force_plugin.example_inputs import (
@@ -34,6 +26,7 @@ from force_plugin.example_inputs import (
     many_samples,
     outputs_of,
 )
+from force_plugin.layers import LAYERS, channel_sums, channels_of, layers_of
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.parameters import find_weights, name_some
 from force_plugin.pruning import agree, saliency
