@@ -146,6 +146,7 @@ class _Compaction:
         self._trial = mapped(jittered, self._inputs)
         self._expected: list[list[Tensor]] = []
         self._carried: dict[str, Tensor] = {}
+        self._connected = False  # whether random values lead to the outputs
         try:
             for one in self._variants:
                 watched, outputs = _watch(one, self._trial, graded=False)
@@ -195,7 +196,9 @@ class _Compaction:
             )
         self._advance()
         opened = self._variants[1]
-        if leads_through(opened, lambda: call(opened, self._trial)) is False:
+        if not self._connected and (
+            leads_through(opened, lambda: call(opened, self._trial)) is False
+        ):
             warnings.warn(
                 "the masks have disconnected the network: its outputs no longer depend "
                 "on its inputs, and next to nothing is left of it; prune it less, or "
@@ -229,6 +232,11 @@ class _Compaction:
             for name, seen in _watch(model, inputs, graded=True)[0].items():
                 known = layers.setdefault(name, _Seen())
                 known.join(seen.differs, seen.read, seen.largest)
+            self._connected |= any(
+                bool(tensor.grad.any())
+                for tensor in tensors(inputs)
+                if tensor.grad is not None
+            )
         varied = any(_varies(tensor) for tensor in tensors(self._inputs))
         for seen in layers.values():
             seen.differs |= not varied

@@ -1149,6 +1149,16 @@ def test_a_channel_stays_everywhere_and_it_is_told(name: str) -> None:
     assert_same(model, small, inputs)
 
 
+def test_units_that_are_asleep_are_no_disconnection() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    without(model[0], rows=[1])
+    with torch.no_grad():
+        model[0].bias.fill_(-100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shrink(model, vectors())
+
+
 def test_a_network_that_is_connected_warns_of_nothing() -> None:
     model, inputs = made("tiny_resnet")
     apply_masks(model, row_masks(model))
