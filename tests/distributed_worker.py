@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from processes import take_part
-from state import unchanged
+from state import failed
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -129,16 +129,6 @@ def shard(model: nn.Module) -> nn.Module:
     for unit in ([model.stem, model.norm], model.body, model):
         fully_shard(unit)
     return model
-
-
-def failed(run: Callable[[], object], model: nn.Module | None = None) -> str:
-    """The error of a call that leaves the model as it was."""
-    with unchanged(model) if model is not None else contextlib.nullcontext():
-        try:
-            run()
-        except BaseException as error:
-            return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def one_rank_fails(rank: int) -> dict[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,3 +91,13 @@ def unchanged(model: nn.Module, *generators: torch.Generator) -> Iterator[None]:
     yield
     assert differences(before, state_of(model)) == []
     assert differences(around, process_state(generators)) == []
+
+
+def failed(run: Callable[[], object], model: nn.Module | None = None) -> str:
+    """The error of a call that leaves the model as it was."""
+    with unchanged(model) if model is not None else nullcontext():
+        try:
+            run()
+        except BaseException as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch_pruning as tp
 from processes import Seen, launch, same, take_part
-from state import unchanged
+from state import failed, unchanged
 from timm.models.densenet import DenseNet
 from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.resnet import BasicBlock, ResNet
@@ -1384,15 +1384,6 @@ def halves(rank: int) -> list[Batch]:
     return [
         (x[rank * 3 : rank * 3 + 3], y[rank * 3 : rank * 3 + 3]) for x, y in images(2)
     ]
-
-
-def failed(call: Callable[[], object], model: nn.Module) -> str:
-    with unchanged(model):
-        try:
-            call()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return "no error"
 
 
 def run(rank: int) -> dict[str, Any]:
