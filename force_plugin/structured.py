@@ -306,6 +306,9 @@ def _prunable(
             continue
         half = torch.zeros(one.size, dtype=torch.bool)
         half[one.choices[torch.randperm(len(one.choices))[1::2]].flatten()] = True
+        for use in (*one.writers, *one.readers):  # something is left of each
+            if half[use.channels].all():
+                half[one.choices[(one.choices == use.channels[0]).any(1)]] = False
         wanted[name] = half
     trial = mapped(jittered, inputs)
     shapes = [output.shape for output in outputs_of(plain, trial)]
@@ -439,10 +442,13 @@ def _sensitivities(
 def _least(
     sets: Mapping[str, Channels], scores: Mapping[str, Tensor], kept: int
 ) -> dict[str, Tensor]:
-    """The channels that go, so that so many units stay, the best of each set too."""
+    """The channels that go, so that so many units stay, the best of each layer too."""
     ranked = {name: score.clone() for name, score in scores.items()}
-    for score in ranked.values():
-        score[score.argmax()] = torch.inf
+    for name, one in sets.items():
+        for use in one.writers:
+            written = torch.isin(one.choices, use.channels).any(1)
+            best = torch.where(written, scores[name], -1).argmax()
+            ranked[name][best] = torch.inf
     stay, _ = top_k_masks([*ranked.values()], kept)
     removed = {}
     for (name, one), units in zip(sets.items(), stay, strict=True):

@@ -1380,6 +1380,33 @@ def test_network_of_timm_becomes_smaller(network: str, method: Any) -> None:
 # Two processes.
 
 
+class Beside(nn.Module):
+    """A layer whose channels are those of two others, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = nn.Conv2d(3, 6, 1, bias=False)
+        self.small = nn.Conv2d(3, 2, 1, bias=False)
+        self.large = nn.Conv2d(3, 4, 1, bias=False)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([self.small(x), self.large(x)], 1)
+        return self.last(torch.relu(self.whole(x) + both)).mean((2, 3))
+
+
+def test_each_layer_of_a_set_keeps_a_channel() -> None:
+    torch.manual_seed(0)
+    model = Beside()
+    with torch.no_grad():
+        model.small.weight.mul_(1e-3)
+        model.whole.weight[:2].mul_(1e-3)
+    loader = [(torch.randn(8, 3, 4, 4), torch.randint(2, (8,)))]
+    small = snap_prune(model, loader, loader[0][0], 0.6, progress=False)
+    assert len(small.small.weight) == 1
+    assert len(small.whole.weight) == len(small.large.weight) + 1 == 2
+
+
 def halves(rank: int) -> list[Batch]:
     return [
         (x[rank * 3 : rank * 3 + 3], y[rank * 3 : rank * 3 + 3]) for x, y in images(2)
