@@ -86,28 +86,34 @@ class Channels:
         """Channels of which any row may go: units, or one of each block, int64."""
         return max(self.blocks, key=len).T if self.blocks else self.units
 
-    def without(self, gone: Tensor, sizes: Mapping[str, Tensor]) -> Channels:
+    def without(
+        self, gone: Tensor, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    ) -> Channels:
         """What is left of the set once channels have gone, numbered anew.
 
         Args:
             gone: Bool tensor of shape ``[size]``, True = taken out.
-            sizes: Of each layer which output channels stay, bool.
+            outputs: Of each writer which of its output channels stay, bool.
+            inputs: Of each reader which of its input channels stay, bool.
         """
         left = ~gone
         number = left.cumsum(0) - 1
-        writers = []
-        for use in self.writers:
-            here = left[use.channels]
-            position = sizes[use.layer].cumsum(0) - 1
-            writers.append(
-                Use(
-                    use.layer,
-                    position[use.positions[here]],
-                    number[use.channels[here]],
-                )
-            )
-        units = number[self.choices[left[self.choices].all(1)]]
-        return Channels(self.name, int(left.sum()), writers, units=units)
+
+        def renumbered(uses: list[Use], stay: Mapping[str, Tensor]) -> list[Use]:
+            result = []
+            for use in uses:
+                here = left[use.channels]
+                positions = (stay[use.layer].cumsum(0) - 1)[use.positions[here]]
+                result.append(Use(use.layer, positions, number[use.channels[here]]))
+            return result
+
+        return Channels(
+            self.name,
+            int(left.sum()),
+            renumbered(self.writers, outputs),
+            renumbered(self.readers, inputs),
+            units=number[self.choices[left[self.choices].all(1)]],
+        )
 
     def removable(self, free: Tensor, round_to: int = 1) -> Tensor:
         """Which channels may go if no reader needs the free ones.

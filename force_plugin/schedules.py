@@ -87,7 +87,7 @@ def kept_per_step(
         raise TypeError(f"sparsity: expected a number, got {type(sparsity).__name__}")
     if not 0 <= sparsity < 1:
         raise ValueError(
-            "sparsity: expected the fraction of weights to remove, 0 <= sparsity < 1, "
+            "sparsity: expected the fraction to remove, 0 <= sparsity < 1, "
             f"got {sparsity}"
             + (f"; {sparsity} % is {sparsity / 100:.12g}" if 1 < sparsity < 100 else "")
         )

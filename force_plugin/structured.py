@@ -360,15 +360,18 @@ def _left(
     model: nn.Module, sets: Mapping[str, Channels], gone: Mapping[str, Tensor]
 ) -> dict[str, Channels]:
     """The sets without the channels that have gone."""
-    stay = {
-        use.layer: torch.ones(channels_of(model.get_submodule(use.layer))[1]) > 0
-        for one in sets.values()
-        for use in one.writers
-    }
+    outputs: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     for name, one in sets.items():
-        for use in one.writers:
-            stay[use.layer][use.positions[gone[name][use.channels]]] = False
-    return {name: one.without(gone[name], stay) for name, one in sets.items()}
+        for uses, stay, side in ((one.writers, outputs, 1), (one.readers, inputs, 0)):
+            for use in uses:
+                if use.layer not in stay:
+                    size = channels_of(model.get_submodule(use.layer))[side]
+                    stay[use.layer] = torch.ones(size, dtype=torch.bool)
+                stay[use.layer][use.positions[gone[name][use.channels]]] = False
+    return {
+        name: one.without(gone[name], outputs, inputs) for name, one in sets.items()
+    }
 
 
 def _kept_after(steps: int, sparsity: float, total: int, sets: int) -> list[int]:
@@ -445,10 +448,16 @@ def _least(
     """The channels that go, so that so many units stay, the best of each layer too."""
     ranked = {name: score.clone() for name, score in scores.items()}
     for name, one in sets.items():
-        for use in one.writers:
-            written = torch.isin(one.choices, use.channels).any(1)
-            best = torch.where(written, scores[name], -1).argmax()
+        for use in (*one.writers, *one.readers):
+            of_layer = torch.isin(one.choices, use.channels).any(1)
+            best = torch.where(of_layer, scores[name], -1).argmax()
             ranked[name][best] = torch.inf
+    needed = sum(int(score.isinf().sum()) for score in ranked.values())
+    if needed > kept:
+        raise ValueError(
+            f"sparsity: expected a lower one, as {kept} channels would be left, and "
+            f"{needed} must stay, so that each layer keeps one"
+        )
     stay, _ = top_k_masks([*ranked.values()], kept)
     removed = {}
     for (name, one), units in zip(sets.items(), stay, strict=True):

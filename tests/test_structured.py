@@ -1407,6 +1407,52 @@ def test_each_layer_of_a_set_keeps_a_channel() -> None:
     assert len(small.whole.weight) == len(small.large.weight) + 1 == 2
 
 
+class Apart(nn.Module):
+    """Layers that read a part each of what one layer writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1, bias=False)
+        self.few = nn.Conv2d(2, 3, 1, bias=False)
+        self.many = nn.Conv2d(6, 3, 1, bias=False)
+        self.last = nn.Conv2d(6, 2, 1)
+        self.sizes = [2, 6]
+
+    def forward(self, x: Tensor) -> Tensor:
+        few, many = torch.relu(self.first(x)).split(self.sizes, 1)
+        return self.last(torch.cat([self.few(few), self.many(many)], 1)).mean((2, 3))
+
+
+def apart() -> Apart:
+    torch.manual_seed(0)
+    model = Apart()
+    with torch.no_grad():  # the two channels of the small layer are worth the least
+        model.few.weight.mul_(1e-3)
+    return model
+
+
+def test_each_layer_that_reads_a_part_of_a_set_keeps_a_channel() -> None:
+    model = apart()
+    loader = [(torch.randn(8, 3, 4, 4), torch.randint(2, (8,)))]
+    kept = [model.few, model.many]
+    small = snap_prune(
+        model, loader, loader[0][0], 0.7, ignored_layers=kept, progress=False
+    )
+    assert (small.few.in_channels, small.many.in_channels) == (1, 1)
+    assert small(loader[0][0]).shape == (8, 2)
+
+
+def test_too_few_channels_for_each_layer_to_keep_one_are_an_error() -> None:
+    model = apart()
+    loader = [(torch.randn(8, 3, 4, 4), torch.randint(2, (8,)))]
+    kept = [model.few, model.many]
+    message = "expected a lower one, as 1 channels would be left, and 2 must stay"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        snap_prune(
+            model, loader, loader[0][0], 0.85, ignored_layers=kept, progress=False
+        )
+
+
 def halves(rank: int) -> list[Batch]:
     return [
         (x[rank * 3 : rank * 3 + 3], y[rank * 3 : rank * 3 + 3]) for x, y in images(2)
