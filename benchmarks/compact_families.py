@@ -96,15 +96,19 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for sparsity in args.sparsities:
         pruned = deepcopy(model)
         torch.manual_seed(1)
-        report = force_prune(
-            pruned,
-            batches,
-            sparsity,
-            steps=10,
-            loss_fn=loss_fn,
-            on_collapse="warn",
-            progress=False,
-        )
+        try:
+            report = force_prune(
+                pruned,
+                batches,
+                sparsity,
+                steps=10,
+                loss_fn=loss_fn,
+                on_collapse="warn",
+                progress=False,
+            )
+        except RuntimeError as error:
+            result["force"][str(sparsity)] = {"no_mask": str(error)}
+            continue
         cut = any("disconnected" in warning for warning in report.warnings)
         result["force"][str(sparsity)] = one = {"disconnected": cut}
         before = {name: t.clone() for name, t in pruned.state_dict().items()}
@@ -163,9 +167,9 @@ def table(results: list[dict[str, Any]]) -> str:
         reasons = []
         for sparsity in SPARSITIES:
             one = result["force"][str(sparsity)]
-            if "error" in one:
-                cells += ["stays", ""]
-                reasons.append(short(one["error"]))
+            if "distance" not in one:
+                cells += ["no mask" if "no_mask" in one else "stays", ""]
+                reasons.append(short(one.get("no_mask") or one["error"]))
                 continue
             before, after = one["multiplications"]
             mark = " ✂" if one["disconnected"] else ""
