@@ -70,10 +70,13 @@ def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 def distance(one: nn.Module, other: nn.Module, images: Tensor) -> float:
     """The largest difference of their outputs, as a share of the largest output."""
-    pairs = zip(outputs_of(one, images), outputs_of(other, images), strict=True)
-    return max(
-        float((a - b).abs().max()) / max(float(b.abs().max()), 1.0) for a, b in pairs
-    )
+    shares = [0.0]
+    for a, b in zip(outputs_of(one, images), outputs_of(other, images), strict=True):
+        difference, largest = float((a - b).abs().max()), float(b.abs().max())
+        if difference != 0:  # in evaluation mode outputs of 1e-20 are not rare
+            share = difference / largest if largest else float("inf")
+            shares.append(share if share >= 0 else float("inf"))  # not a number
+    return max(shares)
 
 
 def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
