@@ -26,6 +26,7 @@ from force_plugin.methods import (
 from force_plugin.permanent import make_permanent
 from force_plugin.pruning import force_prune, saliency
 from force_plugin.report import LayerReport, SparsityReport, sparsity_report
+from force_plugin.sanity import reinitialise, shuffle_masks
 from force_plugin.size import CompactReport, LayerSize, compact_report
 from force_plugin.state_dicts import load_pruned_state_dict
 from force_plugin.structured import SaliencyImportance, snap_prune
@@ -62,9 +63,11 @@ __all__ = [
     "load_metadata",
     "load_pruned_state_dict",
     "make_permanent",
+    "reinitialise",
     "saliency",
     "save_compact",
     "save_masks",
+    "shuffle_masks",
     "snap_prune",
     "sparsity_report",
 ]

@@ -1,0 +1,148 @@
+"""What a mask is worth: the same layers with other weights, or with other values.
+
+The sanity checks of Frankle et al. 2021 (arXiv 2009.08576, section 5): where a pruned
+network trains as well with its mask shuffled within each layer, or with new initial
+values, the method has chosen how much to keep of each layer, not which weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from force_plugin.masks import checked_masks
+from force_plugin.parameters import (
+    is_sharded,
+    name_some,
+    named_parameters,
+    pruned_so_far,
+)
+from force_plugin.reparametrisation import find_hook
+
+
+def shuffle_masks(
+    masks: Mapping[str, Tensor], generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Masks that keep as many weights of each layer, but others.
+
+    >>> fresh = timm.create_model("resnet50", num_classes=10)
+    >>> apply_masks(fresh, shuffle_masks(get_masks(model)))
+
+    Args:
+        masks: By parameter name, bool (True = kept) as :func:`force_plugin.get_masks`
+            returns them, or of another type with values 0 and 1; they stay as they are.
+        generator: Of random numbers, on the CPU. Default: PyTorch's global one, so that
+            :func:`torch.manual_seed` decides.
+
+    Returns:
+        Bool tensors of the same names, shapes and devices, each a random permutation
+        of the one given: "random shuffling" of Frankle et al. 2021 (arXiv 2009.08576,
+        section 5).
+
+    Raises:
+        TypeError: ``masks`` is no mapping of names to tensors.
+        ValueError: A mask is sparse, has no values, or others than 0 and 1.
+    """
+    shuffled = {}
+    for name, mask in checked_masks(masks).items():
+        order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
+        shuffled[name] = mask.flatten()[order].view(mask.shape)
+    return shuffled
+
+
+@torch.no_grad()
+def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
+    """Give a pruned model the initial values of another; its masks stay.
+
+    >>> reinitialise(model, timm.create_model("resnet50", num_classes=10))
+
+    The values are taken from a model that was made in the same way, as only that knows
+    how each of its weights is drawn: "reinitialization" of Frankle et al. 2021 (arXiv
+    2009.08576, section 5). Parameters and buffers stay the same objects, so that an
+    optimizer made before goes on with them.
+
+    Args:
+        model: Pruned by :func:`force_plugin.force_prune` or any other method of
+            :mod:`torch.nn.utils.prune`, made permanent or not; changed in place.
+        fresh: The same network with other values, not pruned; it stays as it is.
+
+    Raises:
+        TypeError: ``model`` or ``fresh`` is no module.
+        ValueError: Nothing is pruned in ``model``, or something is in ``fresh``, names
+            or shapes of parameters or buffers differ, or there are no values yet (a
+            lazy module, the meta device), or only a part of them (a sharded model); the
+            model is unchanged.
+    """
+    weights, new = named_parameters(model), named_parameters(fresh)
+    kept = {
+        (module, name): pruned_so_far(module, name)
+        for weight in weights.values()
+        for module, name in weight.owners
+    }
+    if all(mask is None for mask in kept.values()):
+        raise ValueError(
+            "model: expected one that is pruned, got one without masks; prune it "
+            "first, with force_prune or apply_masks"
+        )
+    if any(
+        pruned_so_far(*owner) is not None
+        for weight in new.values()
+        for owner in weight.owners
+    ):
+        raise ValueError(
+            "fresh: expected a model that is not pruned, got one with masks; make "
+            "another, as the model itself was made"
+        )
+    values = {name: weight.dense for name, weight in weights.items()}
+    pairs = _matched(values, {name: weight.dense for name, weight in new.items()})
+    pairs += _matched(_buffers(model), _buffers(fresh))
+    for old, value in pairs:
+        old.copy_(value)
+    for (module, name), mask in kept.items():
+        hook = find_hook(module, name)
+        if hook is not None:
+            shown = hook.apply_mask(module)  # type: ignore[no-untyped-call]
+            setattr(module, name, shown.detach())
+        elif mask is not None:
+            getattr(module, name).masked_fill_(~mask, 0)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """All buffers but masks."""
+    masks = {
+        id(module._buffers[f"{name}_mask"])
+        for weight in named_parameters(model).values()
+        for module, name in weight.owners
+        if find_hook(module, name) is not None
+    }
+    return {name: b for name, b in model.named_buffers() if id(b) not in masks}
+
+
+def _matched(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of the same names, which must have the same shapes."""
+    strange = [name for name in (*old, *new) if (name in old) != (name in new)]
+    if strange:
+        raise ValueError(
+            "fresh: expected the same network as the model, but only one of the two "
+            f"has {name_some(strange)}"
+        )
+    for name, tensor in old.items():
+        for which, one in (("model", tensor), ("fresh", new[name])):
+            if is_lazy(one) or one.is_meta:
+                raise ValueError(f"{which}: {name} has no values yet")
+            if is_sharded(one):
+                raise ValueError(
+                    f"{which}: expected one that is not sharded, but {name} is; give "
+                    "it new values before fully_shard is called"
+                )
+        if tensor.shape != new[name].shape:
+            raise ValueError(
+                f"fresh: expected the same network as the model, but {name} is "
+                f"{tuple(new[name].shape)} instead of {tuple(tensor.shape)}"
+            )
+    return [(tensor, new[name]) for name, tensor in old.items()]
