@@ -218,7 +218,7 @@ class _Compaction:
                 return "the outputs would have other shapes"
             for one, other in zip(found, expected, strict=True):
                 if not (off := distance(one, other)) <= TOLERANCE:
-                    return f"an output would change by {off:.3g}"
+                    return f"an output would change by {off:.3g} of the largest"
         return None
 
     def _cut_off(self) -> dict[str, Tensor]:

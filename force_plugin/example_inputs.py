@@ -91,9 +91,15 @@ def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two outputs, as a share of the largest if above 1."""
+    """The largest difference of two outputs, as a share of the largest of the other.
+
+    A network at its initialisation may well have outputs of 1e-20 in evaluation mode.
+    """
     if not one.numel():
         return 0.0
     off = (one - other).abs().masked_fill(one == other, 0)  # infinities may be meant
     finite = other.masked_fill(~other.isfinite(), 0)
-    return float(off.max()) / max(float(finite.abs().max()), 1.0)
+    return float(off.max()) / max(float(finite.abs().max()), _SMALLEST)
+
+
+_SMALLEST = 1e-290  # below, even float64 has fewer digits than TOLERANCE asks for

@@ -1131,6 +1131,27 @@ def test_sets_that_cannot_be_cut_stay_beside_those_that_can() -> None:
     assert_same(model, small, vectors())
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_small_outputs_are_compared_as_strictly_as_large_ones(scale: float) -> None:
+    layers = [nn.Linear(8, 8, bias=False) for _ in range(12)]
+
+    def share(m: Any, x: Tensor) -> Tensor:
+        for layer in m[:-1]:
+            x = torch.relu(layer(x))
+        return m[-1](x / x.shape[1])
+
+    model = Wrapped(share, *layers, nn.Linear(8, 3, bias=False))
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(scale * torch.rand(8, 8))
+    without(layers[-1], rows=[0, 1])
+    assert (float(outputs(model.double(), vectors(8))[0].abs().max()) > 1e-10) == (
+        scale == 1
+    )
+    with unchanged(model), pytest.raises(RuntimeError, match=r"change by 0\.333"):
+        shrink(model, vectors(8))
+
+
 # What stays, and what is left when all is cut off.
 
 
