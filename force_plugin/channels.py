@@ -160,6 +160,8 @@ class Graph:
     Args:
         model: A model that may be changed, as :func:`plain_copy` makes it.
         inputs: What it is called with.
+        sets: The sets of another copy, which it takes a while to find. Default: they
+            are looked for.
 
     Attributes:
         model: As given; :meth:`cut` takes channels out of it.
@@ -169,7 +171,12 @@ class Graph:
         RuntimeError: torch-pruning cannot trace the model.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:  # noqa: D107
+    def __init__(  # noqa: D107
+        self,
+        model: nn.Module,
+        inputs: Any,
+        sets: Mapping[str, Channels] | None = None,
+    ) -> None:
         self.model = model
         self._names = {module: name for name, module in model.named_modules()}
         for module, name in self._names.items():
@@ -184,13 +191,14 @@ class Graph:
                 warnings.simplefilter("ignore")
                 self._graph = trace(model, inputs)
                 self._patience = Patience(self._graph)
-                groups = list(map(self._patience.renew, self._graph.get_all_groups()))
+                groups = self._graph.get_all_groups() if sets is None else ()
+                groups = list(map(self._patience.renew, groups))
         except Exception as error:
             raise RuntimeError(
                 f"torch-pruning cannot trace {type(model).__name__}: "
                 f"{type(error).__name__}: {error}. The model is as it was"
             ) from error
-        self.sets = {one.name: one for one in map(self._describe, groups)}
+        self.sets = sets or {one.name: one for one in map(self._describe, groups)}
         self._splits = list(self._find_splits())
 
     def cut(self, removed: Mapping[str, Tensor]) -> None:
@@ -401,12 +409,9 @@ class Surgery:
     def __init__(self, plain: nn.Module, inputs: Any) -> None:  # noqa: D107
         self._plain = plain
         self._inputs = inputs
-        graph = self._graph()
+        graph = Graph(copy.deepcopy(plain), inputs)
         self.sets = graph.sets
         graph.close()
-
-    def _graph(self) -> Graph:
-        return Graph(copy.deepcopy(self._plain), self._inputs)
 
     def cut(self, removed: Mapping[str, Tensor]) -> nn.Module:
         """A copy without these channels.
@@ -417,7 +422,7 @@ class Surgery:
         Raises:
             RuntimeError: Others would go with them.
         """
-        graph = self._graph()
+        graph = Graph(copy.deepcopy(self._plain), self._inputs, self.sets)
         number_values(graph.model)
         try:
             graph.cut(removed)
