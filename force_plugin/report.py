@@ -205,8 +205,8 @@ class SparsityReport:
             title: Default: ``None``, no title.
 
         Returns:
-            The figure, 7 inches wide. It is not registered with pyplot: no window
-            opens and nothing has to be closed.
+            The figure, 7 inches wide, which a notebook shows. It is not registered
+            with pyplot: no window opens and nothing has to be closed.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -217,7 +217,7 @@ class SparsityReport:
                 the suffix of ``path`` is no format that matplotlib writes.
         """
         try:
-            from matplotlib.figure import Figure
+            from force_plugin.figure import ShownFigure
         except ImportError as error:
             raise ImportError(
                 "plot() needs matplotlib: pip install matplotlib"
@@ -242,7 +242,7 @@ class SparsityReport:
         for label, other in curves[1:]:
             _check_same_layers(self, other, label)
 
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        figure = ShownFigure(figsize=(7, 3.5), layout="constrained")
         _draw(figure, curves)
         # The legend holds the title: matplotlib would lay a suptitle over the legend.
         figure.legend(

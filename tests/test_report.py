@@ -226,6 +226,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, package: str, call: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "force_plugin.figure", raising=False)
     name = package.partition(".")[0]
     with pytest.raises(ImportError, match=rf"{call}\(\) needs .*pip install {name}"):
         getattr(make_report(), call)()
@@ -376,6 +377,12 @@ def test_there_is_no_title_unless_one_is_given() -> None:
         for title in (None, "ResNet-50")
     ]
     assert titles == ["", "ResNet-50"]
+
+
+def test_a_notebook_shows_the_figure() -> None:
+    figure = make_report().plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert len(figure._repr_png_()) > 5000
 
 
 def test_pyplot_does_not_know_of_the_figure(tmp_path: Path) -> None:
