@@ -122,7 +122,7 @@ def through_a_file(thing: Any, weights_only: bool = True) -> Any:
 class ByHand(nn.Module):
     """A dense model whose weights are multiplied by masks in every forward."""
 
-    def __init__(self, model: nn.Module, masks: Masks) -> None:  # noqa: D107
+    def __init__(self, model: nn.Module, masks: Masks) -> None:
         super().__init__()
         self.model, self.masks = model, masks
 
@@ -145,7 +145,7 @@ class Case:
         hold: Makes one of a dense model whose zeros come from a pruning.
     """
 
-    def __init__(  # noqa: D107 (the class has it)
+    def __init__(
         self,
         masks: Masks,
         batch: Batch,
@@ -207,7 +207,7 @@ class Training:
         masks: What is pruned in it, where it is not what is in all of its kind.
     """
 
-    def __init__(  # noqa: D107 (the class has it)
+    def __init__(
         self,
         case: Case,
         model: nn.Module,

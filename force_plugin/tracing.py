@@ -44,6 +44,8 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
         for node in module2node.values():
             if node.type == tp.ops.OPTYPE.RESHAPE and not _flattens(node):
                 node.type = tp.ops.OPTYPE.ELEMENTWISE
+            elif node.type == tp.ops.OPTYPE.EXPAND and not _repeats(node):
+                node.enable_index_mapping = False
             elif node.type == tp.ops.OPTYPE.CONCAT:
                 node.module.concat_sizes = _sizes_of_parts(node)
             elif node.type == tp.ops.OPTYPE.SPLIT:
@@ -63,6 +65,18 @@ def _flattens(node: Any) -> bool:
         return len(sizes) == 2
     width = math.prod(sizes[1:])
     return sizes[1] < width and width in _widths_after(node)
+
+
+def _repeats(node: Any) -> bool:
+    """Whether an expansion is one: a product of matrices has it for nothing.
+
+    torch-pruning takes each of five axes for one that repeats the heads of keys, and
+    divides by 0.
+    """
+    before = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
+    if before is None or not hasattr(node.grad_fn, "_input_metadata"):
+        return True
+    return list(before) != list(node.grad_fn._input_metadata[0].shape)
 
 
 def _sizes_of_parts(node: Any) -> list[int] | None:

@@ -869,6 +869,17 @@ def test_a_head_that_nobody_reads_goes() -> None:
     assert_same(model, small, inputs)
 
 
+def test_attention_over_five_axes_is_no_obstacle_to_what_is_beside_it() -> None:
+    torch.manual_seed(0)
+    block = timm.models.nest.TransformerLayer(16, num_heads=4)
+    model = nn.Sequential(nn.Linear(6, 16), block, nn.Linear(16, 3)).double()
+    inputs = torch.randn(2, 3, 5, 6).double()  # the parts of an image are an axis
+    without(block.mlp.fc2, columns=[0, 1, 5])
+    small = shrink(model, inputs)
+    assert small[1].mlp.fc1.out_features == 61
+    assert_same(model, small, inputs)
+
+
 def test_a_head_stays_for_one_channel_that_is_read() -> None:
     model, inputs = attention(), torch.randn(2, 5, 6).double()
     without(model[2].proj, columns=[4, 5, 6, 8, 9, 10, 11])
