@@ -8,6 +8,7 @@ normalisations, is what the dependency graph of torch-pruning finds out (Fang et
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -455,24 +456,28 @@ class Surgery:
         Returns:
             The sets that can, all at once; and what is wrong without each other one.
         """
+        # The same layers of many blocks stand side by side: mostly all can, or none.
+        names = [name for name in wanted if wanted[name].any()]
+        names.sort(key=lambda name: re.sub(r"\d+", "", name))
+        good: list[str] = []
         problems: dict[str, str] = {}
-
-        def search(names: Sequence[str], good: list[str]) -> list[str]:
-            tried = {name: wanted[name] for name in (*good, *names)}
+        size = len(names)
+        while names:
+            tried = {name: wanted[name] for name in (*good, *names[:size])}
             try:
-                problem = check(self.cut(tried), tried) if names else None
+                problem = check(self.cut(tried), tried)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
+            if problem is not None and size > 1:
+                size //= 2
+                continue
             if problem is None:
-                return [*good, *names]
-            if len(names) == 1:
+                good += names[:size]
+            else:
                 problems[names[0]] = problem
-                return good
-            half = len(names) // 2
-            return search(names[half:], search(names[:half], good))
-
-        found = search([name for name in wanted if wanted[name].any()], [])
-        return {name: wanted[name] for name in found}, problems
+            del names[:size]
+            size = min(len(names), size if problem else 2 * size)
+        return {name: wanted[name] for name in good}, problems
 
 
 def _ancestors(name: str) -> list[str]:
