@@ -178,7 +178,7 @@ def table(results: list[dict[str, Any]]) -> str:
             mark = " ✂" if one["disconnected"] else ""
             off = max(one["distance"], one["distance_opened"], one["distance_loaded"])
             cells += [f"{after / before:.3f}{mark}", f"{off:.0e}"]
-            reasons += map(short, one["warnings"])
+            reasons += [short(w) for w in one["warnings"] if "disconnected" not in w]
         rows.append(cells)
         notes += [f"- {name}: {reason}" for reason in dict.fromkeys(reasons)][:1]
     lines = [f"| {' | '.join(row)} |" for row in rows]
