@@ -459,11 +459,12 @@ class Surgery:
         # The same layers of many blocks stand side by side: mostly all can, or none.
         names = [name for name in wanted if wanted[name].any()]
         names.sort(key=lambda name: re.sub(r"\d+", "", name))
-        good: list[str] = []
+        good: set[str] = set()
         problems: dict[str, str] = {}
         size = len(names)
         while names:
-            tried = {name: wanted[name] for name in (*good, *names[:size])}
+            some = good.union(names[:size])
+            tried = {name: one for name, one in wanted.items() if name in some}
             try:
                 problem = check(self.cut(tried), tried)
             except Exception as error:
@@ -472,12 +473,12 @@ class Surgery:
                 size //= 2
                 continue
             if problem is None:
-                good += names[:size]
+                good = some
             else:
                 problems[names[0]] = problem
             del names[:size]
             size = min(len(names), size if problem else 2 * size)
-        return {name: wanted[name] for name in good}, problems
+        return {name: one for name, one in wanted.items() if name in good}, problems
 
 
 def _ancestors(name: str) -> list[str]:
