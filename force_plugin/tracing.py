@@ -68,15 +68,16 @@ def _flattens(node: Any) -> bool:
 
 
 def _repeats(node: Any) -> bool:
-    """Whether an expansion is one: a product of matrices has it for nothing.
+    """Whether an expansion of five axes repeats the heads of keys, along the third.
 
-    torch-pruning takes each of five axes for one that repeats the heads of keys, and
-    divides by 0.
+    torch-pruning takes each for one, and divides by 0. A product of matrices has one
+    that changes nothing.
     """
-    before = getattr(node.grad_fn, "_saved_self_sym_sizes", None)
-    if before is None or not hasattr(node.grad_fn, "_input_metadata"):
+    before = list(getattr(node.grad_fn, "_saved_self_sym_sizes", []))
+    if len(before) != 5 or not hasattr(node.grad_fn, "_input_metadata"):
         return True
-    return list(before) != list(node.grad_fn._input_metadata[0].shape)
+    after = list(node.grad_fn._input_metadata[0].shape)
+    return bool(after[2] != before[2])
 
 
 def _sizes_of_parts(node: Any) -> list[int] | None:

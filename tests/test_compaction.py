@@ -880,6 +880,19 @@ def test_attention_over_five_axes_is_no_obstacle_to_what_is_beside_it() -> None:
     assert_same(model, small, inputs)
 
 
+def test_samples_may_be_repeated_on_the_way() -> None:
+    model = Wrapped(
+        lambda m, x: m[1](torch.relu(m[0](x)).repeat_interleave(2, dim=0)),
+        nn.Linear(6, 8, bias=False),
+        nn.Linear(8, 3),
+    )
+    inputs = torch.randn(4, 2, 2, 6).double()
+    without(model.layers[0], rows=[0, 1])
+    small = shrink(model, inputs)
+    assert small.layers[0].out_features == 6
+    assert_same(model, small, inputs)
+
+
 def test_a_head_stays_for_one_channel_that_is_read() -> None:
     model, inputs = attention(), torch.randn(2, 5, 6).double()
     without(model[2].proj, columns=[4, 5, 6, 8, 9, 10, 11])
