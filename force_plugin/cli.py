@@ -116,6 +116,7 @@ def _process_group() -> Iterator[Ranks]:
     """The processes of a ``torchrun``, or this one by itself."""
     # Other launchers set WORLD_SIZE alone, and mean machines.
     several = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = several and not dist.is_initialized()  # a script may call main() often
     if several:
         dist.init_process_group()  # gloo for tensors on a CPU, NCCL for those on GPUs
     try:
