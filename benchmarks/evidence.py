@@ -1,0 +1,384 @@
+"""The study: what pruning at initialisation is worth, trained.
+
+    python benchmarks/evidence.py                   # resumes where it stopped
+    python benchmarks/evidence.py --preset gpu      # larger networks, more epochs
+    python benchmarks/evidence.py --preset digits --seeds 0 --questions methods
+    python benchmarks/evidence_plots.py             # tables and plots of the results
+
+Each run makes a network, prunes it, trains it and tests it. A seed fixes the initial
+weights, the batches that are scored and the order of those that are trained on, the
+same for all methods. The questions:
+
+methods  Accuracy against sparsity, by method.
+steps    FORCE and Iter SNIP in few and many steps T, on both schedules.
+batches  SNIP and GraSP, which score once, with more batches.
+sanity   The same masks shuffled within each layer, and the same masks with new initial
+         values (Frankle et al. 2021, arXiv 2009.08576).
+
+Each run also measures what FORCE maximises, the foresight connection sensitivity of de
+Jorge et al. 2021 (arXiv 2006.09081, equation 4): the sum of |weight * gradient| over
+the weights that stay, at the network that is left, here on ten batches.
+
+The data are all of Fashion-MNIST: ``apt-get install dataset-fashion-mnist`` on Debian,
+or torchvision's folder given as ``--data``. The preset ``cpu`` is made for two cores
+and some hours, ``digits`` takes scikit-learn's and is a trial. A finished run is a
+line of JSON in ``--out`` and is not run again; Ctrl-C loses the current ones only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from open_gates import DEBIAN, read_idx
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from force_plugin import (
+    apply_masks,
+    force_prune,
+    get_masks,
+    reinitialise,
+    saliency,
+    shuffle_masks,
+)
+from force_plugin.zoo import digits
+
+Result = dict[str, Any]
+
+# What the papers and their authors' code take; SNIP-MB and GraSP-MB see as many batches
+# in their one step as FORCE does in its 60.
+METHODS: dict[str, dict[str, Any]] = {
+    "force": {"method": "force", "steps": 60},
+    "iter_snip": {"method": "iter_snip", "steps": 60},
+    "snip": {"method": "snip"},
+    "snip_mb": {"method": "snip", "batches": 60},
+    "grasp": {"method": "grasp"},
+    "grasp_mb": {"method": "grasp", "batches": 60},
+    "grasp_it": {"method": "grasp_it", "steps": 60},
+    "synflow": {"method": "synflow", "steps": 100},
+    "snip_it": {"method": "snip_it"},
+    "magnitude": {"method": "magnitude"},
+    "random": {"method": "random"},
+}
+SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+STEPS = (1, 2, 5, 10, 20, 60, 120)
+BATCHES = (1, 3, 10, 30, 60, 200)
+CHECKED = ("force", "iter_snip", "snip", "grasp", "synflow", "magnitude")
+QUESTIONS = ("methods", "steps", "batches", "sanity")
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that decides the result of one training."""
+
+    preset: str
+    network: str
+    seed: int = 0
+    sparsity: float = 0.0
+    method: str = "dense"
+    steps: int = 1
+    schedule: str = "exponential"
+    batches: int = 1
+    mask: str = "own"  # or "shuffled", or "reinitialised": the values, under the mask
+
+    def __str__(self) -> str:
+        parts = [self.network, f"seed {self.seed}", self.method]
+        if self.sparsity:
+            parts += [f"{self.sparsity:.1%}", f"{self.steps} steps {self.schedule}"]
+            parts += [f"{self.batches} batches", self.mask]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How networks are trained, by SGD with momentum on a single cycle."""
+
+    data: str
+    networks: tuple[str, ...]
+    epochs: int
+    batch: int = 128
+    lr: float = 0.1
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+PRESETS = {
+    "cpu": Preset("fashion", ("resnet_small", "vgg_small"), epochs=2),
+    "gpu": Preset("fashion", ("resnet18", "vgg16"), epochs=30, seeds=(0, 1, 2, 3, 4)),
+    "digits": Preset("digits", ("resnet_small", "vgg_small"), epochs=12),
+}
+
+
+def make(network: str, seed: int) -> nn.Module:
+    """A network for grey images of 28x28 and 10 classes, without closed gates."""
+    torch.manual_seed(seed)
+    if network == "resnet18":
+        return resnet(layers=(2, 2, 2, 2), channels=(64, 128, 256, 512))
+    if network == "resnet_small":
+        return resnet(layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
+    if network == "vgg16":
+        return vgg(64, 64, 0, 128, 128, 0, *(256,) * 3, 0, *(512,) * 3, 0, *(512,) * 3)
+    return vgg(16, 0, 32, 0, 64, 64, 0, 128, 128, 0, 256, 256)
+
+
+def resnet(**widths: Any) -> nn.Module:
+    return timm.create_model(
+        "resnet18", num_classes=10, in_chans=1, zero_init_last=False, **widths
+    )
+
+
+def vgg(*widths: int) -> nn.Module:
+    """Convolutions with batch normalisation, 0 for a pooling, and a linear layer."""
+    layers: list[nn.Module] = []
+    channels = 1
+    for width in widths:
+        if width == 0:
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            continue
+        convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    head = nn.Linear(channels, 10)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+class Batches:
+    """Shuffled batches of tensors, in another order each time, whole ones only."""
+
+    def __init__(self, images: Tensor, targets: Tensor, size: int, seed: int) -> None:
+        self.data, self.size = (images, targets), size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.data[1]) // self.size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.data[1]), generator=self.generator)
+        for number in range(len(self)):
+            places = order[number * self.size : (number + 1) * self.size]
+            images, targets = (part[places] for part in self.data)
+            yield images.contiguous(memory_format=torch.channels_last), targets
+
+
+def load(data: str, folder: Path, device: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Normalised grey images of 28x28 and their classes, to train on and to test."""
+    parts = {}
+    if data == "digits":
+        for name, part in zip(("train", "test"), digits(28, channels=1), strict=True):
+            images = torch.stack([part[i][0] for i in range(len(part))])
+            parts[name] = images.to(device), part.targets.to(device)
+        return parts
+    for name, file in (("train", "train"), ("test", "t10k")):
+        pixels = read_idx(folder, f"{file}-images-idx3-ubyte")[:, None]
+        targets = read_idx(folder, f"{file}-labels-idx1-ubyte").long()
+        # Mean and standard deviation of the training images.
+        parts[name] = ((pixels / 255 - 0.2860) / 0.3530).to(device), targets.to(device)
+    return parts
+
+
+def train(model: nn.Module, batches: Batches, preset: Preset) -> None:
+    """Nothing in here knows that the model is pruned."""
+    optimizer = torch.optim.SGD(
+        model.parameters(), preset.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=preset.lr, total_steps=preset.epochs * len(batches)
+    )
+    model.train()
+    for _ in range(preset.epochs):
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
+    model.eval()
+    pairs = zip(images.split(500), targets.split(500), strict=True)
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(targets)
+
+
+def sensitivity(model: nn.Module, batches: Batches) -> float:
+    """What FORCE maximises: the sum of its saliencies over the weights that stay."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers whose saliency is 0
+        try:
+            scores = saliency(model, batches, "force", batches=min(10, len(batches)))
+        except RuntimeError:  # no gradient passes: the network is disconnected
+            return 0.0
+    return sum(float(scores[n][mask].sum()) for n, mask in get_masks(model).items())
+
+
+def execute(run: Run) -> Result:
+    """Prune, train and test one network."""
+    preset, device = PRESETS[run.preset], _shared["device"]
+    start = time.perf_counter()
+    model = make(run.network, run.seed)
+    model = model.to(device, memory_format=torch.channels_last)
+
+    def batches(offset: int) -> Batches:
+        return Batches(*_shared["train"], preset.batch, 10 * run.seed + offset)
+
+    result: Result = {}
+    if run.sparsity:
+        report = force_prune(
+            model,
+            batches(0),
+            run.sparsity,
+            method=run.method,
+            steps=run.steps,
+            schedule=run.schedule,
+            batches=run.batches,
+            on_collapse="warn",
+            progress=False,
+        )
+        result["disconnected"] = any("disconnected" in w for w in report.warnings)
+        if run.mask == "shuffled":
+            masks = shuffle_masks(get_masks(model))
+            model = make(run.network, run.seed)
+            apply_masks(model.to(device, memory_format=torch.channels_last), masks)
+        elif run.mask == "reinitialised":
+            reinitialise(model, make(run.network, 1000 + run.seed))
+        result["kept"] = {layer.name: layer.kept for layer in report.layers}
+        result["weights"] = {layer.name: layer.total for layer in report.layers}
+        result["sensitivity"] = sensitivity(model, batches(2))
+    pruned = time.perf_counter()
+    train(model, batches(1), preset)
+    trained = time.perf_counter()
+    return result | {
+        "accuracy": accuracy(model, *_shared["test"]),
+        "seconds_pruning": round(pruned - start, 1),
+        "seconds_training": round(trained - pruned, 1),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def plan(preset: str, seeds: list[int], questions: list[str]) -> list[Run]:
+    """All runs, a seed at a time, each once."""
+    runs: list[Run] = []
+    for seed in seeds:
+        for network in PRESETS[preset].networks:
+            dense = Run(preset, network, seed)
+            methods = {
+                name: replace(dense, **options) for name, options in METHODS.items()
+            }
+            if "methods" in questions:
+                runs.append(dense)
+                runs += [
+                    replace(run, sparsity=sparsity)
+                    for sparsity in SPARSITIES
+                    for run in methods.values()
+                ]
+            if network != PRESETS[preset].networks[0]:
+                continue  # the others are asked of one network
+            if "steps" in questions:
+                runs += [
+                    replace(
+                        methods[name], sparsity=0.99, steps=steps, schedule=schedule
+                    )
+                    for name in ("force", "iter_snip")
+                    for steps in STEPS
+                    for schedule in ("exponential", "linear")
+                ]
+            if "batches" in questions:
+                runs += [
+                    replace(methods[name], sparsity=0.99, batches=batches)
+                    for name in ("snip", "grasp")
+                    for batches in BATCHES
+                ]
+            if "sanity" in questions:
+                runs += [
+                    replace(methods[name], sparsity=sparsity, mask=mask)
+                    for name in CHECKED
+                    for sparsity in (0.95, 0.99)
+                    for mask in ("own", "shuffled", "reinitialised")
+                ]
+    return list(dict.fromkeys(runs))
+
+
+def read(path: Path) -> dict[Run, Result]:
+    """The results so far."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = map(json.loads, lines)
+    return {Run(**record.pop("run")): record for record in records}
+
+
+_shared: dict[str, Any] = {}
+
+
+def prepare(data: str, folder: Path, device: str, threads: int) -> None:
+    """What a process holds for all its runs."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore", UserWarning)  # what matters of them is stored
+    _shared.update(load(data, folder, device), device=device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
+    parser.add_argument("--data", type=Path, default=DEBIAN, help=f"default: {DEBIAN}")
+    parser.add_argument(
+        "--processes", type=int, help="runs at once (default: a core each)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_suffix(".jsonl")
+    )
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]
+    if preset.data == "fashion" and not args.data.is_dir():
+        parser.error(
+            f"--data: expected the folder of Fashion-MNIST, {args.data} is none; "
+            "apt-get install dataset-fashion-mnist, or --preset digits"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = os.cpu_count() or 1
+    processes = args.processes or (1 if device == "cuda" else cores)
+    done = read(args.out)
+    runs = plan(args.preset, list(args.seeds or preset.seeds), args.questions)
+    todo = [run for run in runs if run not in done]
+    print(f"{len(todo)} of {len(runs)} runs to do", file=sys.stderr, flush=True)
+    pool = ProcessPoolExecutor(
+        processes,
+        get_context("spawn"),
+        prepare,
+        (preset.data, args.data, device, max(1, cores // processes)),
+    )
+    try:
+        futures = {pool.submit(execute, run): run for run in todo}
+        bar = tqdm(as_completed(futures), "runs", len(todo), disable=None)
+        for future in bar:
+            run, result = futures[future], future.result()
+            with args.out.open("a") as file:
+                file.write(json.dumps({"run": asdict(run)} | result) + "\n")
+            bar.write(f"{run}: {result['accuracy']:.2%}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; the same command does the rest", file=sys.stderr)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()
