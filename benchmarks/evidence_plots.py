@@ -106,6 +106,13 @@ def finished(figure: Any, axis: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def log_axis(axis: Any, values: tuple[int, ...], label: str) -> None:
+    axis.set_xscale("log")
+    axis.set_xticks(values, values)
+    axis.minorticks_off()
+    axis.set_xlabel(label)
+
+
 def line(axis: Any, xs: list[Any], found: list[Results], **options: Any) -> None:
     points = [(x, accuracies(some)) for x, some in zip(xs, found, strict=True) if some]
     if points:
@@ -190,10 +197,7 @@ def steps(results: Results, networks: list[str], to: Path) -> str:
             label = f"{method}, {kind}"
             line(axis, STEPS, found, label=label, color=COLORS[method], ls=style)
             rows.append([method, kind, *(spread(accuracies(f)) for f in found)])
-    axis.set_xscale("log")
-    axis.set_xticks(STEPS, STEPS)
-    axis.minorticks_off()
-    axis.set_xlabel("steps T")
+    log_axis(axis, STEPS, "steps T")
     finished(figure, axis, to / "steps.png")
     return aligned(rows)
 
@@ -207,10 +211,7 @@ def batches(results: Results, networks: list[str], to: Path) -> str:
         found = [where(own, method=method, batches=batches) for batches in BATCHES]
         line(axis, BATCHES, found, label=method, color=COLORS[method])
         rows.append([method, *(spread(accuracies(f)) for f in found)])
-    axis.set_xscale("log")
-    axis.set_xticks(BATCHES, BATCHES)
-    axis.minorticks_off()
-    axis.set_xlabel("batches of 128")
+    log_axis(axis, BATCHES, "batches of 128")
     finished(figure, axis, to / "batches.png")
     return aligned(rows)
 
