@@ -1,4 +1,4 @@
-"""The code in the README runs."""
+"""The code in the README runs, and that of pages that are read from top to bottom."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import pytest
 import timm
 import torch
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+from force_plugin import METHODS, force_prune
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks_of(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = blocks_of(README)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -34,7 +43,31 @@ def test_a_block_of_the_readme_runs(
     exec(code, scope)
 
 
-def test_the_methods_table_names_every_method() -> None:
-    from force_plugin import METHODS
+def test_checkpoints_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 64, 64)
+    model = timm.create_model("test_resnet", num_classes=10)
+    force_prune(model, [(images, torch.arange(4))], 0.9, steps=3, progress=False)
+    scope = {"model": model, "example_inputs": images}
+    page = (ROOT / "docs" / "howto" / "checkpoints.md").read_text(encoding="utf-8")
+    expected = model.eval()(images)
+    for block in blocks_of(page):
+        exec(block.replace("resnet50", "test_resnet"), scope)
+        scope["model"].eval()
+        torch.testing.assert_close(scope["model"](images), expected, rtol=0, atol=1e-5)
+    assert len(blocks_of(page)) == 4
 
-    assert re.findall(r'^\| `"(\w+)"` \|', README, flags=re.MULTILINE) == list(METHODS)
+
+def test_the_method_that_contributing_adds_works() -> None:
+    scope: dict[str, object] = {}
+    for block in blocks_of((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        exec(block, scope)
+    (test,) = (value for name, value in scope.items() if name.startswith("test_"))
+    test()
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/methods.md"])
+def test_the_methods_table_names_every_method(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert re.findall(r'^\| `"(\w+)"` \|', text, flags=re.MULTILINE) == list(METHODS)
