@@ -339,6 +339,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     parser.add_argument("--data", type=Path, default=DEBIAN, help=f"default: {DEBIAN}")
     parser.add_argument(
         "--processes", type=int, help="runs at once (default: a core each)"
@@ -358,6 +359,9 @@ def main() -> None:
     processes = args.processes or (1 if device == "cuda" else cores)
     done = read(args.out)
     runs = plan(args.preset, list(args.seeds or preset.seeds), args.questions)
+    if args.methods:
+        names = {METHODS[name]["method"] for name in args.methods}
+        runs = [run for run in runs if run.method in names]
     todo = [run for run in runs if run not in done]
     print(f"{len(todo)} of {len(runs)} runs to do", file=sys.stderr, flush=True)
     pool = ProcessPoolExecutor(
