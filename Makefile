@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench ci clean
+.PHONY: demo test lint docs bench ci dist clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,9 @@ bench: .venv/.installed
 
 ci:
 	.ci/run
+
+dist:
+	.ci/dist
 
 clean:
 	rm -rf .venv build dist docs/_build runs *.egg-info
