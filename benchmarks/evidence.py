@@ -1,6 +1,7 @@
 """The study: what pruning at initialisation is worth, trained.
 
     python benchmarks/evidence.py                   # resumes where it stopped
+    python benchmarks/evidence.py --preset long     # ten epochs, one sparsity
     python benchmarks/evidence.py --preset gpu      # larger networks, more epochs
     python benchmarks/evidence.py --preset digits --seeds 0 --questions methods
     python benchmarks/evidence_plots.py             # tables and plots of the results
@@ -21,9 +22,10 @@ the weights that stay, at the network that is left, here on ten batches.
 
 The data are all of Fashion-MNIST: ``apt-get install dataset-fashion-mnist`` on Debian,
 or torchvision's folder given as ``--data``. The preset ``cpu`` trains small networks
-for an epoch, 576 runs of half a minute, so that two cores do it in some two hours;
-``digits`` takes scikit-learn's and is a trial. A finished run is a line of JSON in
-``--out`` and is not run again; Ctrl-C loses the current ones only.
+for an epoch, 576 runs of half a minute, so that two cores do it in two to three hours;
+``long`` asks whether ten epochs tell another story, in one more hour; ``digits`` takes
+scikit-learn's and is a trial. A finished run is a line of JSON in ``--out`` and is not
+run again; Ctrl-C loses the current ones only.
 """
 
 from __future__ import annotations
@@ -114,10 +116,19 @@ class Preset:
     batch: int = 128
     lr: float = 0.1
     seeds: tuple[int, ...] = (0, 1, 2)
+    sparsities: tuple[float, ...] = SPARSITIES
+    questions: tuple[str, ...] = QUESTIONS
 
 
 PRESETS = {
     "cpu": Preset("fashion", ("resnet_small", "vgg_small"), epochs=1),
+    "long": Preset(
+        "fashion",
+        ("resnet_small",),
+        epochs=10,
+        sparsities=(0.99,),
+        questions=("methods",),
+    ),
     "gpu": Preset("fashion", ("resnet18", "vgg16"), epochs=30, seeds=(0, 1, 2, 3, 4)),
     "digits": Preset("digits", ("resnet_small", "vgg_small"), epochs=12),
 }
@@ -287,7 +298,7 @@ def plan(preset: str, seeds: list[int], questions: list[str]) -> list[Run]:
                 runs.append(dense)
                 runs += [
                     replace(run, sparsity=sparsity)
-                    for sparsity in SPARSITIES
+                    for sparsity in PRESETS[preset].sparsities
                     for run in methods.values()
                 ]
             if network != PRESETS[preset].networks[0]:
@@ -339,7 +350,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     parser.add_argument("--data", type=Path, default=DEBIAN, help=f"default: {DEBIAN}")
@@ -360,7 +371,8 @@ def main() -> None:
     cores = os.cpu_count() or 1
     processes = args.processes or (1 if device == "cuda" else cores)
     done = read(args.out)
-    runs = plan(args.preset, list(args.seeds or preset.seeds), args.questions)
+    questions = args.questions or list(preset.questions)
+    runs = plan(args.preset, list(args.seeds or preset.seeds), questions)
     if args.methods:
         names = {METHODS[name]["method"] for name in args.methods}
         runs = [run for run in runs if run.method in names]
