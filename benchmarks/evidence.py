@@ -130,7 +130,7 @@ PRESETS = {
         questions=("methods",),
     ),
     "gpu": Preset("fashion", ("resnet18", "vgg16"), epochs=30, seeds=(0, 1, 2, 3, 4)),
-    "digits": Preset("digits", ("resnet_small", "vgg_small"), epochs=12),
+    "digits": Preset("digits", ("resnet_small", "vgg_small"), epochs=6),
 }
 
 
@@ -167,6 +167,13 @@ def vgg(*widths: int) -> nn.Module:
         channels = width
     head = nn.Linear(channels, 10)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def layers_of(network: str) -> dict[str, int]:
+    """Names of the layers that are pruned, and how many weights each has."""
+    modules = make(network, seed=0).named_modules()
+    kinds = (nn.Conv2d, nn.Linear)
+    return {f"{n}.weight": m.weight.numel() for n, m in modules if isinstance(m, kinds)}
 
 
 class Batches:
@@ -268,8 +275,7 @@ def execute(run: Run) -> Result:
             apply_masks(model.to(device, memory_format=torch.channels_last), masks)
         elif run.mask == "reinitialised":
             reinitialise(model, make(run.network, 1000 + run.seed))
-        result["kept"] = {layer.name: layer.kept for layer in report.layers}
-        result["weights"] = {layer.name: layer.total for layer in report.layers}
+        result["kept"] = [layer.kept for layer in report.layers]  # as in layers_of
         result["sensitivity"] = sensitivity(model, batches(2))
     pruned = time.perf_counter()
     train(model, batches(1), preset)

@@ -20,7 +20,17 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from evidence import BATCHES, CHECKED, METHODS, PRESETS, STEPS, Result, Run, read
+from evidence import (
+    BATCHES,
+    CHECKED,
+    METHODS,
+    PRESETS,
+    STEPS,
+    Result,
+    Run,
+    layers_of,
+    read,
+)
 from scipy.stats import t
 
 Results = dict[Run, Result]
@@ -222,17 +232,13 @@ def layers(results: Results, networks: list[str], to: Path) -> str:
     rows = [["network", "layer", "weights", *METHODS]]
     for network, axis in zip(networks, axes, strict=True):
         found = usual(where(results, network=network, sparsity=0.99))
+        weights = layers_of(network)
         profiles: dict[str, dict[str, float]] = {}
-        weights: dict[str, int] = {}
         for name, some in found.items():
-            for result in some.values():
-                weights |= result["weights"]
+            columns = zip(*(result["kept"] for result in some.values()), strict=True)
             profiles[name] = {
-                layer: mean(
-                    100 * r["kept"][layer] / weights[layer] for r in some.values()
-                )
-                for layer in weights
-                if some
+                layer: 100 * mean(kept) / total
+                for (layer, total), kept in zip(weights.items(), columns, strict=False)
             }
             values = [max(v, 1e-3) for v in profiles[name].values()]
             axis.plot(values, label=name, color=COLORS[name], marker="o", markersize=3)
@@ -249,6 +255,8 @@ def layers(results: Results, networks: list[str], to: Path) -> str:
 
 def objective(results: Results, networks: list[str], to: Path) -> str:
     """What FORCE maximises, against accuracy."""
+    high = {run.network for run in results if run.sparsity >= 0.99}
+    networks = [network for network in networks if network in high]
     figure, axes = panels(networks, "test accuracy (%)")
     rows = [["network", "method", "sparsity", "sensitivity", "accuracy"]]
     for network, axis in zip(networks, axes, strict=True):

@@ -1,0 +1,67 @@
+"""The study: it runs, resumes and draws."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy.stats import ttest_rel
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return runpy.run_path(str(BENCHMARKS / "evidence_plots.py"))
+
+
+def test_a_question_is_answered_and_drawn_once(
+    tmp_path: Path, plots: dict[str, Any]
+) -> None:
+    out = tmp_path / "runs.jsonl"
+    words = ["--preset", "digits", "--questions", "batches", "--methods", "snip"]
+    words += ["--seeds", "0", "--out", out]
+    assert "6 of 6 runs to do" in run("evidence.py", *words).stderr
+    total = sum(plots["layers_of"]("resnet_small").values())
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(row["run"]["batches"] for row in rows) == [1, 3, 10, 30, 60, 200]
+    for row in rows:
+        assert row["run"]["sparsity"] == 0.99 and row["accuracy"] > 0.3
+        assert sum(row["kept"]) == int(0.01 * total)
+    assert len({tuple(row["kept"]) for row in rows}) == 6  # six masks
+    assert "0 of 6 runs to do" in run("evidence.py", *words).stderr
+
+    run("evidence_plots.py", "--results", out, "--preset", "digits", "--to", tmp_path)
+    for row in rows:
+        assert f"{100 * row['accuracy']:.2f}" in (tmp_path / "batches.txt").read_text()
+    assert (tmp_path / "batches.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "verdict"),
+    [
+        ([90.0, 91.0, 92.5], [80.0, 81.5, 82.0], "better"),
+        ([80.0, 81.5, 82.0], [90.0, 91.0, 92.5], "worse"),
+        ([80.0, 91.0, 85.0], [82.0, 88.0, 86.0], "no difference shown"),
+    ],
+)
+def test_intervals_are_those_of_students_t(
+    one: list[float], other: list[float], verdict: str, plots: dict[str, Any]
+) -> None:
+    bounds = ttest_rel(one, other).confidence_interval(0.95)
+    text = plots["interval"]([a - b for a, b in zip(one, other, strict=True)])
+    assert f"({bounds.low:+.2f} to {bounds.high:+.2f}), {verdict}" in text
