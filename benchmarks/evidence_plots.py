@@ -160,24 +160,23 @@ def methods(results: Results, networks: list[str], to: Path) -> str:
     return aligned(rows)
 
 
-def pairs(
-    one: Results, other: Results, same: Callable[[Run], Any] = lambda run: run
-) -> list[float]:
+def pairs(one: Results, other: Results, key: Callable[[Run], Any]) -> list[float]:
     """Differences of accuracy, in points, of runs that only differ in one thing."""
-    others = {same(run): result["accuracy"] for run, result in other.items()}
+    others = {key(run): result["accuracy"] for run, result in other.items()}
     return [
-        100 * (result["accuracy"] - others[same(run)])
+        100 * (result["accuracy"] - others[key(run)])
         for run, result in one.items()
-        if same(run) in others
+        if key(run) in others
     ]
+
+
+def same(run: Run) -> tuple[str, int]:
+    """What runs of different methods have in common."""
+    return run.network, run.seed
 
 
 def claims(results: Results, networks: list[str], to: Path) -> str:
     """At 99 % and above: do FORCE and Iter SNIP beat the others?"""
-
-    def same(run: Run) -> tuple[str, int]:
-        return run.network, run.seed
-
     rows = [["sparsity", "", "over", "points of accuracy (95 % interval)"]]
     for sparsity in sorted({run.sparsity for run in results if run.sparsity >= 0.99}):
         found = usual(where(results, sparsity=sparsity))
@@ -282,10 +281,6 @@ def objective(results: Results, networks: list[str], to: Path) -> str:
 
 def sanity(results: Results, networks: list[str], to: Path) -> str:
     """The same masks shuffled within layers, and with new initial values."""
-
-    def same(run: Run) -> tuple[str, int]:
-        return run.network, run.seed
-
     kinds = {"own": 0.9, "shuffled": 0.6, "reinitialised": 0.3}
     sparsities = (0.95, 0.99)
     figure, axes = panels(
@@ -338,9 +333,7 @@ def longer(results: Results, networks: list[str], to: Path) -> str:
         found = usual(where(some, sparsity=0.99))
         for name, these in found.items():
             against = (
-                ""
-                if name == "force"
-                else interval(pairs(found["force"], these, lambda run: run.seed))
+                "" if name == "force" else interval(pairs(found["force"], these, same))
             )
             rows.append([name, epochs, spread(accuracies(these)), against])
     return aligned(rows)
