@@ -13,7 +13,7 @@ demo: .venv/.installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -104,7 +104,6 @@ def test_a_wrong_sparsity(sparsity: Any, error: type[Exception], message: str) -
         ({"loss_fn": None}, TypeError, r"loss_fn: expected a callable, got NoneType"),
         ({"forward": 1}, TypeError, r"forward: expected a callable, got int"),
     ],
-    ids=str,
 )
 def test_a_wrong_option(
     options: dict[str, Any], error: type[Exception], message: str
@@ -252,7 +251,9 @@ class Empty(IterableDataset[Any]):
 
 @pytest.mark.parametrize("method", ["force", "synflow", "grasp"])
 @pytest.mark.parametrize("batches", [1, None])
-@pytest.mark.parametrize("loader", [[], (), DataLoader(Empty())], ids=str)
+@pytest.mark.parametrize(
+    "loader", [[], (), DataLoader(Empty())], ids=["list", "tuple", "loader"]
+)
 def test_an_empty_loader(loader: Any, batches: int | None, method: str) -> None:
     message = r"loader: expected at least one batch, got none"
     expect(ValueError, message, loader=loader, batches=batches, method=method)
@@ -270,7 +271,7 @@ def test_a_generator_that_runs_dry(
     expect(ValueError, message, loader=loader, batches=batches)
 
 
-@pytest.mark.parametrize("loader", [5, object(), lambda: [batch()]], ids=str)
+@pytest.mark.parametrize("loader", [5, object(), lambda: [batch()]])
 def test_a_loader_that_is_not_iterable(loader: Any) -> None:
     name = type(loader).__name__
     expect(TypeError, rf"loader: expected an iterable .*got {name}", loader=loader)

@@ -829,7 +829,6 @@ def test_metadata_that_was_changed_is_refused(
         ["method"],
         "force",
     ],
-    ids=str,
 )
 def test_metadata_that_json_does_not_hold_is_refused(
     wrong: Any, tmp_path: Path
