@@ -10,6 +10,7 @@ minutes on two cores.
 
 from __future__ import annotations
 
+import argparse
 import time
 from statistics import median
 
@@ -21,20 +22,18 @@ from torch.utils.data import DataLoader
 from force_plugin import compact, compact_report, force_prune
 from force_plugin.zoo import Digits, digits
 
-EPOCHS = 10
 
-
-def train(model: nn.Module, images: Digits) -> float:
+def train(model: nn.Module, images: Digits, epochs: int) -> float:
     """Train, and return the median of the seconds that a step took."""
     torch.manual_seed(0)
     batches = DataLoader(images, batch_size=128, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=3e-3, total_steps=EPOCHS * len(batches)
+        optimizer, max_lr=3e-3, total_steps=epochs * len(batches)
     )
     seconds = []
     model.train()
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for inputs, targets in batches:
             start = time.perf_counter()
             loss = nn.functional.cross_entropy(model(inputs), targets)
@@ -53,6 +52,11 @@ def accuracy(model: nn.Module, images: Digits) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of training")
+    args = parser.parse_args()
     train_set, test_set = digits(32)
     example = train_set[0][0][None]
     torch.manual_seed(0)
@@ -68,7 +72,7 @@ def main() -> None:
     print(f"\n{'':12}{'ms a step':>10}{'test accuracy':>15}")
     models = {"dense": dense, "masked": masked, "compacted": compacted}
     for name, model in models.items():
-        milliseconds = 1000 * train(model, train_set)
+        milliseconds = 1000 * train(model, train_set, args.epochs)
         print(f"{name:12}{milliseconds:>10.0f}{accuracy(model, test_set):>15.2%}")
 
 
