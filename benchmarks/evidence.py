@@ -248,7 +248,6 @@ def sensitivity(model: nn.Module, batches: Batches) -> float:
 def execute(run: Run) -> Result:
     """Prune, train and test one network."""
     preset, device = PRESETS[run.preset], _shared["device"]
-    start = time.perf_counter()
     model = make(run.network, run.seed)
     model = model.to(device, memory_format=torch.channels_last)
 
@@ -268,7 +267,6 @@ def execute(run: Run) -> Result:
             on_collapse="warn",
             progress=False,
         )
-        result["disconnected"] = any("disconnected" in w for w in report.warnings)
         if run.mask == "shuffled":
             masks = shuffle_masks(get_masks(model))
             model = make(run.network, run.seed)
@@ -277,13 +275,9 @@ def execute(run: Run) -> Result:
             reinitialise(model, make(run.network, 1000 + run.seed))
         result["kept"] = [layer.kept for layer in report.layers]  # as in layers_of
         result["sensitivity"] = sensitivity(model, batches(2))
-    pruned = time.perf_counter()
     train(model, batches(1), preset)
-    trained = time.perf_counter()
     return result | {
         "accuracy": accuracy(model, *_shared["test"]),
-        "seconds_pruning": round(pruned - start, 1),
-        "seconds_training": round(trained - pruned, 1),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "timm": timm.__version__,

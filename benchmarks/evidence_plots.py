@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from evidence import (
     BATCHES,
     CHECKED,
@@ -36,7 +37,7 @@ from scipy.stats import t
 Results = dict[Run, Result]
 
 COLORS = dict(zip(METHODS, plt.get_cmap("tab20").colors[::2], strict=False))
-COLORS |= {"random": (0.5, 0.5, 0.5), "snip_it": (0.9, 0.8, 0.1)}
+COLORS |= {"synflow": "black", "random": "grey", "dense": "black"}
 
 
 def where(results: Results, **wanted: Any) -> Results:
@@ -74,15 +75,21 @@ def deviation(values: list[float]) -> float:
     return stdev(values) if values[1:] else 0.0
 
 
+def half_width(differences: list[float]) -> float:
+    """Of the 95 % interval of a mean, by Student's t."""
+    if not differences[1:]:
+        return 0.0
+    count = len(differences)
+    return float(t.ppf(0.975, count - 1)) * stdev(differences) / count**0.5
+
+
 def interval(differences: list[float]) -> str:
-    """Mean of paired differences, its 95 % interval, and what can be said of it."""
+    """Mean of paired differences, its 95 % interval, and a star where 0 is outside."""
     if not differences[1:]:
         return "–"
-    half = float(t.ppf(0.975, len(differences) - 1)) * stdev(differences)
-    half /= len(differences) ** 0.5
-    low, high = mean(differences) - half, mean(differences) + half
-    verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-    return f"{mean(differences):+.2f} ({low:+.2f} to {high:+.2f}), {verdict}"
+    middle, half = mean(differences), half_width(differences)
+    sign = " *" if abs(middle) > half else ""
+    return f"{middle:+.2f} ({middle - half:+.2f} to {middle + half:+.2f}){sign}"
 
 
 def aligned(rows: Iterable[Iterable[str]]) -> str:
@@ -96,23 +103,39 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.6g} %"
 
 
-def panels(names: list[str], ylabel: str, **options: Any) -> tuple[Any, list[Any]]:
+def panels(names: list[str], **options: Any) -> tuple[Any, list[Any]]:
     figure, axes = plt.subplots(
         1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False, **options
     )
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(ylabel)
     return figure, list(axes[0])
+
+
+def accuracy_axis(axis: Any) -> None:
+    """Accuracies, apart by the logarithm of the error where some are at chance."""
+    axis.set_ylabel("test accuracy (%)")
+    low, high = axis.dataLim.intervaly
+    if high - low < 20:
+        return
+    scales = (lambda y: -np.log(100.01 - y), lambda z: 100.01 - np.exp(-z))
+    axis.set_yscale("function", functions=scales)
+    axis.set_ylim(low - 4, high + 0.5)
+    axis.set_yticks([tick for tick in (10, 30, *range(50, 81, 10)) if tick > low - 4])
+    axis.set_yticks([*axis.get_yticks(), *range(84, int(high) + 1, 2)])
 
 
 def finished(figure: Any, axis: Any, path: Path) -> None:
     """One legend for all panels, beside them, and the file."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center right", frameon=False)
-    figure.tight_layout(rect=(0, 0, 1 - 1.5 / figure.get_figwidth(), 1))
-    figure.savefig(path, dpi=120)
+    figure.tight_layout()
+    figure.legend(
+        *axis.get_legend_handles_labels(),
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        frameon=False,
+    )
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -137,10 +160,36 @@ def line(axis: Any, xs: list[Any], found: list[Results], **options: Any) -> None
         )
 
 
+def differences(
+    axis: Any, drawn: dict[str, dict[str, list[float]]], label: str
+) -> None:
+    """Means and 95 % intervals, a row for each name, beside each other by kind."""
+    axis.set_xscale("symlog", linthresh=2)
+    axis.axvline(0, color="black", lw=1)
+    for number, (kind, rows) in enumerate(drawn.items()):
+        for place, values in enumerate(rows.values()):
+            if values:
+                axis.errorbar(
+                    mean(values),
+                    place + (number - 0.5) * 0.3,
+                    xerr=half_width(values),
+                    fmt="os"[number],
+                    color=COLORS.get(kind, f"C{4 + number}"),
+                    capsize=2,
+                    label=kind if place == 0 else None,
+                )
+        axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in (-50, -10, -2, -1, 0, 1, 2, 10, 50) if low < tick < high]
+    axis.set_xticks(ticks, ticks)
+    axis.set_xlabel(label)
+
+
 def methods(results: Results, networks: list[str], to: Path) -> str:
     """Accuracy against sparsity, by method, and who beats whom."""
     sparsities = sorted({run.sparsity for run in results} - {0})
-    figure, axes = panels(networks, "test accuracy (%)")
+    figure, axes = panels(networks)
     rows = [["network", "method", *map(percent, sparsities)]]
     for network, axis in zip(networks, axes, strict=True):
         ours = where(results, network=network)
@@ -156,6 +205,7 @@ def methods(results: Results, networks: list[str], to: Path) -> str:
             rows.append([network, name, *(spread(accuracies(f)) for f in found)])
         axis.set_xticks(range(len(sparsities)), map(percent, sparsities))
         axis.set_xlabel("sparsity")
+        accuracy_axis(axis)
     finished(figure, axes[0], to / "methods.png")
     return aligned(rows)
 
@@ -176,28 +226,38 @@ def same(run: Run) -> tuple[str, int]:
 
 
 def claims(results: Results, networks: list[str], to: Path) -> str:
-    """At 99 % and above: do FORCE and Iter SNIP beat the others?"""
-    rows = [["sparsity", "", "over", "points of accuracy (95 % interval)"]]
-    for sparsity in sorted({run.sparsity for run in results if run.sparsity >= 0.99}):
-        found = usual(where(results, sparsity=sparsity))
-        for ours in ("force", "iter_snip"):
-            rows += [
-                [
-                    percent(sparsity),
-                    ours,
-                    other,
-                    interval(pairs(found[ours], found[other], same)),
-                ]
-                for other in METHODS
-                if other not in ("force", "iter_snip")
-            ]
+    """At 99 % and above: FORCE and Iter SNIP minus each of the others (* is not 0)."""
+    ours = ("force", "iter_snip")
+    others = [name for name in METHODS if name not in ours]
+    sparsities = sorted({run.sparsity for run in results if run.sparsity >= 0.99})
+    groups = {name: where(results, network=name) for name in networks}
+    groups["all"] = results
+    figure, axes = panels([percent(s) for s in sparsities], sharey=True)
+    rows = [["sparsity", "", "minus", *groups]]
+    for sparsity, axis in zip(sparsities, axes, strict=True):
+        found = {
+            name: usual(where(some, sparsity=sparsity)) for name, some in groups.items()
+        }
+        drawn = {mine: dict[str, list[float]]() for mine in ours}
+        for mine in ours:
+            for other in others:
+                points = {
+                    name: pairs(some[mine], some[other], same)
+                    for name, some in found.items()
+                }
+                drawn[mine][other] = points["all"]
+                intervals = map(interval, points.values())
+                rows.append([percent(sparsity), mine, other, *intervals])
+        differences(axis, drawn, "points of accuracy more than this method (95 %)")
+    if axes:
+        finished(figure, axes[0], to / "claims.png")
     return aligned(rows)
 
 
 def steps(results: Results, networks: list[str], to: Path) -> str:
     """FORCE and Iter SNIP by the number of steps, on both schedules."""
     own = where(results, network=networks[0], sparsity=0.99, mask="own", batches=1)
-    figure, (axis,) = panels([f"{networks[0]}, 99 %"], "test accuracy (%)")
+    figure, (axis,) = panels([f"{networks[0]}, 99 %"])
     rows = [["method", "schedule", *(f"T = {steps}" for steps in STEPS)]]
     for method in ("force", "iter_snip"):
         for kind, style in (("exponential", "-"), ("linear", ":")):
@@ -207,6 +267,7 @@ def steps(results: Results, networks: list[str], to: Path) -> str:
             line(axis, STEPS, found, label=label, color=COLORS[method], ls=style)
             rows.append([method, kind, *(spread(accuracies(f)) for f in found)])
     log_axis(axis, STEPS, "steps T")
+    accuracy_axis(axis)
     finished(figure, axis, to / "steps.png")
     return aligned(rows)
 
@@ -214,20 +275,21 @@ def steps(results: Results, networks: list[str], to: Path) -> str:
 def batches(results: Results, networks: list[str], to: Path) -> str:
     """One-shot methods by the number of batches."""
     own = where(results, network=networks[0], sparsity=0.99, mask="own")
-    figure, (axis,) = panels([f"{networks[0]}, 99 %"], "test accuracy (%)")
+    figure, (axis,) = panels([f"{networks[0]}, 99 %"])
     rows = [["method", *(f"B = {batches}" for batches in BATCHES)]]
     for method in ("snip", "grasp"):
         found = [where(own, method=method, batches=batches) for batches in BATCHES]
         line(axis, BATCHES, found, label=method, color=COLORS[method])
         rows.append([method, *(spread(accuracies(f)) for f in found)])
     log_axis(axis, BATCHES, "batches of 128")
+    accuracy_axis(axis)
     finished(figure, axis, to / "batches.png")
     return aligned(rows)
 
 
 def layers(results: Results, networks: list[str], to: Path) -> str:
     """Which layers are pruned: the density of each at 99 %."""
-    figure, axes = panels(networks, "weights kept (%)")
+    figure, axes = panels(networks)
     rows = [["network", "layer", "weights", *METHODS]]
     for network, axis in zip(networks, axes, strict=True):
         found = usual(where(results, network=network, sparsity=0.99))
@@ -242,7 +304,9 @@ def layers(results: Results, networks: list[str], to: Path) -> str:
             values = [max(v, 1e-3) for v in profiles[name].values()]
             axis.plot(values, label=name, color=COLORS[name], marker="o", markersize=3)
         axis.set_yscale("log")
-        axis.set_xlabel("layer, from the images to the classes")
+        names = [name.removesuffix(".weight") for name in weights]
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_ylabel("weights kept (%)")
         rows += [
             [network, layer, f"{total:,}"]
             + [f"{profiles[m][layer]:.2f}" if profiles[m] else "–" for m in METHODS]
@@ -256,13 +320,13 @@ def objective(results: Results, networks: list[str], to: Path) -> str:
     """What FORCE maximises, against accuracy."""
     high = {run.network for run in results if run.sparsity >= 0.99}
     networks = [network for network in networks if network in high]
-    figure, axes = panels(networks, "test accuracy (%)")
+    figure, axes = panels(networks)
     rows = [["network", "method", "sparsity", "sensitivity", "accuracy"]]
     for network, axis in zip(networks, axes, strict=True):
         for name, some in usual(where(results, network=network)).items():
             chosen = {run: r for run, r in some.items() if run.sparsity >= 0.99}
             axis.scatter(
-                [max(r["sensitivity"], 1e-6) for r in chosen.values()],
+                [r["sensitivity"] for r in chosen.values()],
                 accuracies(chosen),
                 label=name,
                 color=COLORS[name],
@@ -273,51 +337,40 @@ def objective(results: Results, networks: list[str], to: Path) -> str:
                 reached = f"{mean(r['sensitivity'] for r in these.values()):.3g}"
                 row = [network, name, percent(sparsity), reached]
                 rows.append([*row, spread(accuracies(these))])
-        axis.set_xscale("log")
+        axis.set_xscale("symlog", linthresh=0.01)
+        axis.set_xlim(left=-0.002)
         axis.set_xlabel("foresight connection sensitivity, 99 % and above")
+        accuracy_axis(axis)
     finished(figure, axes[0], to / "objective.png")
     return aligned(rows)
 
 
 def sanity(results: Results, networks: list[str], to: Path) -> str:
     """The same masks shuffled within layers, and with new initial values."""
-    kinds = {"own": 0.9, "shuffled": 0.6, "reinitialised": 0.3}
+    kinds = ("shuffled", "reinitialised")
     sparsities = (0.95, 0.99)
     figure, axes = panels(
-        [f"{networks[0]}, {percent(s)}" for s in sparsities], "test accuracy (%)"
+        [f"{networks[0]}, {percent(s)}" for s in sparsities], sharey=True
     )
-    rows = [["sparsity", "method", *kinds, "shuffled - own (95 %)", "new - own (95 %)"]]
+    rows = [
+        ["sparsity", "method", "own", *kinds, *(f"{k} - own (95 %)" for k in kinds)]
+    ]
     for sparsity, axis in zip(sparsities, axes, strict=True):
-        for place, name in enumerate(CHECKED):
+        drawn = {kind: dict[str, list[float]]() for kind in kinds}
+        for name in CHECKED:
             options = {"steps": 1, "batches": 1, "schedule": "exponential"}
-            some = where(
-                results,
-                network=networks[0],
-                sparsity=sparsity,
-                **options | METHODS[name],
+            options |= {"network": networks[0], "sparsity": sparsity} | METHODS[name]
+            own, *found = (
+                where(results, mask=mask, **options) for mask in ("own", *kinds)
             )
-            found = {kind: where(some, mask=kind) for kind in kinds}
-            for number, (kind, shade) in enumerate(kinds.items()):
-                values = accuracies(found[kind]) or [0.0]
-                axis.errorbar(
-                    place + (number - 1) * 0.2,
-                    mean(values),
-                    deviation(values),
-                    fmt="os^"[number],
-                    color=f"C{number}",
-                    capsize=2,
-                    label=kind if place == 0 else None,
-                    alpha=max(shade, 0.8),
-                )
+            for kind, some in zip(kinds, found, strict=True):
+                drawn[kind][name] = pairs(some, own, same)
             rows.append(
                 [percent(sparsity), name]
-                + [spread(accuracies(found[kind])) for kind in kinds]
-                + [
-                    interval(pairs(found[kind], found["own"], same))
-                    for kind in ("shuffled", "reinitialised")
-                ]
+                + [spread(accuracies(some)) for some in (own, *found)]
+                + [interval(drawn[kind][name]) for kind in kinds]
             )
-        axis.set_xticks(range(len(CHECKED)), CHECKED, rotation=30)
+        differences(axis, drawn, "points of accuracy more than its own mask (95 %)")
     finished(figure, axes[0], to / "sanity.png")
     return aligned(rows)
 

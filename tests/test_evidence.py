@@ -52,16 +52,27 @@ def test_a_question_is_answered_and_drawn_once(
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "verdict"),
+    ("one", "other", "star"),
     [
-        ([90.0, 91.0, 92.5], [80.0, 81.5, 82.0], "better"),
-        ([80.0, 81.5, 82.0], [90.0, 91.0, 92.5], "worse"),
-        ([80.0, 91.0, 85.0], [82.0, 88.0, 86.0], "no difference shown"),
+        ([90.0, 91.0, 92.5], [80.0, 81.5, 82.0], " *"),
+        ([80.0, 81.5, 82.0], [90.0, 91.0, 92.5], " *"),
+        ([80.0, 91.0, 85.0], [82.0, 88.0, 86.0], ""),
     ],
 )
 def test_intervals_are_those_of_students_t(
-    one: list[float], other: list[float], verdict: str, plots: dict[str, Any]
+    one: list[float], other: list[float], star: str, plots: dict[str, Any]
 ) -> None:
     bounds = ttest_rel(one, other).confidence_interval(0.95)
     text = plots["interval"]([a - b for a, b in zip(one, other, strict=True)])
-    assert f"({bounds.low:+.2f} to {bounds.high:+.2f}), {verdict}" in text
+    assert text.endswith(f"({bounds.low:+.2f} to {bounds.high:+.2f}){star}")
+
+
+def test_the_tables_of_the_docs_are_those_of_the_stored_results(
+    tmp_path: Path,
+) -> None:
+    run("evidence_plots.py", "--to", tmp_path)
+    tables = sorted(path.name for path in tmp_path.glob("*.txt"))
+    assert len(tables) == 7
+    for name in tables:
+        shown = (ROOT / "docs" / "evidence" / name).read_text(encoding="utf-8")
+        assert shown == (tmp_path / name).read_text(encoding="utf-8"), name
