@@ -18,7 +18,8 @@ sanity   The same masks shuffled within each layer, and the same masks with new 
 
 Each run also measures what FORCE maximises, the foresight connection sensitivity of de
 Jorge et al. 2021 (arXiv 2006.09081, equation 4): the sum of |weight * gradient| over
-the weights that stay, at the network that is left, here on ten batches.
+the weights that stay, at the network that is left, here on ten batches; and how many
+of these weights are live, that is, have a saliency other than 0.
 
 The data are all of Fashion-MNIST: ``apt-get install dataset-fashion-mnist`` on Debian,
 or torchvision's folder given as ``--data``. The preset ``cpu`` trains small networks
@@ -234,48 +235,57 @@ def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(targets)
 
 
-def sensitivity(model: nn.Module, batches: Batches) -> float:
-    """What FORCE maximises: the sum of its saliencies over the weights that stay."""
+def measured(model: nn.Module, batches: Batches) -> Result:
+    """What FORCE maximises, and how many of the weights that stay have a part in it."""
+    masks = get_masks(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers whose saliency is 0
         try:
             scores = saliency(model, batches, "force", batches=min(10, len(batches)))
         except RuntimeError:  # no gradient passes: the network is disconnected
-            return 0.0
-    return sum(float(scores[n][mask].sum()) for n, mask in get_masks(model).items())
+            scores = {name: torch.zeros(mask.shape) for name, mask in masks.items()}
+    kept = [scores[name][mask] for name, mask in masks.items()]
+    return {
+        "sensitivity": sum(float(values.sum()) for values in kept),
+        "live": sum(int(values.count_nonzero()) for values in kept),
+    }
+
+
+def pruned(run: Run) -> tuple[nn.Module, Result]:
+    """A network before it is trained, and what there is to say about its mask."""
+    preset, device = PRESETS[run.preset], _shared["device"]
+    model = make(run.network, run.seed)
+    model = model.to(device, memory_format=torch.channels_last)
+    if not run.sparsity:
+        return model, {}
+    report = force_prune(
+        model,
+        Batches(*_shared["train"], preset.batch, 10 * run.seed),
+        run.sparsity,
+        method=run.method,
+        steps=run.steps,
+        schedule=run.schedule,
+        batches=run.batches,
+        on_collapse="warn",
+        progress=False,
+    )
+    if run.mask == "shuffled":
+        masks = shuffle_masks(get_masks(model))
+        model = make(run.network, run.seed)
+        apply_masks(model.to(device, memory_format=torch.channels_last), masks)
+    elif run.mask == "reinitialised":
+        reinitialise(model, make(run.network, 1000 + run.seed))
+    kept = [layer.kept for layer in report.layers]  # as in layers_of
+    others = Batches(*_shared["train"], preset.batch, 10 * run.seed + 2)
+    return model, {"kept": kept, **measured(model, others)}
 
 
 def execute(run: Run) -> Result:
     """Prune, train and test one network."""
     preset, device = PRESETS[run.preset], _shared["device"]
-    model = make(run.network, run.seed)
-    model = model.to(device, memory_format=torch.channels_last)
-
-    def batches(offset: int) -> Batches:
-        return Batches(*_shared["train"], preset.batch, 10 * run.seed + offset)
-
-    result: Result = {}
-    if run.sparsity:
-        report = force_prune(
-            model,
-            batches(0),
-            run.sparsity,
-            method=run.method,
-            steps=run.steps,
-            schedule=run.schedule,
-            batches=run.batches,
-            on_collapse="warn",
-            progress=False,
-        )
-        if run.mask == "shuffled":
-            masks = shuffle_masks(get_masks(model))
-            model = make(run.network, run.seed)
-            apply_masks(model.to(device, memory_format=torch.channels_last), masks)
-        elif run.mask == "reinitialised":
-            reinitialise(model, make(run.network, 1000 + run.seed))
-        result["kept"] = [layer.kept for layer in report.layers]  # as in layers_of
-        result["sensitivity"] = sensitivity(model, batches(2))
-    train(model, batches(1), preset)
+    model, result = pruned(run)
+    batches = Batches(*_shared["train"], preset.batch, 10 * run.seed + 1)
+    train(model, batches, preset)
     return result | {
         "accuracy": accuracy(model, *_shared["test"]),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -65,10 +65,16 @@ def accuracies(results: Results) -> list[float]:
     return [100 * result["accuracy"] for result in results.values()]
 
 
-def spread(values: list[float]) -> str:
+def live_shares(results: Results) -> list[float]:
+    """Of the weights that stay, those that the outputs depend on, in %."""
+    return [100 * r["live"] / sum(r["kept"]) for r in results.values()]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
     if not values:
         return "–"
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if values[1:] else "")
+    several = f" ± {stdev(values):.{digits}f}" if values[1:] else ""
+    return f"{mean(values):.{digits}f}" + several
 
 
 def deviation(values: list[float]) -> float:
@@ -255,21 +261,25 @@ def claims(results: Results, networks: list[str], to: Path) -> str:
 
 
 def steps(results: Results, networks: list[str], to: Path) -> str:
-    """FORCE and Iter SNIP by the number of steps, on both schedules."""
+    """FORCE and Iter SNIP by the number of steps: accuracy, and % of live weights."""
     own = where(results, network=networks[0], sparsity=0.99, mask="own", batches=1)
     figure, (axis,) = panels([f"{networks[0]}, 99 %"])
-    rows = [["method", "schedule", *(f"T = {steps}" for steps in STEPS)]]
+    rows = [["", "method", "schedule", *(f"T = {steps}" for steps in STEPS)]]
+    lives = []
     for method in ("force", "iter_snip"):
         for kind, style in (("exponential", "-"), ("linear", ":")):
             some = where(own, method=method, schedule=kind)
             found = [where(some, steps=steps) for steps in STEPS]
             label = f"{method}, {kind}"
             line(axis, STEPS, found, label=label, color=COLORS[method], ls=style)
-            rows.append([method, kind, *(spread(accuracies(f)) for f in found)])
+            rows.append(["accuracy", method, kind])
+            rows[-1] += [spread(accuracies(some)) for some in found]
+            lives.append(["live", method, kind])
+            lives[-1] += [spread(live_shares(some), digits=0) for some in found]
     log_axis(axis, STEPS, "steps T")
     accuracy_axis(axis)
     finished(figure, axis, to / "steps.png")
-    return aligned(rows)
+    return aligned(rows + lives)
 
 
 def batches(results: Results, networks: list[str], to: Path) -> str:
@@ -284,6 +294,19 @@ def batches(results: Results, networks: list[str], to: Path) -> str:
     log_axis(axis, BATCHES, "batches of 128")
     accuracy_axis(axis)
     finished(figure, axis, to / "batches.png")
+    return aligned(rows)
+
+
+def live(results: Results, networks: list[str], to: Path) -> str:
+    """Live weights, in % of those that stay: the outputs depend on them."""
+    sparsities = sorted({run.sparsity for run in results} - {0})
+    rows = [["network", "method", *map(percent, sparsities)]]
+    for network in networks:
+        for name, some in usual(where(results, network=network)).items():
+            found = [where(some, sparsity=sparsity) for sparsity in sparsities]
+            rows.append(
+                [network, name, *(spread(live_shares(f), digits=1) for f in found)]
+            )
     return aligned(rows)
 
 
@@ -392,7 +415,7 @@ def longer(results: Results, networks: list[str], to: Path) -> str:
     return aligned(rows)
 
 
-QUESTIONS = (methods, claims, steps, batches, layers, objective, sanity)
+QUESTIONS = (methods, claims, steps, batches, live, layers, objective, sanity)
 
 
 def made(results: Results) -> str:

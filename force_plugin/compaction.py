@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from force_plugin.batches import count_samples, mapped
 from force_plugin.channels import Channels, Surgery
-from force_plugin.connection import leads_through, tensors
+from force_plugin.connection import find_flow, tensors
 from force_plugin.copies import fill, plain_copy, rebuilt, tell_features
 from force_plugin.distributed import unwrap
 from force_plugin.example_inputs import (
@@ -197,7 +197,7 @@ class _Compaction:
         self._advance()
         opened = self._variants[1]
         if not self._connected and (
-            leads_through(opened, lambda: call(opened, self._trial)) is False
+            find_flow(opened, lambda: call(opened, self._trial)).connected is False
         ):
             warnings.warn(
                 "the masks have disconnected the network: its outputs no longer depend "

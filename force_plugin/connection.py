@@ -1,29 +1,43 @@
-"""Whether anything still leads from a network's inputs to its outputs."""
+"""What still leads from a network's inputs to its outputs, and which weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-def leads_through(model: nn.Module, run: Callable[[], object]) -> bool | None:
-    """Whether the outputs of a model depend on its inputs.
+class Flow(NamedTuple):
+    """What the outputs of a model depend on.
 
-    They do if a gradient that is not exactly 0 reaches a floating-point tensor among
-    the arguments that the model is called with. Integers have no gradient: what counts
-    for them is the output of modules without children that are called with nothing
-    else, such as :class:`torch.nn.Embedding`, in the columns in which it is not the
-    same for all.
+    Attributes:
+        connected: Whether on its inputs; ``None`` where nothing of this kind enters the
+            model, or nothing leaves it.
+        gradients: Of a weighted sum of the outputs, with respect to each of the weights
+            that were asked for; ``None`` where they do not depend on it.
+    """
+
+    connected: bool | None
+    gradients: Sequence[Tensor | None]
+
+
+def find_flow(
+    model: nn.Module, run: Callable[[], object], weights: Sequence[Tensor] = ()
+) -> Flow:
+    """What the outputs of a model depend on, when it is called.
+
+    On its inputs if a gradient that is not exactly 0 reaches a floating-point tensor
+    among the arguments that the model is called with. Integers have no gradient: what
+    counts for them is the output of modules without children that are called with
+    nothing else, such as :class:`torch.nn.Embedding`, in the columns in which it is not
+    the same for all.
 
     Args:
         model: Any module.
         run: Calls the model, once or several times, in any way.
-
-    Returns:
-        ``None`` where nothing of this kind enters the model, or nothing leaves it.
+        weights: Leaves of its graph.
     """
     leaves: list[Tensor] = []
     looked_up: list[Tensor] = []
@@ -73,21 +87,25 @@ def leads_through(model: nn.Module, run: Callable[[], object]) -> bool | None:
     finally:
         for handle in handles:
             handle.remove()
-    if not outputs or not leaves + looked_up:
-        return None
+    entries = leaves + looked_up
+    if not outputs or not entries:
+        return Flow(None, [None] * len(weights))
     # A plain sum would have no gradient behind a softmax or a normalisation.
     weighted = [
         (o * torch.arange(o.numel(), device=o.device).cos().view_as(o)).sum()
         for o in outputs
     ]
-    gradients = torch.autograd.grad(weighted, leaves + looked_up, allow_unused=True)
+    gradients = list(
+        torch.autograd.grad(weighted, [*weights, *entries], allow_unused=True)
+    )
+    of_weights = [gradients.pop(0) for _ in weights]
     reached = [g is not None and bool(g.any()) for g in gradients[: len(leaves)]]
     for place, gradient in zip(looked_up, gradients[len(leaves) :], strict=True):
         if gradient is not None:
             rows = place.flatten(0, -2)
             differing = (rows != rows[0]).any(0)
             reached.append(bool(gradient.flatten(0, -2)[:, differing].any()))
-    return any(reached)
+    return Flow(any(reached), of_weights)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

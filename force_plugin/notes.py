@@ -154,12 +154,26 @@ class Notes:
                 "steps, or iter_snip, where nothing returns, may serve better",
             )
 
-    def on_disconnection(self) -> None:
-        """The last mask lets nothing through."""
-        if not self._disconnected:
+    def on_flow(self, connected: bool | None, idle: int) -> None:
+        """Look at what the last mask lets through.
+
+        Args:
+            connected: Whether the outputs depend on the inputs, where that is known.
+            idle: On how many of the weights that stay they do not.
+        """
+        if connected is False and not self._disconnected:
             self._disconnect(
                 "the pruned network is disconnected: its outputs do not depend on its "
                 "inputs"
+            )
+        # Weights that are idle in the dense network stay where there is room for them.
+        if connected and idle > self._left / 2 and self._left <= self._alive_at_first:
+            self.problems.append(
+                f"{idle:,} of the {self._left:,} weights that stay "
+                f"({100 * idle / self._left:.0f} %) are idle: the outputs do not "
+                "depend on them, as nothing reaches their channels, or nothing leads "
+                "on from there. Take another number of steps, more batches or another "
+                "method"
             )
 
     def _disconnect(self, what: str) -> None:

@@ -132,8 +132,9 @@ def force_prune(
     Returns:
         The sparsity of every prunable layer. Its ``warnings`` name gates that were
         opened, layers that were emptied (and since which step), and what makes the
-        mask doubtful: layers without any saliency, and the step at which the network
-        collapsed (fewer non-zero saliencies than weights to keep).
+        mask doubtful: layers without any saliency, the step at which the network
+        collapsed (fewer non-zero saliencies than weights to keep), and more idle
+        weights than others, whose channels nothing reaches or nothing leads on from.
 
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected; the
@@ -219,8 +220,8 @@ def force_prune(
                 probe.prune(masks)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
                 bar.update()
-            if kept_after[-1] < total and probe.connected() is False:
-                notes.on_disconnection()
+            if kept_after[-1] < total:
+                notes.on_flow(*probe.flow())
 
         for problem in notes.problems if ranks.rank == 0 else ():
             # Before the model is touched: a filter may make errors of warnings.

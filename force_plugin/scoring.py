@@ -37,7 +37,7 @@ from force_plugin.batches import (
     is_pair,
     to_device,
 )
-from force_plugin.connection import leads_through, tensors
+from force_plugin.connection import Flow, find_flow, tensors
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.sharding import WHOLE, Parts
@@ -384,20 +384,21 @@ class Probe:
             causes |= {name: cause for name, cause in found.items() if cause}
         return causes | dict.fromkeys(pruned, silence.PRUNED)
 
-    def connected(self) -> bool | None:
-        """Whether the outputs of the network, as it is pruned, depend on its inputs.
+    def flow(self) -> tuple[bool | None, int]:
+        """What the outputs of the network, as it is pruned, depend on.
 
-        They do if a gradient that is not exactly 0 reaches the inputs of the last batch
-        that was measured, on any rank. A few of its samples are tried first, and cost
-        next to nothing. Where no gradient reaches the inputs of the dense network
+        On its inputs if a gradient that is not exactly 0 reaches those of the last
+        batch that was measured, on any rank. A few of its samples are tried first, and
+        cost next to nothing. Where no gradient reaches the inputs of the dense network
         either (the stem is detached), a gradient that reaches any of the kept weights
         is what counts.
 
         Returns:
-            ``None`` where nothing was measured with data before.
+            Whether they do, ``None`` where nothing was measured with data before; and
+            how many of the kept weights no gradient reaches, 0 where it is not known.
         """
         if self._last_batch is None:
-            return None
+            return None, 0
         batch, _ = next(self._split(self._last_batch))
         inputs = batch[0] if is_pair(batch) else batch
 
@@ -409,34 +410,52 @@ class Probe:
                     self.model(self._moved(inputs))
 
         ranks = self.parts.ranks
+        weights = list(self._stand_ins.values())
+        kept = sum(self.parts.count(self.masks or {}).values())
         # What fails on one rank only would lose the ranks of a sharded network.
         few_serve = isinstance(inputs, Tensor) and not self.parts.sharded
         if self._forward is None and few_serve:
-            found: bool | None = False
+            found = Flow(False, [None] * len(weights))
             # Fewer samples may be too few: for a batch norm, or to wake a sparse unit.
             with suppress(Exception):
-                found = leads_through(self.model, lambda: run(inputs[:8]))
-            if ranks.any(bool(found)):
-                return True
-        if ranks.any(bool(leads_through(self.model, run))):
-            return True
+                found = find_flow(self.model, lambda: run(inputs[:8]), weights)
+            idle = self._count_idle(found)
+            if ranks.any(bool(found.connected)) and 2 * idle <= kept:
+                return True, idle
+            del found  # and its gradients
+        found = find_flow(self.model, run, weights)
+        idle = self._count_idle(found)
+        if ranks.any(bool(found.connected)):
+            return True, idle
         masks, self.masks = self.masks, None
         try:
             self._mask_stand_ins()
-            dense = leads_through(self.model, run)
+            dense = find_flow(self.model, run).connected
         finally:
             self.masks = masks
             self._mask_stand_ins()
         if ranks.any(bool(dense)):
-            return False
+            return False, idle
         if math.isnan(self.loss):  # SynFlow's, which has none
-            return None
+            return None, 0
         sums = _Sums(self._stand_ins)
         sums.add_gradients(self._loss(batch))
-        kept = self.masks or {}
-        return ranks.any(
-            any(bool((g[kept[n]] if n in kept else g).any()) for n, g in sums.items())
+        left = self.masks or {}
+        reached = ranks.any(
+            any(bool((g[left[n]] if n in left else g).any()) for n, g in sums.items())
         )
+        return reached, 0
+
+    def _count_idle(self, found: Flow) -> int:
+        """How many of the kept weights have no gradient, on any rank."""
+        idle, masks = 0, self.masks or {}
+        for name, gradient in zip(self._stand_ins, found.gradients, strict=True):
+            mask = masks[name]
+            if gradient is not None:
+                mask = mask & (gradient.to_dense() == 0)
+            idle += int(mask.count_nonzero())
+        (everywhere,) = self.parts.total(idle)
+        return int(min(row[0] for row in self.parts.ranks.gather(everywhere)))
 
     def _revealed(
         self, measure: Callable[[], tuple[Tensor, Mapping[str, Tensor]]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from force_plugin.connection import leads_through
+from force_plugin.connection import find_flow
 
 
 class Residual(nn.Module):
@@ -148,7 +148,7 @@ def test_a_layer_of_zeros_cuts_what_nothing_leads_around(
     for broken in (False, True):
         if broken:
             nn.init.zeros_(model.get_parameter(name))
-        found = leads_through(model, lambda: model(inputs.clone()))
+        found = find_flow(model, lambda: model(inputs.clone())).connected
         assert found is depends(model, inputs) is not (broken and cut)
 
 
@@ -159,23 +159,23 @@ def test_the_model_may_be_called_in_any_way_and_more_than_once() -> None:
         first, second = model(input_ids=words()), model(words(), mask=torch.ones(4))
         return first["logits"][0] - second["logits"][0]  # type: ignore[no-any-return]
 
-    assert leads_through(model, run)
+    assert find_flow(model, run).connected
     nn.init.zeros_(model.head.weight)
-    assert leads_through(model, run) is False
+    assert find_flow(model, run).connected is False
 
 
 def test_the_same_word_everywhere_is_no_input_that_differs() -> None:
     model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 4))
-    assert leads_through(model, lambda: model(words()))
-    assert leads_through(model, lambda: model(torch.ones_like(words()))) is False
+    assert find_flow(model, lambda: model(words())).connected
+    assert find_flow(model, lambda: model(torch.ones_like(words()))).connected is False
 
 
 @pytest.mark.parametrize("name", ["stem", "head"])
 def test_integers_beside_floating_point_inputs_hide_no_cut(name: str) -> None:
     model, mask = Masked(), torch.tensor([1, 1, 0, 1])
-    assert leads_through(model, lambda: model(vectors(), mask))
+    assert find_flow(model, lambda: model(vectors(), mask)).connected
     nn.init.zeros_(model.get_parameter(f"{name}.weight"))
-    assert leads_through(model, lambda: model(vectors(), mask)) is False
+    assert find_flow(model, lambda: model(vectors(), mask)).connected is False
 
 
 @pytest.mark.parametrize(
@@ -185,19 +185,19 @@ def test_integers_beside_floating_point_inputs_hide_no_cut(name: str) -> None:
 )
 def test_a_model_that_is_not_called_says_nothing(run: Callable[..., object]) -> None:
     model = chain()
-    assert leads_through(model, lambda: run(model)) is None
+    assert find_flow(model, lambda: run(model)).connected is None
 
 
 def test_outputs_without_a_graph_say_nothing() -> None:
     model = chain()
     with torch.no_grad():
-        assert leads_through(model, lambda: model(vectors())) is None
+        assert find_flow(model, lambda: model(vectors())).connected is None
 
 
 def test_no_hook_stays_also_when_the_model_fails() -> None:
     model = chain()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        leads_through(model, lambda: model(torch.zeros(4, 5)))
+        find_flow(model, lambda: model(torch.zeros(4, 5)))
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -1514,7 +1515,82 @@ def test_layers_that_do_not_meet_are_an_error_though_none_of_them_is_empty(
     # One weight that is read again, and they meet.
     model = CHAINS[chain]()
     second[0, 0] = True
-    assert as_chosen(model, masks).warnings[:-1] == ()
+    said = "\n".join(as_chosen(model, masks).warnings)
+    assert "disconnected" not in said
+    if chain in ("plain", "with batch norm"):  # no bias gets past an empty channel
+        assert "weights that stay (88 %) are idle: the outputs do not depend on" in said
+
+
+def without_a_path(masks: list[Tensor]) -> int:
+    """Weights of a chain of linear layers that no path of kept weights goes through."""
+    entering = [torch.ones(masks[0].shape[1], dtype=torch.float64)]
+    for mask in masks:
+        entering.append(mask.double() @ entering[-1])
+    leaving = torch.ones(len(masks[-1]), dtype=torch.float64)
+    idle = 0
+    for mask, before in zip(reversed(masks), reversed(entering[:-1]), strict=True):
+        idle += int((mask & (torch.outer(leaving, before) == 0)).sum())
+        leaving = mask.double().T @ leaving
+    return idle
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("microbatch", [None, 4])
+def test_more_idle_weights_than_others_are_said_aloud(
+    seed: int, microbatch: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    widths = (5, 20, 20, 20, 6)
+    torch.manual_seed(seed)
+    layers = [nn.Linear(*pair, bias=False) for pair in pairwise(widths)]
+    masks = {
+        f"{2 * place}.weight": torch.rand(
+            layer.weight.shape, generator=generator, dtype=torch.float64
+        )
+        < 0.02 + 0.01 * seed
+        for place, layer in enumerate(layers)
+    }
+    for place, mask in enumerate(masks.values()):
+        mask[0, 0] = True  # one path, at least
+        mask[1:, 0] &= place == 0
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    idle = without_a_path([*masks.values()])
+    inputs = torch.randn(16, 5, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = prune_it(
+            model,
+            loader=[(inputs, torch.arange(16) % 6)],
+            sparsity=1 - kept / sum(mask.numel() for mask in masks.values()),
+            method=keeping(masks),
+            microbatch=microbatch,
+        )
+    said = [line for line in report.warnings if "idle" in line]
+    if idle > kept / 2:
+        (line,) = said
+        share = f"{100 * idle / kept:.0f}"
+        start = f"{idle:,} of the {kept:,} weights that stay ({share} %) are idle: "
+        assert line.startswith(start)
+    else:
+        assert not said
+
+
+def test_weights_that_few_samples_do_not_wake_are_not_idle() -> None:
+    # Each of the units is woken by a sample of its own.
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(32) + 0.01)
+    inputs = 2 * torch.eye(32) - 1.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = prune_it(
+            model,
+            loader=[(inputs, torch.arange(32) % 4)],
+            sparsity=0.1,
+            method="snip",
+        )
+    assert not any("idle" in line for line in report.warnings)
 
 
 def test_an_empty_layer_beside_a_skip_connection_is_no_error_but_a_line() -> None:
