@@ -31,6 +31,7 @@ from force_plugin import (
     saliency,
     sparsity_report,
 )
+from force_plugin.methods import SaliencyMethod
 
 Batch = tuple[Tensor, Tensor]
 STEPS = {"steps": 4, "progress": False, "on_collapse": "warn"}
@@ -90,6 +91,25 @@ def routed(rank: int) -> Batch:
     x = torch.randn(4, 4, generator=generator, dtype=torch.float64)
     x[0, 0] = 1.0 if rank else -1.0
     return x, torch.randint(3, (4,), generator=generator)
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = ((4, 6), (6, 6), (6, 3))
+    layers = [nn.Linear(*width, bias=False, dtype=torch.float64) for width in widths]
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+class FirstColumns(SaliencyMethod):
+    """Keeps all that four inputs are read by, and of other layers the first column."""
+
+    steps = 1
+
+    @staticmethod
+    def score(weight: Tensor, gradient: Tensor) -> Tensor:
+        score = torch.zeros_like(weight)
+        score[:, : None if weight.shape[1] == 4 else 1] = 1
+        return score
 
 
 def part(batches: list[Batch], rank: int) -> list[Batch]:
@@ -257,6 +277,10 @@ def run(rank: int) -> dict[str, Any]:
             model,
         )
     seen |= {f"fails: {k}": v for k, v in one_rank_fails(rank).items()}
+
+    batch = (torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3)
+    idle = force_prune(chain(), [batch], 45 / 78, method=FirstColumns, progress=False)
+    seen["idle"] = idle.to_dict()
 
     model = Routed()
     seen["gates"] = [force_prune(model, [routed(rank)], 0.5, **STEPS).warnings]

@@ -14,8 +14,10 @@ import torch
 from distributed_worker import (
     STEPS,
     Batch,
+    FirstColumns,
     Network,
     Routed,
+    chain,
     images,
     part,
     routed,
@@ -350,6 +352,14 @@ def run(rank: int) -> dict[str, Any]:
     seen["gated"] = get_masks(model), report.to_dict()
     model = sharded(Gated(), "second")
     seen["diagnosis"] = str(diagnose(model, part(vectors(), rank)))
+    report = force_prune(
+        sharded(chain(), "2"),
+        part(vectors(), rank),
+        45 / 78,
+        method=FirstColumns,
+        progress=False,
+    )
+    seen["idle"] = report.to_dict()
     model = sharded(Silent(), "dead")
     with torch.no_grad():
         model(vectors()[0][0])  # leaves the root's own parameters whole

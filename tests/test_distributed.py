@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_worker import STEPS, Network, Routed, images, routed, train
+from distributed_worker import (
+    STEPS,
+    FirstColumns,
+    Network,
+    Routed,
+    chain,
+    images,
+    routed,
+    train,
+)
 from processes import Seen, launch, same
 from torch.nn.functional import cross_entropy
 
@@ -75,6 +84,16 @@ def test_gates_that_one_rank_finds_are_open_on_all(ranks: Seen) -> None:
         assert any("1 branch scales of 0, set to 1 (gain)" in text for text in warnings)
         assert seen["gates masks"]["branch.weight"].any()
     assert same(ranks[0]["gates masks"], ranks[1]["gates masks"])
+
+
+def test_idle_weights_are_those_of_one_process(ranks: Seen) -> None:
+    batch = (torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3)
+    with pytest.warns(UserWarning, match=r"25 of the 33 weights .* \(76 %\) are idle"):
+        report = force_prune(
+            chain(), [batch], 45 / 78, method=FirstColumns, progress=False
+        )
+    for seen in ranks:
+        assert seen["idle"] == report.to_dict()
 
 
 def test_network_that_leads_through_on_one_rank_is_connected(ranks: Seen) -> None:

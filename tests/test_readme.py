@@ -59,6 +59,24 @@ def test_checkpoints_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(blocks_of(page)) == 4
 
 
+def test_the_page_on_steps_and_batches_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = ROOT / "docs" / "howto" / "steps-and-batches.md"
+    blocks = blocks_of(page.read_text(encoding="utf-8"))
+    assert len(blocks) == 5
+    for block in blocks:
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=10)
+        loader = [(torch.randn(4, 3, 64, 64), torch.arange(4))]
+        scope = {"force_prune": force_prune, "model": model, "loader": loader}
+        small = block.replace("=40", "=1").replace("=60", "=2").replace("0.99", "0.9")
+        exec(small, scope)
+    printed = capsys.readouterr().out.splitlines()
+    name, one, other = printed[0].split()  # of the last block: layers, pruned twice
+    assert name == "conv1.0.weight" and one == other  # the same batch
+
+
 def test_the_method_that_contributing_adds_works() -> None:
     scope: dict[str, object] = {}
     for block in blocks_of((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):

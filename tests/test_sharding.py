@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from distributed_worker import STEPS, Network, images, train
+from distributed_worker import STEPS, FirstColumns, Network, chain, images, train
 from processes import Seen, launch, same
 from sharding_worker import Gated, Normalised, Silent, Tied, reconstruct, vectors
 from torch import Tensor
@@ -105,6 +105,15 @@ def test_silent_layers_are_explained_as_in_one_process(ranks: Seen) -> None:
     for seen in ranks:
         assert seen["silent"] == report.to_dict()
         assert same(seen["silent, permanent"], get_masks(model))
+
+
+def test_idle_weights_are_those_of_one_process(ranks: Seen) -> None:
+    with pytest.warns(UserWarning, match=r"25 of the 33 weights .* \(76 %\) are idle"):
+        report = force_prune(
+            chain(), vectors(), 45 / 78, method=FirstColumns, progress=False
+        )
+    for seen in ranks:
+        assert seen["idle"] == report.to_dict()
 
 
 @pytest.mark.parametrize("how", ["one unit", "two units"])
