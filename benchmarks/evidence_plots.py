@@ -239,7 +239,7 @@ def claims(results: Results, networks: list[str], to: Path) -> str:
     groups = {name: where(results, network=name) for name in networks}
     groups["all"] = results
     figure, axes = panels([percent(s) for s in sparsities], sharey=True)
-    rows = [["sparsity", "", "minus", *groups]]
+    rows = [["sparsity", "", "minus", *groups, "ahead in"]]
     for sparsity, axis in zip(sparsities, axes, strict=True):
         found = {
             name: usual(where(some, sparsity=sparsity)) for name, some in groups.items()
@@ -253,7 +253,9 @@ def claims(results: Results, networks: list[str], to: Path) -> str:
                 }
                 drawn[mine][other] = points["all"]
                 intervals = map(interval, points.values())
+                ahead = sum(difference > 0 for difference in points["all"])
                 rows.append([percent(sparsity), mine, other, *intervals])
+                rows[-1].append(f"{ahead} of {len(points['all'])}")
         differences(axis, drawn, "points of accuracy more than this method (95 %)")
     if axes:
         finished(figure, axes[0], to / "claims.png")
