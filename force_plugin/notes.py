@@ -166,14 +166,15 @@ class Notes:
                 "the pruned network is disconnected: its outputs do not depend on its "
                 "inputs"
             )
+        once = self._steps == 1
+        steps = "a method that prunes in steps" if once else "another number of steps"
         # Weights that are idle in the dense network stay where there is room for them.
         if connected and idle > self._left / 2 and self._left <= self._alive_at_first:
             self.problems.append(
                 f"{idle:,} of the {self._left:,} weights that stay "
                 f"({100 * idle / self._left:.0f} %) are idle: the outputs do not "
                 "depend on them, as nothing reaches their channels, or nothing leads "
-                "on from there. Take another number of steps, more batches or another "
-                "method"
+                f"on from there. Take {steps}, more batches or a lower sparsity"
             )
 
     def _disconnect(self, what: str) -> None:

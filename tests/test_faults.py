@@ -1572,6 +1572,7 @@ def test_more_idle_weights_than_others_are_said_aloud(
         share = f"{100 * idle / kept:.0f}"
         start = f"{idle:,} of the {kept:,} weights that stay ({share} %) are idle: "
         assert line.startswith(start)
+        assert "Take a method that prunes in steps, more batches" in line
     else:
         assert not said
 
