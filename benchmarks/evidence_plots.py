@@ -234,7 +234,7 @@ def same(run: Run) -> tuple[str, int]:
 def claims(results: Results, networks: list[str], to: Path) -> str:
     """At 99 % and above: FORCE and Iter SNIP minus each of the others (* is not 0)."""
     ours = ("force", "iter_snip")
-    others = [name for name in METHODS if name not in ours]
+    others = [name for name in METHODS if name != "force"]
     sparsities = sorted({run.sparsity for run in results if run.sparsity >= 0.99})
     groups = {name: where(results, network=name) for name in networks}
     groups["all"] = results
@@ -247,6 +247,9 @@ def claims(results: Results, networks: list[str], to: Path) -> str:
         drawn = {mine: dict[str, list[float]]() for mine in ours}
         for mine in ours:
             for other in others:
+                if mine == other:
+                    drawn[mine][other] = []
+                    continue
                 points = {
                     name: pairs(some[mine], some[other], same)
                     for name, some in found.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -76,3 +77,24 @@ def test_the_tables_of_the_docs_are_those_of_the_stored_results(
     for name in tables:
         shown = (ROOT / "docs" / "evidence" / name).read_text(encoding="utf-8")
         assert shown == (tmp_path / name).read_text(encoding="utf-8"), name
+
+
+def test_the_figures_of_the_readme_are_those_of_the_docs() -> None:
+    table = (ROOT / "docs" / "evidence" / "methods.txt").read_text(encoding="utf-8")
+    (_, _, *sparsities), *rows = (
+        re.split(r"  +", line) for line in table.splitlines()[3:]
+    )
+    shown = {
+        (network, name, sparsity): cell
+        for network, name, *cells in rows
+        for sparsity, cell in zip(sparsities, cells, strict=False)  # dense has one
+    }
+    names = ("force", "iter_snip", "snip", "grasp", "synflow", "random")
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if re.match(r"\| (ResNet|VGG), ", line)]
+    assert len(found) == 8
+    for line in found:
+        label, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        network, sparsity = label.split(", ")
+        for name, cell in zip(names, cells, strict=True):
+            assert cell == shown[f"{network.lower()}_small", name, sparsity], label
