@@ -173,17 +173,16 @@ def differences(
     axis.set_xscale("symlog", linthresh=2)
     axis.axvline(0, color="black", lw=1)
     for number, (kind, rows) in enumerate(drawn.items()):
-        for place, values in enumerate(rows.values()):
-            if values:
-                axis.errorbar(
-                    mean(values),
-                    place + (number - 0.5) * 0.3,
-                    xerr=half_width(values),
-                    fmt="os"[number],
-                    color=COLORS.get(kind, f"C{4 + number}"),
-                    capsize=2,
-                    label=kind if place == 0 else None,
-                )
+        found = [(place, v) for place, v in enumerate(rows.values()) if v]
+        axis.errorbar(
+            [mean(values) for _, values in found],
+            [place + (number - 0.5) * 0.3 for place, _ in found],
+            xerr=[half_width(values) for _, values in found],
+            fmt="os"[number],
+            color=COLORS.get(kind, f"C{4 + number}"),
+            capsize=2,
+            label=kind,
+        )
         axis.set_yticks(range(len(rows)), rows)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     low, high = axis.get_xlim()
