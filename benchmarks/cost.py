@@ -676,7 +676,7 @@ def measure_profile(args: argparse.Namespace) -> Iterator[Row]:
         "masks on stand-ins": spent(Probe.prune, force_prune),
         "notes": spent(Notes.on_selection, force_prune)
         + spent(Notes.on_first_scores, force_prune),
-        "connected": spent(Probe.connected, force_prune),
+        "connected": spent(Probe.flow, force_prune),
     }
     theirs = {
         "forward": spent(forward, bare),
