@@ -37,7 +37,7 @@ from scipy.stats import t
 Results = dict[Run, Result]
 
 COLORS = dict(zip(METHODS, plt.get_cmap("tab20").colors[::2], strict=False))
-COLORS |= {"synflow": "black", "random": "grey", "dense": "black"}
+COLORS |= {"synflow": "black", "random": "grey"}
 
 
 def where(results: Results, **wanted: Any) -> Results:

@@ -95,10 +95,8 @@ def find_flow(
         (o * torch.arange(o.numel(), device=o.device).cos().view_as(o)).sum()
         for o in outputs
     ]
-    gradients = list(
-        torch.autograd.grad(weighted, [*weights, *entries], allow_unused=True)
-    )
-    of_weights = [gradients.pop(0) for _ in weights]
+    found = torch.autograd.grad(weighted, [*weights, *entries], allow_unused=True)
+    of_weights, gradients = found[: len(weights)], found[len(weights) :]
     reached = [g is not None and bool(g.any()) for g in gradients[: len(leaves)]]
     for place, gradient in zip(looked_up, gradients[len(leaves) :], strict=True):
         if gradient is not None:
