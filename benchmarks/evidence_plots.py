@@ -452,8 +452,13 @@ def main() -> None:
         name for name in PRESETS[args.preset].networks if where(results, network=name)
     ]
     asked = dict.fromkeys(QUESTIONS, results)
+    # Seeds that were added for one question are not half a row of another.
+    seeds = PRESETS[args.preset].seeds
+    usual_seeds = {run: result for run, result in stored.items() if run.seed in seeds}
+    planned = where(usual_seeds, preset=args.preset)
+    asked |= dict.fromkeys((steps, batches, sanity), planned)
     if args.preset == "cpu" and where(stored, preset="long"):
-        asked[longer] = where(stored, network=networks[0])
+        asked[longer] = where(usual_seeds, network=networks[0])
     for question, some in asked.items():
         text = question(some, networks, args.to)
         path = args.to / f"{question.__name__}.txt"

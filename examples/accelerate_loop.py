@@ -32,6 +32,7 @@ def main() -> None:
     train = DataLoader(train_set, batch_size=64, shuffle=True, drop_last=True)
     test = DataLoader(test_set, batch_size=256)
     model = timm.create_model("test_resnet", num_classes=10).to(accelerator.device)
+    set_seed(0, device_specific=True)  # each process scores batches of its own
 
     force_prune(model, train, 0.95, steps=10, progress=False)  # these two lines
     make_permanent(model)  # are ours

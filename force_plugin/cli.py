@@ -374,9 +374,9 @@ def _write(
     options = json.loads(json.dumps(options, default=str))
     save_masks(get_masks(model), out / "masks.safetensors", _made_by(options))
     save_pruned(model, out / "pruned.safetensors")
-    _write_json(report, out / "report.json", options)
     _write_csv(report, out / "report.csv")
     report.plot(out / "sparsity.png")
+    _write_json(report, out / "report.json", options)  # the last: all of it is there
 
 
 def _print(report: SparsityReport, out: Path, quiet: bool) -> None:

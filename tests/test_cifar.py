@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import pickle
 import runpy
 import sys
@@ -70,18 +71,26 @@ def test_a_network_is_pruned_trained_continued_and_tested(
     words = [f"--data={data}", f"--dataset={dataset}", f"--model={model}"]
     words += [f"--method={method}", "--sparsity=0.9", f"--out={out}"]
     run(monkeypatch, *words, "--epochs=1")
+    random = torch.load(out / "last.pt")["random"]
     table = capsys.readouterr().out
     assert "90.00 %" in table and "test accuracy" in table
     assert (out / "layers.png").stat().st_size > 0
 
     run(monkeypatch, *words, "--epochs=2")
     assert "90.00 %" not in capsys.readouterr().out  # not pruned once more
+    assert not torch.equal(torch.load(out / "last.pt")["random"], random)
     rows = list(csv.DictReader((out / "log.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert all(float(row["sparsity"]) == pytest.approx(0.9, abs=1e-4) for row in rows)
     assert all(0 <= float(row["held_out"]) <= 1 for row in rows)
-    state = torch.load(out / "last.pt")
-    assert state["epoch"] == 2 and len(state["model"]) > 20
+    result = json.loads((out / "result.json").read_text())
+    assert 0 <= result["test"] <= 1 and result["epoch"] == 2
+    assert json.loads((out / "report.json").read_text())["sparsity"] > 0.89
+    # SNIP scores once and FORCE at each step: ten batches on CIFAR-100 are for those.
+    assert (result["batches"], result["steps"]) == (1, 3)
+
+    with pytest.raises(SystemExit, match="give the same options, or another --out"):
+        run(monkeypatch, *words, "--batches=2")
 
 
 def test_the_dense_network_trains_too(

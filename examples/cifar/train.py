@@ -6,19 +6,22 @@
     python examples/cifar/train.py --data ~/data --sparsity 0    # the dense network
 
 The recipe is that of de Jorge et al. 2021 (arXiv 2006.09081) and of their code: masks
-in 60 exponential steps of one batch (ten on CIFAR-100), then SGD with momentum 0.9 and
+in 60 exponential steps (SynFlow: 100) of one batch, on CIFAR-100 of ten, or in one step
+of one batch where a method takes one; then SGD with momentum 0.9 and
 weight decay 5e-4 in batches of 128, a learning rate of 0.1 that is divided by 10 after
 epochs 150 and 250, crops and flips. A tenth of the training images is held out; its
 accuracy is in each line of the log, that of the test images at the end only.
 
 torchvision downloads the data to ``--data``. After each epoch ``last.pt`` is written to
-``--out``, and the same command goes on from there.
+``--out``, and the same command goes on from there. At the end ``result.json`` has the
+test accuracy; ``report.json`` and ``layers.png`` have what is left of each layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 from pathlib import Path
 
 import timm
@@ -30,9 +33,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from force_plugin import force_prune, make_permanent, sparsity_report
+from force_plugin.methods import METHODS
 
 DATASETS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
-METHODS = ("force", "iter_snip", "snip", "grasp", "grasp_it", "synflow", "random")
 # Mean and standard deviation of the training images.
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -50,18 +53,24 @@ def arguments() -> argparse.Namespace:
     add("--model", choices=("resnet50", "vgg19"), default="resnet50")
     add("--method", choices=METHODS, default="force")
     add("--sparsity", type=float, default=0.99, help="fraction removed; 0: dense")
-    add("--steps", type=int, default=60, help="of the methods that iterate")
-    add("--batches", type=int, help="a step (default: 1, CIFAR-100: 10)")
+    add("--steps", type=int, help="default: the paper's")
+    add("--batches", type=int, help="a step (default: the paper's)")
+    add("--on-collapse", choices=("raise", "warn"), default="raise")
     add("--epochs", type=int, default=350)
     add("--batch-size", type=int, default=128)
     add("--workers", type=int, default=4)
     add("--seed", type=int, default=0, help="of initial weights, masks and order")
-    add("--out", type=Path, help="default: runs/DATASET/MODEL-METHOD-SPARSITY-SEED")
+    add("--out", type=Path, help="default: runs/DATASET/MODEL-METHOD-SPARSITY-SEED...")
     args = parser.parse_args()
-    args.batches = args.batches or {"cifar10": 1, "cifar100": 10}[args.dataset]
     method = f"{args.method}-{args.sparsity:g}" if args.sparsity else "dense"
-    name = f"{args.model}-{method}-{args.seed}"
-    args.out = args.out or Path("runs") / args.dataset / name
+    words = [args.model, method, args.seed]
+    words += [f"{args.steps}steps"] if args.steps else []
+    words += [f"{args.batches}batches"] if args.batches else []
+    args.out = args.out or Path("runs", args.dataset, "-".join(map(str, words)))
+    iterates = METHODS[args.method].steps is None
+    args.steps = args.steps or (100 if args.method == "synflow" else 60)
+    ten = args.dataset == "cifar100" and iterates
+    args.batches = args.batches or (10 if ten else 1)
     return args
 
 
@@ -125,9 +134,26 @@ def main() -> None:
     model = make(args.model, classes=len(test.classes))
     model = model.to(device, memory_format=torch.channels_last)
     args.out.mkdir(parents=True, exist_ok=True)
-    last, log = args.out / "last.pt", args.out / "log.csv"
+    last = args.out / "last.pt"
+    state = torch.load(last, map_location=device) if last.exists() else None
+    names = [
+        "dataset",
+        "model",
+        "method",
+        "sparsity",
+        "steps",
+        "batches",
+        "batch_size",
+        "seed",
+    ]
+    made_of = {name: getattr(args, name) for name in names}
+    if state and state["made_of"] != made_of:
+        raise SystemExit(
+            f"{last} was made of {state['made_of']}, not of {made_of}: give the same "
+            "options, or another --out"
+        )
 
-    if args.sparsity and not last.exists():
+    if args.sparsity and not state:
         report = force_prune(
             model,
             batches,
@@ -135,9 +161,11 @@ def main() -> None:
             method=args.method,
             steps=args.steps,
             batches=args.batches,
+            on_collapse=args.on_collapse,
         )
         print(report)
         report.plot(args.out / "layers.png")
+        (args.out / "report.json").write_text(json.dumps(report.to_dict(), indent=2))
         make_permanent(model)  # plain parameters, whose zeros stay 0
 
     optimizer = torch.optim.SGD(
@@ -145,39 +173,44 @@ def main() -> None:
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [150, 250], gamma=0.1)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    first_epoch = 0
-    if last.exists():
-        state = torch.load(last, map_location=device)
-        first_epoch = state["epoch"]
+    rows = []
+    if state:
+        rows = state["log"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"].cpu())  # other crops than in epoch 1
         if args.sparsity:
             make_permanent(model)  # what is 0 stays 0
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in range(len(rows), args.epochs):
         model.train()
+        losses = torch.zeros((), device=device)
         for images, targets in tqdm(batches, f"epoch {epoch + 1}", disable=None):
             images = images.to(device, memory_format=torch.channels_last)
             loss = nn.functional.cross_entropy(model(images), targets.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses += loss.detach()
         schedule.step()
         row = {
             "epoch": epoch + 1,
-            "loss": loss.item(),
+            "loss": float(losses) / len(batches),
             "held_out": accuracy(model, DataLoader(held_out, 500, **options), device),
             "sparsity": sparsity_report(model).sparsity,
         }
         print(", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+        rows.append(row)
         states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({"epoch": epoch + 1, **states}, last.with_suffix(".new"))
+        states |= {"made_of": made_of, "log": rows, "random": torch.get_rng_state()}
+        torch.save(states, last.with_suffix(".new"))
         last.with_suffix(".new").replace(last)  # a whole one, always
-        with log.open("a", newline="") as file:
+        with (args.out / "log.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
-            if epoch == 0:
-                writer.writeheader()
-            writer.writerow(row)
+            writer.writeheader()
+            writer.writerows(rows)
     tested = accuracy(model, DataLoader(test, 500, **options), device)
+    result = {**made_of, **rows[-1], "test": tested}
+    (args.out / "result.json").write_text(json.dumps(result, indent=2))
     print(f"test accuracy {tested:.2%} ({args.out})")
 
 

@@ -2,15 +2,16 @@
 
     python examples/imagenet/evaluate.py --data /data/imagenet runs/imagenet/*/
 
-Reads ``last.pt`` of each folder, and tests the model and its average on all images of
-``val``, once each. Prints a line a folder, then the density of each layer in all of
-them, and writes both to ``--out`` as CSV.
+Reads ``last.pt`` of each folder that has one, and tests the model and its average on
+all images of ``val``, once each. Prints a line a folder as it goes; at the end all of
+them and the density of each layer, and writes these to ``--out`` as CSV.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
 import timm
@@ -33,7 +34,7 @@ def top1_and_top5(model: nn.Module, args: argparse.Namespace) -> tuple[float, fl
         dataset,
         (3, args.image_size, args.image_size),
         args.batch_size,
-        interpolation=config["interpolation"],
+        interpolation="bilinear",
         mean=config["mean"],
         std=config["std"],
         crop_pct=0.875,
@@ -64,11 +65,17 @@ def main() -> None:
     add("--workers", type=int, default=8)
     args = parser.parse_args()
 
+    trained = [folder for folder in args.runs if (folder / "last.pt").exists()]
+    if not trained:
+        parser.error("runs: expected folders with a last.pt of train.py's, got none")
+    for folder in sorted(set(args.runs) - set(trained)):
+        print(f"{folder}: not trained yet, left out", file=sys.stderr)
+
     rows = []
     layers: dict[str, list[object]] = {}
-    for folder in args.runs:
+    for folder in trained:
         state = torch.load(folder / "last.pt", map_location="cpu")
-        row: dict[str, object] = {"run": folder.name, "epochs": state["epoch"]}
+        row: dict[str, object] = {"run": folder.name, "epochs": len(state["log"])}
         for name in ("model", "average"):
             values = state[name]
             head = values[next(key for key in reversed(values) if "weight" in key)]
@@ -78,12 +85,13 @@ def main() -> None:
             one, five = top1_and_top5(model, args)
             row |= {f"top1 {name}": f"{one:.2f}", f"top5 {name}": f"{five:.2f}"}
         row["sparsity"] = f"{report.sparsity:.2%}"
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
         for layer in report.layers:
             density = f"{100 * (1 - layer.sparsity):.2f}"
             layers.setdefault(layer.name, [layer.total]).append(density)
 
-    names = [folder.name for folder in args.runs]
+    names = [folder.name for folder in trained]
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     profile = [["layer", "weights", *names], *([k, *v] for k, v in layers.items())]
     for title, lines in (("Accuracy, %", table), ("Weights kept, %", profile)):

@@ -5,24 +5,49 @@
 Prunes by each method at each sparsity in 60 steps on the exponential schedule, with 40
 batches of 128 images a step, which the processes share (de Jorge et al. 2021, arXiv
 2006.09081). Methods that score once see 40 batches, too: their multi-batch
-variants. ``--data`` holds ``train/CLASS/*.JPEG`` and ``val/CLASS/*.JPEG``.
+variants. ``--data`` holds ``train/CLASS/*.JPEG`` and ``val/CLASS/*.JPEG``. Images are
+augmented as timm does by default.
 
 Each network gets a folder ``--out/METHOD-SPARSITY`` with what ``force-prune`` writes:
 ``pruned.safetensors`` to train from, the masks, a table and a plot of the layers. One
 that is there already is left alone, so the same command goes on where it was stopped.
+One that cannot be pruned is said so, and the others follow. Other options are those of
+``force-prune``: ``--microbatch 32`` where a batch does not fit into memory (GraSP
+takes several times what the others do), ``--on-collapse warn`` to write masks that
+disconnect the network, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from force_plugin.cli import main as force_prune
 
 METHODS = ("force", "iter_snip", "snip", "grasp", "random")
+
+
+def is_there(folder: Path, options: dict[str, Any]) -> bool:
+    """Whether the folder has these masks; an error where it has others."""
+    report = folder / "report.json"  # the last file that is written
+    if not report.exists():
+        return False
+    found = json.loads(report.read_text())["options"]
+    found["batches"] *= found["processes"]
+    for name, value in options.items():
+        made_with = found[name.replace("-", "_")]
+        if str(made_with) != str(value):
+            raise SystemExit(
+                f"{folder} was made with --{name} {made_with}, not {value}: take the "
+                "same, or another --out"
+            )
+    return True
 
 
 def main() -> None:
@@ -34,7 +59,7 @@ def main() -> None:
     add("--out", type=Path, default=Path("runs/imagenet"))
     add("--model", default="resnet50", help="of timm")
     add("--methods", nargs="+", default=METHODS)
-    add("--sparsities", nargs="+", default=["0.9", "0.95", "0.99"])
+    add("--sparsities", nargs="+", type=float, default=[0.9, 0.95, 0.99])
     add("--steps", type=int, default=60)
     add("--batches", type=int, default=40, help="a step, of all processes together")
     add("--batch-size", type=int, default=128)
@@ -51,27 +76,41 @@ def main() -> None:
         )
     if processes > 1:
         dist.init_process_group()
+    first = int(os.environ.get("RANK", 0)) == 0
+    failed = []
     for sparsity in args.sparsities:
         for method in args.methods:
-            out = args.out / f"{method}-{sparsity}"
-            if (out / "pruned.safetensors").exists():
-                continue
+            out = args.out / f"{method}-{sparsity:g}"
             options = {
-                "data": args.data,
+                "model": args.model,
                 "method": method,
                 "sparsity": sparsity,
                 "steps": args.steps,
-                "batches": args.batches // processes,
+                "batches": args.batches,
                 "batch-size": args.batch_size,
                 "image-size": args.image_size,
-                "workers": args.workers,
                 "seed": args.seed,
-                "out": out,
             }
+            if is_there(out, options):
+                if first:
+                    print(f"{out} is there already", file=sys.stderr)
+                continue
+            del options["model"]
+            options["batches"] = args.batches // processes
+            options |= {"data": args.data, "workers": args.workers, "out": out}
             words = [f"--{name}={value}" for name, value in options.items()]
-            force_prune([args.model, *words, *others])
+            try:
+                if force_prune([args.model, *words, *others]):
+                    raise SystemExit(130)  # Ctrl-C
+            except SystemExit as error:
+                if error.code != 1:
+                    raise  # wrong arguments are wrong for all of them
+                failed.append(out.name)
     if processes > 1:
         dist.destroy_process_group()
+    if failed:
+        said = f"not pruned, for the reasons above: {', '.join(failed)}"
+        raise SystemExit(said if first else 1)
 
 
 if __name__ == "__main__":
