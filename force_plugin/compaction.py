@@ -69,8 +69,8 @@ def compact(
 
     These stay: one channel of each set at least, those that carry a constant (the bias
     of a normalisation that was trained), the inputs and outputs of the model, channels
-    that a layer or group normalisation runs over, and as many as the emptiest part of
-    a convolution with groups needs.
+    that a layer or group normalisation runs over, and as many as the fullest group
+    of a convolution needs in each.
 
     Args:
         model: A model pruned with :mod:`torch.nn.utils.prune` or

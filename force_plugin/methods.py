@@ -36,6 +36,13 @@ def elementwise(score: Score) -> Score:
     The parts of a sharded weight are then scored where they are; for any other one each
     weight is put together first. It is said of this function, and not of one that
     overrides it.
+
+    Args:
+        score: ``score(weight, signal)``, of the same shapes for a whole weight as for a
+            part of it. ``@staticmethod`` goes above this decorator.
+
+    Returns:
+        The same function.
     """
     score.elementwise = True  # type: ignore[attr-defined]
     return score
