@@ -1,7 +1,7 @@
 """The study: what pruning at initialisation is worth, trained.
 
     python benchmarks/evidence.py                   # resumes where it stopped
-    python benchmarks/evidence.py --questions methods --seeds 3 4 --sparsities 0.99
+    python benchmarks/evidence.py --questions methods --seeds 3 4 --sparsities 0 0.99
     python benchmarks/evidence.py --preset long     # ten epochs, one sparsity
     python benchmarks/evidence.py --preset gpu      # larger networks, more epochs
     python benchmarks/evidence.py --preset digits --seeds 0 --questions methods
@@ -363,7 +363,9 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
-    parser.add_argument("--sparsities", type=float, nargs="+", help="only these")
+    parser.add_argument(
+        "--sparsities", type=float, nargs="+", help="only these (0: dense)"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     parser.add_argument("--data", type=Path, default=DEBIAN, help=f"default: {DEBIAN}")
     parser.add_argument(

@@ -198,12 +198,13 @@ def methods(results: Results, networks: list[str], to: Path) -> str:
     rows = [["network", "method", *map(percent, sparsities)]]
     for network, axis in zip(networks, axes, strict=True):
         ours = where(results, network=network)
-        dense = accuracies(where(ours, method="dense"))
-        if dense:
-            axis.axhline(mean(dense), color="black", ls="--", lw=1, label="dense")
-            rows.append(
-                [network, "dense", spread(dense), *[""] * (len(sparsities) - 1)]
-            )
+        dense = where(ours, method="dense")
+        found = []
+        for sparsity in sparsities:  # there may be more seeds at some than at others
+            seeds = {run.seed for run in where(ours, sparsity=sparsity)}
+            found.append({run: r for run, r in dense.items() if run.seed in seeds})
+        line(axis, range(len(found)), found, label="dense", color="black", ls="--")
+        rows.append([network, "dense", *(spread(accuracies(f)) for f in found)])
         for name, some in usual(ours).items():
             found = [where(some, sparsity=sparsity) for sparsity in sparsities]
             line(axis, range(len(found)), found, label=name, color=COLORS[name])
