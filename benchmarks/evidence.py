@@ -25,9 +25,10 @@ of these weights are live, that is, have a saliency other than 0.
 The data are all of Fashion-MNIST: ``apt-get install dataset-fashion-mnist`` on Debian,
 or torchvision's folder given as ``--data``. The preset ``cpu`` trains small networks
 for an epoch, 576 runs of half a minute, so that two cores do it in two to three hours;
-``long`` asks whether ten epochs tell another story, in one more hour; ``digits`` takes
-scikit-learn's and is a trial. A finished run is a line of JSON in ``--out`` and is not
-run again; Ctrl-C loses the current ones only.
+``long`` asks of six methods whether ten epochs tell another story, in an hour;
+``digits`` takes scikit-learn's and is a trial. A finished run is a line of JSON in
+``--out``, known by the preset's name and the options of the run, and is not done again:
+a preset that is changed takes another name. Ctrl-C loses the current runs only.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class Preset:
     lr: float = 0.1
     seeds: tuple[int, ...] = (0, 1, 2)
     sparsities: tuple[float, ...] = SPARSITIES
+    methods: tuple[str, ...] = tuple(METHODS)
     questions: tuple[str, ...] = QUESTIONS
 
 
@@ -129,6 +131,7 @@ PRESETS = {
         ("resnet_small",),
         epochs=10,
         sparsities=(0.99,),
+        methods=("force", "iter_snip", "snip", "grasp", "synflow", "random"),
         questions=("methods",),
     ),
     "gpu": Preset("fashion", ("resnet18", "vgg16"), epochs=30, seeds=(0, 1, 2, 3, 4)),
@@ -303,7 +306,8 @@ def plan(preset: str, seeds: list[int], questions: list[str]) -> list[Run]:
         for network in PRESETS[preset].networks:
             dense = Run(preset, network, seed)
             methods = {
-                name: replace(dense, **options) for name, options in METHODS.items()
+                name: replace(dense, **METHODS[name])
+                for name in PRESETS[preset].methods
             }
             if "methods" in questions:
                 runs.append(dense)

@@ -404,19 +404,21 @@ def sanity(results: Results, networks: list[str], to: Path) -> str:
 
 
 def longer(results: Results, networks: list[str], to: Path) -> str:
-    """Whether longer training tells another story: the same network at 99 %."""
-    rows = [["method", "epochs", "accuracy", "FORCE - this (95 %)"]]
-    for preset in ("cpu", "long"):
-        some = where(results, preset=preset, network=networks[0])
-        epochs = str(PRESETS[preset].epochs)
-        dense = accuracies(where(some, method="dense"))
-        rows.append(["dense", epochs, spread(dense), ""])
-        found = usual(where(some, sparsity=0.99))
-        for name, these in found.items():
-            against = (
-                "" if name == "force" else interval(pairs(found["force"], these, same))
-            )
-            rows.append([name, epochs, spread(accuracies(these)), against])
+    """At 99 %, by epochs of training; differences are of the longer training."""
+    some = {p: where(results, preset=p, network=networks[0]) for p in ("cpu", "long")}
+    epochs = [f"epochs: {PRESETS[preset].epochs}" for preset in some]
+    ours = ("force", "iter_snip")
+    rows = [["method", *epochs, *(f"{mine} - this (95 %)" for mine in ours)]]
+    dense = [where(these, method="dense") for these in some.values()]
+    rows.append(["dense", *(spread(accuracies(these)) for these in dense), "", ""])
+    found = [usual(where(these, sparsity=0.99)) for these in some.values()]
+    for name in PRESETS["long"].methods:
+        rows.append([name, *(spread(accuracies(these[name])) for these in found)])
+        last = found[-1]
+        rows[-1] += [
+            "" if name == mine else interval(pairs(last[mine], last[name], same))
+            for mine in ours
+        ]
     return aligned(rows)
 
 

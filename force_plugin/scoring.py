@@ -37,7 +37,7 @@ from force_plugin.batches import (
     is_pair,
     to_device,
 )
-from force_plugin.connection import Flow, find_flow, tensors
+from force_plugin.connection import Flow, find_flow, responds, tensors
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.sharding import WHOLE, Parts
@@ -388,71 +388,109 @@ class Probe:
         """What the outputs of the network, as it is pruned, depend on.
 
         On its inputs if a gradient that is not exactly 0 reaches those of the last
-        batch that was measured, on any rank. A few of its samples are tried first, and
-        cost next to nothing. Where no gradient reaches the inputs of the dense network
-        either (the stem is detached), a gradient that reaches any of the kept weights
-        is what counts.
+        batch that was measured, on any rank, or if in evaluation mode other inputs give
+        other outputs. A few of its samples are tried first, and cost next to nothing.
+        Where no gradient reaches the inputs of the dense network either (the stem is
+        detached), a gradient that reaches any of the kept weights is what counts.
 
         Returns:
             Whether they do, ``None`` where nothing was measured with data before; and
-            how many of the kept weights no gradient reaches, 0 where it is not known.
+            how many of the kept weights no gradient reaches that does so in the dense
+            network, 0 where it is not known.
         """
         if self._last_batch is None:
             return None, 0
         batch, _ = next(self._split(self._last_batch))
         inputs = batch[0] if is_pair(batch) else batch
 
-        def run(inputs: Any = inputs) -> None:
+        def run(inputs: Any = inputs) -> object:
             with self._autocast():
                 if self._forward is not None:
-                    self._forward(self.model, self._moved(batch))
-                else:
-                    self.model(self._moved(inputs))
+                    return self._forward(self.model, self._moved(batch))
+                self.model(self._moved(inputs))
+                return None
 
         ranks = self.parts.ranks
-        weights = list(self._stand_ins.values())
         kept = sum(self.parts.count(self.masks or {}).values())
         # What fails on one rank only would lose the ranks of a sharded network.
         few_serve = isinstance(inputs, Tensor) and not self.parts.sharded
         if self._forward is None and few_serve:
-            found = Flow(False, [None] * len(weights))
-            # Fewer samples may be too few: for a batch norm, or to wake a sparse unit.
-            with suppress(Exception):
-                found = find_flow(self.model, lambda: run(inputs[:8]), weights)
+            # Fewer samples may be too few to wake a sparse unit.
+            found = self._flow_of(lambda: run(inputs[:8]))
             idle = self._count_idle(found)
             if ranks.any(bool(found.connected)) and 2 * idle <= kept:
                 return True, idle
             del found  # and its gradients
-        found = find_flow(self.model, run, weights)
+        found = self._flow_of(run)
         idle = self._count_idle(found)
-        if ranks.any(bool(found.connected)):
+        connected = ranks.any(bool(found.connected))
+        if connected and 2 * idle <= kept:
             return True, idle
         masks, self.masks = self.masks, None
         try:
             self._mask_stand_ins()
-            dense = find_flow(self.model, run).connected
+            dense = self._flow_of(run)
         finally:
             self.masks = masks
             self._mask_stand_ins()
-        if ranks.any(bool(dense)):
-            return False, idle
+        if connected:
+            return True, self._count_idle(found, dense)
+        if ranks.any(bool(dense.connected)):
+            return self._responds(run), 0
         if math.isnan(self.loss):  # SynFlow's, which has none
             return None, 0
-        sums = _Sums(self._stand_ins)
-        sums.add_gradients(self._loss(batch))
-        left = self.masks or {}
-        reached = ranks.any(
-            any(bool((g[left[n]] if n in left else g).any()) for n, g in sums.items())
-        )
-        return reached, 0
+        reached = self._reaches_weights(batch)
+        if ranks.any(bool(reached)):
+            return True, 0
+        return (None if ranks.any(reached is None) else False), 0
 
-    def _count_idle(self, found: Flow) -> int:
-        """How many of the kept weights have no gradient, on any rank."""
+    def _flow_of(self, run: Callable[[], object]) -> Flow:
+        """The flow, or that none was found: to look at a network must not fail it.
+
+        Where a pass fails, as that of a normalisation over a single sample, one in
+        evaluation mode serves.
+        """
+        weights = list(self._stand_ins.values())
+        if self.parts.sharded:
+            return find_flow(self.model, run, weights)
+        for mode in (nullcontext, self.evaluation_mode):
+            with suppress(Exception), mode():
+                return find_flow(self.model, run, weights)
+        return Flow(None, [None] * len(weights))
+
+    def _reaches_weights(self, batch: Any) -> bool | None:
+        """Whether a gradient of the loss reaches any of the kept weights."""
+        left = self.masks or {}
+        with nullcontext() if self.parts.sharded else suppress(Exception):
+            sums = _Sums(self._stand_ins)
+            sums.add_gradients(self._loss(batch))
+            return any(
+                bool((g[left[n]] if n in left else g).any()) for n, g in sums.items()
+            )
+        return None
+
+    def _responds(self, run: Callable[[], object]) -> bool:
+        """Whether the network has other outputs for other inputs, on any rank."""
+        found = False
+        if not self.parts.sharded:
+            with suppress(Exception), self.evaluation_mode():
+                found = responds(self.model, run)
+        return self.parts.ranks.any(found)
+
+    def _count_idle(self, found: Flow, dense: Flow | None = None) -> int:
+        """How many of the kept weights have no gradient, at most, on any rank."""
         idle, masks = 0, self.masks or {}
-        for name, gradient in zip(self._stand_ins, found.gradients, strict=True):
+        able = dense.gradients if dense else [None] * len(found.gradients)
+        for name, gradient, alive in zip(
+            self._stand_ins, found.gradients, able, strict=True
+        ):
             mask = masks[name]
             if gradient is not None:
                 mask = mask & (gradient.to_dense() == 0)
+            if alive is not None:
+                mask = mask & (alive.to_dense() != 0)
+            elif dense:
+                continue
             idle += int(mask.count_nonzero())
         (everywhere,) = self.parts.total(idle)
         return int(min(row[0] for row in self.parts.ranks.gather(everywhere)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from force_plugin.connection import find_flow
+from force_plugin.connection import find_flow, responds
 
 
 class Residual(nn.Module):
@@ -178,14 +179,126 @@ def test_integers_beside_floating_point_inputs_hide_no_cut(name: str) -> None:
     assert find_flow(model, lambda: model(vectors(), mask)).connected is False
 
 
+def test_a_model_that_is_not_called_says_nothing() -> None:
+    assert find_flow(chain(), lambda: None).connected is None
+
+
+class Wrapper(nn.Module):
+    """Calls its parts itself, as a ``training_step`` does, and the loss is a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.loss = chain(), chain(), nn.MSELoss()
+        self.widen = nn.Linear(4, 6)
+
+    def step(self, inputs: Tensor) -> Tensor:
+        found = self.decoder(self.widen(self.encoder(inputs)))
+        return self.loss(found, torch.ones(4, 4))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
-    "run",
-    [lambda model: None, lambda model: model[0](vectors())],
-    ids=["nothing", "a part of it"],
+    "name", ["encoder.0", "encoder.2", "widen", "decoder.0", "decoder.2"]
 )
-def test_a_model_that_is_not_called_says_nothing(run: Callable[..., object]) -> None:
-    model = chain()
-    assert find_flow(model, lambda: run(model)).connected is None
+def test_where_only_parts_are_called_their_inputs_and_the_last_outputs_count(
+    name: str,
+) -> None:
+    torch.manual_seed(0)
+    model = Wrapper()
+    run = partial(model.step, vectors())
+    weight = model.get_submodule(name).weight
+    found = find_flow(model, run, [weight])
+    assert found.connected and found.gradients[0].any()
+    with torch.no_grad():
+        weight.zero_()
+    assert find_flow(model, run).connected is False
+
+
+class Config(dict[str, Any]):
+    """A dictionary with attributes, like the inputs and outputs of many models."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_a_dictionary_of_a_type_of_its_own_stays_one() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = chain()
+
+        def forward(self, batch: Config) -> Config:
+            return Config(logits=self.body(batch.x))
+
+    model, given = Reads(), Config(x=vectors())
+    assert find_flow(model, lambda: model(given)).connected
+    assert given.x.grad_fn is None  # what was given is not written to
+    nn.init.zeros_(model.body[0].weight)
+    assert find_flow(model, lambda: model(given)).connected is False
+
+
+def test_a_loss_may_take_the_gradient_of_its_inputs() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def run() -> Tensor:
+        inputs = vectors().requires_grad_()
+        total = model(inputs).sum()
+        (slope,) = torch.autograd.grad(total, inputs, create_graph=True)
+        return slope.square().sum()
+
+    assert find_flow(model, run).connected
+
+
+def test_what_is_only_read_by_the_loss_has_a_gradient() -> None:
+    model, other = chain(), nn.Linear(4, 6)
+    weights = [*model.parameters(), *other.parameters()]
+    found = find_flow(model, lambda: other(model(vectors())).square().sum(), weights)
+    assert all(gradient is not None and gradient.any() for gradient in found.gradients)
+    first = nn.Linear(6, 6)
+    found = find_flow(model, lambda: model(first(vectors())), [first.weight])
+    assert found.gradients[0] is not None and found.gradients[0].any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_embeddings_have_gradients_and_serve_when_they_are_frozen(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = Language()
+    table = model.embeddings.words.weight.requires_grad_(not frozen)
+    weights = [] if frozen else [table]
+    found = find_flow(model, lambda: model(words()), weights)
+    assert found.connected
+    assert frozen or found.gradients[0].any()
+    nn.init.zeros_(model.embeddings.norm.weight)
+    assert find_flow(model, lambda: model(words())).connected is False
+
+
+class Table(nn.Module):
+    """Categories, of which it makes the rows of one embedding, beside numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.numbers = nn.Embedding(20, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, categories: Tensor, numbers: Tensor) -> Tensor:
+        rows = self.rows(categories + torch.tensor([0, 10])).sum(1)
+        return self.head(rows + self.numbers(numbers))  # type: ignore[no-any-return]
+
+
+def test_a_model_responds_where_samples_that_change_places_change_its_outputs() -> None:
+    torch.manual_seed(0)
+    model = Table().eval()
+    categories = torch.arange(8).view(4, 2)
+
+    def run() -> Tensor:
+        return model(categories, vectors())  # type: ignore[no-any-return]
+
+    nn.init.zeros_(model.numbers.weight)
+    assert find_flow(model, run).connected is False  # categories are not seen
+    assert responds(model, run)
+    nn.init.zeros_(model.rows.weight)
+    assert not responds(model, run)
+    sequence = Language().eval()  # its positions differ, whatever the words
+    nn.init.zeros_(sequence.embeddings.words.weight)
+    assert not responds(sequence, lambda: sequence(words()))
 
 
 def test_outputs_without_a_graph_say_nothing() -> None:

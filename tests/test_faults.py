@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sklearn.model_selection  # noqa: F401 (its own imports may draw from random)
 import timm
@@ -37,6 +38,7 @@ from force_plugin import (
     LayerReport,
     SaliencyMethod,
     SparsityReport,
+    SynFlow,
     apply_masks,
     force_prune,
     get_masks,
@@ -1518,7 +1520,8 @@ def test_layers_that_do_not_meet_are_an_error_though_none_of_them_is_empty(
     said = "\n".join(as_chosen(model, masks).warnings)
     assert "disconnected" not in said
     if chain in ("plain", "with batch norm"):  # no bias gets past an empty channel
-        assert "weights that stay (88 %) are idle: the outputs do not depend on" in said
+        # Units that nothing wakes in the dense network either are not counted.
+        assert re.search(r"that stay \(8[78] %\) are idle: the outputs do not", said)
 
 
 def without_a_path(masks: list[Tensor]) -> int:
@@ -1592,6 +1595,124 @@ def test_weights_that_few_samples_do_not_wake_are_not_idle() -> None:
             method="snip",
         )
     assert not any("idle" in line for line in report.warnings)
+
+
+class Experts(nn.Module):
+    """Each sample goes through one of several experts."""
+
+    def __init__(self, count: int = 8) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, count)
+        self.experts = nn.ModuleList(nn.Linear(16, 32) for _ in range(count))
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x).softmax(1)
+        best = weights.argmax(1)
+        rows = [
+            weights[place, chosen] * self.experts[chosen](x[place])
+            for place, chosen in enumerate(best.tolist())
+        ]
+        return self.head(torch.stack(rows))  # type: ignore[no-any-return]
+
+
+def test_weights_that_a_batch_does_not_use_in_the_dense_network_are_not_idle() -> None:
+    torch.manual_seed(0)
+    loader = [(torch.randn(2, 16), torch.tensor([0, 1])) for _ in range(64)]
+    report = prune_it(Experts(), loader=loader, sparsity=0.5, method="snip", batches=64)
+    assert not any("idle" in line for line in report.warnings)
+
+
+def test_the_last_look_fails_no_pruning() -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for width in (6, 8):
+            layers += [nn.Linear(width, 8), nn.BatchNorm1d(8), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(8, 4))
+
+    # A normalisation over a batch of one fails; these methods are in evaluation mode.
+    one = [(torch.rand(1, 6), torch.zeros(1).long())]
+    for method in ("synflow", "snip_it"):
+        assert prune_it(network(), loader=one, method=method).sparsity == 0.5
+    layers = sparsity_report(network()).layers
+    masks = {ly.name: torch.ones(ly.shape, dtype=torch.bool) for ly in layers}
+    first, second, _ = masks.values()
+    first[1:] = False
+    second[:, 0] = False
+
+    class Chosen(SynFlow):
+        steps = 1
+
+        @classmethod
+        def measure(cls, probe: Any) -> dict[str, Tensor]:
+            probe.synflow_gradients()
+            return masks
+
+        @staticmethod
+        def score(weight: Tensor, mask: Tensor) -> Tensor:
+            return mask.double()
+
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    share = 1 - kept / sum(mask.numel() for mask in masks.values())
+    with pytest.raises(RuntimeError, match=r"^the pruned network is disconnected"):
+        prune_it(network(), loader=one, sparsity=share, method=Chosen)
+
+    class ByNumpy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(torch.from_numpy(np.log1p(np.abs(x.numpy()))))  # type: ignore[no-any-return]
+
+    loader = [(torch.randn(8, 6), torch.arange(8) % 4)]
+    assert prune_it(ByNumpy(), loader=loader).sparsity == 0.5
+
+
+def test_a_training_step_that_calls_a_part_of_the_model_is_looked_at() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = vgg(norm=False, bias=False)
+
+        def training_step(self, batch: Batch) -> Tensor:
+            return cross_entropy(self.model(batch[0]), batch[1])
+
+    model = Module()
+    layers = sparsity_report(model).layers
+    masks = {ly.name: torch.ones(ly.shape, dtype=torch.bool) for ly in layers}
+    first, second, *_ = masks.values()
+    first[1:] = False
+    second[:, 0] = False
+    with pytest.raises(RuntimeError, match=r"^the pruned network is disconnected"):
+        as_chosen(model, masks, forward=lambda m, found: m.training_step(found))
+
+
+def test_a_network_that_looks_integers_up_beside_numbers_is_connected() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.numbers = nn.Embedding(20, 6), nn.Linear(6, 6)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+            rows = self.rows(inputs[0] + torch.tensor([0, 10])).sum(1)
+            return self.head(rows + self.numbers(inputs[1]))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    inputs = torch.randint(10, (8, 2)), torch.randn(8, 6)
+    model = Table()
+    layers = sparsity_report(model).layers
+    masks = {ly.name: torch.ones(ly.shape, dtype=torch.bool) for ly in layers}
+    masks["numbers.weight"][:] = False
+    method = keeping(masks)
+    options = {"sparsity": 36 / 60, "method": method}
+    prune_it(model, loader=[(inputs, torch.arange(8) % 4)], **options)
+    model = Table()
+    nn.init.zeros_(model.rows.weight)
+    with pytest.raises(RuntimeError, match=r"^the pruned network is disconnected"):
+        prune_it(model, loader=[(inputs, torch.arange(8) % 4)], **options)
 
 
 def test_an_empty_layer_beside_a_skip_connection_is_no_error_but_a_line() -> None:
