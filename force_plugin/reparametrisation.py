@@ -134,6 +134,19 @@ def reparametrise(
     return hook
 
 
+def show(module: nn.Module, name: str) -> None:
+    """Compute a pruned tensor anew, with a graph where its hook leaves one."""
+    hook = find_hook(module, name)
+    assert hook is not None
+    detached = any(
+        isinstance(after, _Detach) and after.name == name
+        for after in module._forward_hooks.values()
+    )
+    with torch.enable_grad():
+        shown = hook.apply_mask(module)  # type: ignore[no-untyped-call]
+    setattr(module, name, shown.detach() if detached else shown)
+
+
 def remove(module: nn.Module, name: str) -> None:
     """Undo the reparametrisation of a tensor, PyTorch's own too.
 

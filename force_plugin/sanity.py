@@ -8,19 +8,23 @@ values, the method has chosen how much to keep of each layer, not which weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from force_plugin.distributed import unwrap
 from force_plugin.masks import checked_masks
 from force_plugin.parameters import (
     is_sharded,
+    mask_of,
     name_some,
     named_parameters,
     pruned_so_far,
 )
-from force_plugin.reparametrisation import find_hook
+from force_plugin.reparametrisation import find_hook, show
+from force_plugin.snapshot import snapshot
 
 
 def shuffle_masks(
@@ -48,8 +52,8 @@ def shuffle_masks(
     """
     shuffled = {}
     for name, mask in checked_masks(masks).items():
-        order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
-        shuffled[name] = mask.flatten()[order].view(mask.shape)
+        order = torch.randperm(mask.numel(), generator=generator, device="cpu")
+        shuffled[name] = mask.flatten()[order.to(mask.device)].view(mask.shape)
     return shuffled
 
 
@@ -62,11 +66,13 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
     The values are taken from a model that was made in the same way, as only that knows
     how each of its weights is drawn: "reinitialization" of Frankle et al. 2021 (arXiv
     2009.08576, section 5). Parameters and buffers stay the same objects, so that an
-    optimizer made before goes on with them.
+    optimizer made before goes on with them. In a distributed job every rank calls it
+    with a ``fresh`` of the same values.
 
     Args:
         model: Pruned by :func:`force_plugin.force_prune` or any other method of
-            :mod:`torch.nn.utils.prune`, made permanent or not; changed in place.
+            :mod:`torch.nn.utils.prune`, made permanent or not, in a
+            ``DistributedDataParallel`` or not; changed in place.
         fresh: The same network with other values, not pruned; it stays as it is.
 
     Raises:
@@ -76,6 +82,7 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             lazy module, the meta device), or only a part of them (a sharded model); the
             model is unchanged.
     """
+    model, fresh = unwrap(model), unwrap(fresh)
     weights, new = named_parameters(model), named_parameters(fresh)
     kept = {
         (module, name): pruned_so_far(module, name)
@@ -99,15 +106,23 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
     values = {name: weight.dense for name, weight in weights.items()}
     pairs = _matched(values, {name: weight.dense for name, weight in new.items()})
     pairs += _matched(_buffers(model), _buffers(fresh))
-    for old, value in pairs:
-        old.copy_(value)
-    for (module, name), mask in kept.items():
-        hook = find_hook(module, name)
-        if hook is not None:
-            shown = hook.apply_mask(module)  # type: ignore[no-untyped-call]
-            setattr(module, name, shown.detach())
-        elif mask is not None:
-            getattr(module, name).masked_fill_(~mask, 0)
+    with ExitStack() as undo:
+        undo.callback(snapshot(model.modules()))
+        for old, value in pairs:
+            undo.callback(old.copy_, old.clone())
+            old.copy_(value)
+        for (module, name), mask in kept.items():
+            if mask is None:
+                continue
+            shown = mask_of(module, name)
+            if shown is None:
+                getattr(module, name).masked_fill_(~mask, 0)
+                continue
+            # Zeros that an earlier make_permanent holds are not in this mask.
+            original = getattr(module, f"{name}_orig")
+            original.masked_fill_(shown.bool() & ~mask, 0)
+            show(module, name)
+        undo.pop_all()
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -145,4 +160,17 @@ def _matched(
                 f"fresh: expected the same network as the model, but {name} is "
                 f"{tuple(new[name].shape)} instead of {tuple(tensor.shape)}"
             )
-    return [(tensor, new[name]) for name, tensor in old.items()]
+    pairs = []
+    for name, tensor in old.items():
+        expanded = any(
+            step == 0 and size > 1
+            for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+        )
+        if not expanded:
+            pairs.append((tensor, new[name]))
+        elif not torch.equal(tensor, new[name].to(tensor)):
+            raise ValueError(
+                f"model: {name} is expanded, one number in several places, and cannot "
+                "be given other values; make it contiguous"
+            )
+    return pairs

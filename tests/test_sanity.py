@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from networks import conv_network as network
 from networks import tied_layers as tied
 from state import unchanged
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 from force_plugin import (
@@ -187,6 +190,63 @@ def test_values_take_the_type_of_the_model() -> None:
     model = pruned().double()
     reinitialise(model, made(1))
     assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_zeros_that_are_held_stay_0_under_a_later_mask() -> None:
+    model = pruned()
+    make_permanent(model)
+    prune.random_unstructured(model[0], "weight", amount=0.1)
+    masks = get_masks(model)
+    reinitialise(model, made(1))
+    model(torch.randn(4, 2, 5, 5))
+    for name, mask in masks.items():
+        module, _, tensor = name.rpartition(".")
+        assert not getattr(model.get_submodule(module), tensor)[~mask].any()
+
+
+def test_a_weight_that_pytorchs_own_pruning_shows_keeps_its_graph() -> None:
+    def build() -> nn.Module:
+        return nn.MultiheadAttention(8, 2, batch_first=True)
+
+    model, fresh = made(0, build), made(1, build)
+    prune.random_unstructured(model.out_proj, "weight", amount=0.5)
+    reinitialise(model, fresh)
+    x = torch.randn(2, 3, 8)
+    model(x, x, x)[0].sum().backward()
+    assert model.out_proj.weight_orig.grad.any()  # it is read, and never called
+
+
+def test_a_network_in_distributed_data_parallel(tmp_path: Path) -> None:
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model, fresh = pruned(), made(1)
+        reinitialise(DistributedDataParallel(model), fresh)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(model[0].weight_orig, fresh[0].weight)
+
+
+def with_constant(value: float = 1.0) -> nn.Module:
+    model = network()
+    model.register_buffer("scale", torch.full((1,), value).expand(6))
+    return model
+
+
+def test_a_buffer_that_is_expanded_stays_or_is_an_error() -> None:
+    model = pruned(with_constant)
+    reinitialise(model, made(1, with_constant))
+    assert torch.equal(model[0].weight_orig, made(1)[0].weight)
+    with unchanged(model), pytest.raises(ValueError, match="scale is expanded"):
+        reinitialise(model, with_constant(2.0))
+
+
+def test_nothing_is_changed_where_something_fails_half_way() -> None:
+    model = pruned()
+    fresh = made(1)
+    fresh[-1].bias = nn.Parameter(fresh[-1].bias.detach().to_sparse())
+    with unchanged(model), pytest.raises(RuntimeError, match="copy_"):
+        reinitialise(model, fresh)
 
 
 def wider() -> nn.Module:
