@@ -244,10 +244,7 @@ def measured(model: nn.Module, batches: Batches) -> Result:
     masks = get_masks(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers whose saliency is 0
-        try:
-            scores = saliency(model, batches, "force", batches=min(10, len(batches)))
-        except RuntimeError:  # no gradient passes: the network is disconnected
-            scores = {name: torch.zeros(mask.shape) for name, mask in masks.items()}
+        scores = saliency(model, batches, "force", batches=min(10, len(batches)))
     kept = [scores[name][mask] for name, mask in masks.items()]
     return {
         "sensitivity": sum(float(values.sum()) for values in kept),
@@ -299,16 +296,15 @@ def execute(run: Run) -> Result:
     }
 
 
-def plan(preset: str, seeds: list[int], questions: list[str]) -> list[Run]:
-    """All runs, a seed at a time, each once."""
+def plan(
+    preset: str, seeds: list[int], questions: list[str], names: list[str]
+) -> list[Run]:
+    """All runs of these methods, a seed at a time, each once."""
     runs: list[Run] = []
     for seed in seeds:
         for network in PRESETS[preset].networks:
             dense = Run(preset, network, seed)
-            methods = {
-                name: replace(dense, **METHODS[name])
-                for name in PRESETS[preset].methods
-            }
+            methods = {name: replace(dense, **METHODS[name]) for name in names}
             if "methods" in questions:
                 runs.append(dense)
                 runs += [
@@ -323,20 +319,21 @@ def plan(preset: str, seeds: list[int], questions: list[str]) -> list[Run]:
                     replace(
                         methods[name], sparsity=0.99, steps=steps, schedule=schedule
                     )
-                    for name in ("force", "iter_snip")
+                    for name in sorted(methods.keys() & {"force", "iter_snip"})
                     for steps in STEPS
                     for schedule in ("exponential", "linear")
                 ]
             if "batches" in questions:
                 runs += [
                     replace(methods[name], sparsity=0.99, batches=batches)
-                    for name in ("snip", "grasp")
+                    for name in sorted(methods.keys() & {"snip", "grasp"})
                     for batches in BATCHES
                 ]
             if "sanity" in questions:
                 runs += [
                     replace(methods[name], sparsity=sparsity, mask=mask)
                     for name in CHECKED
+                    if name in methods
                     for sparsity in (0.95, 0.99)
                     for mask in ("own", "shuffled", "reinitialised")
                 ]
@@ -345,9 +342,17 @@ def plan(preset: str, seeds: list[int], questions: list[str]) -> list[Run]:
 
 def read(path: Path) -> dict[Run, Result]:
     """The results so far."""
+    results = {}
     lines = path.read_text().splitlines() if path.exists() else []
-    records = map(json.loads, lines)
-    return {Run(**record.pop("run")): record for record in records}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SystemExit(
+                f"{path}: line {number} was cut off; delete it, and it is run again"
+            ) from error
+        results[Run(**record.pop("run"))] = record
+    return results
 
 
 _shared: dict[str, Any] = {}
@@ -390,10 +395,8 @@ def main() -> None:
     processes = args.processes or (1 if device == "cuda" else cores)
     done = read(args.out)
     questions = args.questions or list(preset.questions)
-    runs = plan(args.preset, list(args.seeds or preset.seeds), questions)
-    if args.methods:
-        names = {METHODS[name]["method"] for name in args.methods}
-        runs = [run for run in runs if run.method in names]
+    seeds, names = args.seeds or preset.seeds, args.methods or preset.methods
+    runs = plan(args.preset, list(seeds), questions, list(names))
     if args.sparsities:
         runs = [run for run in runs if run.sparsity in args.sparsities]
     todo = [run for run in runs if run not in done]
@@ -404,11 +407,17 @@ def main() -> None:
         prepare,
         (preset.data, args.data, device, max(1, cores // processes)),
     )
+    failed: list[Run] = []
     try:
         futures = {pool.submit(execute, run): run for run in todo}
         bar = tqdm(as_completed(futures), "runs", len(todo), disable=None)
         for future in bar:
-            run, result = futures[future], future.result()
+            run = futures[future]
+            if error := future.exception():  # the others go on
+                failed.append(run)
+                bar.write(f"{run}: {type(error).__name__}: {error}", file=sys.stderr)
+                continue
+            result = future.result()
             with args.out.open("a") as file:
                 file.write(json.dumps({"run": asdict(run)} | result) + "\n")
             bar.write(f"{run}: {result['accuracy']:.2%}", file=sys.stderr)
@@ -416,6 +425,10 @@ def main() -> None:
         print("stopped; the same command does the rest", file=sys.stderr)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    if failed:
+        raise SystemExit(
+            f"{len(failed)} runs failed; the same command tries them again"
+        )
 
 
 if __name__ == "__main__":

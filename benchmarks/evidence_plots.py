@@ -5,7 +5,8 @@
 
 Each question has a plot and a table of the same numbers: mean and standard deviation
 over seeds. Comparisons are of the same network and seed, pair by pair, with a 95 %
-interval of the mean difference by Student's t.
+interval of the mean difference by Student's t; over several networks, of the mean of
+each seed's differences.
 """
 
 from __future__ import annotations
@@ -231,6 +232,17 @@ def same(run: Run) -> tuple[str, int]:
     return run.network, run.seed
 
 
+def by_seed(one: Results, other: Results) -> list[float]:
+    """Differences of runs of each seed, the mean of all networks."""
+    seeds: dict[int, list[float]] = {}
+    for network in sorted({run.network for run in one}):
+        here = [where(some, network=network) for some in (one, other)]
+        for run in here[0]:
+            found = pairs(*(where(some, seed=run.seed) for some in here), same)
+            seeds.setdefault(run.seed, []).extend(found)
+    return [mean(values) for values in seeds.values() if values]
+
+
 def claims(results: Results, networks: list[str], to: Path) -> str:
     """At 99 % and above: FORCE and Iter SNIP minus each of the others (* is not 0)."""
     ours = ("force", "iter_snip")
@@ -238,8 +250,10 @@ def claims(results: Results, networks: list[str], to: Path) -> str:
     sparsities = sorted({run.sparsity for run in results if run.sparsity >= 0.99})
     groups = {name: where(results, network=name) for name in networks}
     groups["all"] = results
-    figure, axes = panels([percent(s) for s in sparsities], sharey=True)
     rows = [["sparsity", "", "minus", *groups, "ahead in"]]
+    if not sparsities:
+        return aligned(rows)
+    figure, axes = panels([percent(s) for s in sparsities], sharey=True)
     for sparsity, axis in zip(sparsities, axes, strict=True):
         found = {
             name: usual(where(some, sparsity=sparsity)) for name, some in groups.items()
@@ -254,14 +268,15 @@ def claims(results: Results, networks: list[str], to: Path) -> str:
                     name: pairs(some[mine], some[other], same)
                     for name, some in found.items()
                 }
-                drawn[mine][other] = points["all"]
-                intervals = map(interval, points.values())
+                # Two networks are not two draws of one: a seed's difference is one.
+                seeds = by_seed(found["all"][mine], found["all"][other])
+                drawn[mine][other] = seeds
+                intervals = map(interval, [*list(points.values())[:-1], seeds])
                 ahead = sum(difference > 0 for difference in points["all"])
                 rows.append([percent(sparsity), mine, other, *intervals])
                 rows[-1].append(f"{ahead} of {len(points['all'])}")
         differences(axis, drawn, "points of accuracy more than this method (95 %)")
-    if axes:
-        finished(figure, axes[0], to / "claims.png")
+    finished(figure, axes[0], to / "claims.png")
     return aligned(rows)
 
 
@@ -348,8 +363,10 @@ def objective(results: Results, networks: list[str], to: Path) -> str:
     """What FORCE maximises, against accuracy."""
     high = {run.network for run in results if run.sparsity >= 0.99}
     networks = [network for network in networks if network in high]
-    figure, axes = panels(networks)
     rows = [["network", "method", "sparsity", "sensitivity", "accuracy"]]
+    if not networks:
+        return aligned(rows)
+    figure, axes = panels(networks)
     for network, axis in zip(networks, axes, strict=True):
         for name, some in usual(where(results, network=network)).items():
             chosen = {run: r for run, r in some.items() if run.sparsity >= 0.99}
