@@ -39,7 +39,8 @@ def shuffle_masks(
         masks: By parameter name, bool (True = kept) as :func:`force_plugin.get_masks`
             returns them, or of another type with values 0 and 1; they stay as they are.
         generator: Of random numbers, on the CPU. Default: PyTorch's global one, so that
-            :func:`torch.manual_seed` decides.
+            :func:`torch.manual_seed` decides; ranks of a distributed job are to be
+            seeded alike.
 
     Returns:
         Bool tensors of the same names, shapes and devices, each a random permutation
