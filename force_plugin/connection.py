@@ -171,7 +171,9 @@ def responds(model: nn.Module, run: Callable[[], object]) -> bool:
 
     def begin(shift: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         def move(tensor: Tensor) -> Tensor:
-            return tensor.roll(shift, 0) if tensor.dim() else tensor
+            if not tensor.dim():
+                return tensor
+            return torch.empty_like(tensor).copy_(tensor.roll(shift, 0))  # its strides
 
         return _map(move, args), _map(move, kwargs)
 
@@ -202,7 +204,7 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 def _with_zeros(tensor: Tensor, kind: list[Tensor]) -> Tensor:
     """The same values, also as a function of zeros; a network may write to them."""
     kind.append(torch.zeros_like(tensor).requires_grad_())
-    return tensor + kind[-1]
+    return tensor.clone().add_(kind[-1])  # a sum would choose strides of its own
 
 
 def _differentiable(value: Any) -> Iterator[Tensor]:

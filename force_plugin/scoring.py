@@ -48,6 +48,18 @@ LossFn = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
 
 
+# What a network may raise that is called in another way than it was scored. All else,
+# such as a full disk, arrives as it was.
+_OF_THE_LOOK = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 class NoGradientError(RuntimeError):
     """The loss does not use some of the weights.
 
@@ -454,14 +466,14 @@ class Probe:
         if self.parts.sharded:
             return find_flow(self.model, run, weights)
         for mode in (nullcontext, self.evaluation_mode):
-            with suppress(Exception), mode():
+            with suppress(*_OF_THE_LOOK), mode():
                 return find_flow(self.model, run, weights)
         return Flow(None, [None] * len(weights))
 
     def _reaches_weights(self, batch: Any) -> bool | None:
         """Whether a gradient of the loss reaches any of the kept weights."""
         left = self.masks or {}
-        with nullcontext() if self.parts.sharded else suppress(Exception):
+        with nullcontext() if self.parts.sharded else suppress(*_OF_THE_LOOK):
             sums = _Sums(self._stand_ins)
             sums.add_gradients(self._loss(batch))
             return any(
@@ -473,7 +485,7 @@ class Probe:
         """Whether the network has other outputs for other inputs, on any rank."""
         found = False
         if not self.parts.sharded:
-            with suppress(Exception), self.evaluation_mode():
+            with suppress(*_OF_THE_LOOK), self.evaluation_mode():
                 found = responds(self.model, run)
         return self.parts.ranks.any(found)
 
