@@ -234,13 +234,9 @@ def same(run: Run) -> tuple[str, int]:
 
 def by_seed(one: Results, other: Results) -> list[float]:
     """Differences of runs of each seed, the mean of all networks."""
-    seeds: dict[int, list[float]] = {}
-    for network in sorted({run.network for run in one}):
-        here = [where(some, network=network) for some in (one, other)]
-        for run in here[0]:
-            found = pairs(*(where(some, seed=run.seed) for some in here), same)
-            seeds.setdefault(run.seed, []).extend(found)
-    return [mean(values) for values in seeds.values() if values]
+    seeds = sorted({run.seed for run in one})
+    found = (pairs(where(one, seed=s), where(other, seed=s), same) for s in seeds)
+    return [mean(values) for values in found if values]
 
 
 def claims(results: Results, networks: list[str], to: Path) -> str:

@@ -82,14 +82,16 @@ class _Calls:
         self.leaves: list[Tensor] = []
         self.zeros: list[Tensor] = []
         self.looked_up: list[Tensor] = []
+        self._integers: set[int] = set()  # where those lie that entered
 
     @property
     def entries(self) -> list[Tensor]:
         return self.leaves + self.zeros
 
-    def of(self, modules: Sequence[nn.Module], run: Callable[[], object]) -> Any:
+    def of(
+        self, modules: Sequence[nn.Module], run: Callable[[], object]
+    ) -> list[Tensor]:
         """Run, and return the outputs of the last of these that no other one called."""
-        self.integers: set[int] = set()
         outputs: list[Tensor] = []
         depth = 0
 
@@ -136,7 +138,7 @@ class _Calls:
 
     def _enter(self, tensor: Tensor, first: bool) -> Tensor:
         if not (tensor.is_floating_point() or tensor.is_complex()):
-            self.integers.add(tensor.untyped_storage().data_ptr())
+            self._integers.add(tensor.untyped_storage().data_ptr())
             return tensor
         if tensor.grad_fn is not None and not first:
             return tensor  # the output of another one
@@ -144,7 +146,7 @@ class _Calls:
 
     def _look_up(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         taken = list(tensors((args, kwargs)))
-        outside = {t.untyped_storage().data_ptr() for t in taken} & self.integers
+        outside = {t.untyped_storage().data_ptr() for t in taken} & self._integers
         if not outside or any(tensor.is_floating_point() for tensor in taken):
             return output
         # The rows of a frozen embedding need no gradients; a mask has no rows.

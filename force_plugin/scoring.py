@@ -406,7 +406,8 @@ class Probe:
         detached), a gradient that reaches any of the kept weights is what counts.
 
         Returns:
-            Whether they do, ``None`` where nothing was measured with data before; and
+            Whether they do, ``None`` where nothing was measured with data before, or no
+            pass of such a look succeeds; and
             how many of the kept weights no gradient reaches that does so in the dense
             network, 0 where it is not known.
         """

@@ -87,7 +87,7 @@ def test_the_figures_of_the_readme_are_those_of_the_docs() -> None:
     shown = {
         (network, name, sparsity): cell
         for network, name, *cells in rows
-        for sparsity, cell in zip(sparsities, cells, strict=False)
+        for sparsity, cell in zip(sparsities, cells, strict=True)
     }
     names = ("force", "iter_snip", "snip", "grasp", "synflow", "random")
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

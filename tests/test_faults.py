@@ -38,7 +38,6 @@ from force_plugin import (
     LayerReport,
     SaliencyMethod,
     SparsityReport,
-    SynFlow,
     apply_masks,
     force_prune,
     get_masks,
@@ -1461,7 +1460,14 @@ def test_a_network_that_is_disconnected_on_the_way_is_an_error_with_the_step() -
     assert result.kept == result.total // 5
 
 
-def keeping(masks: dict[str, Tensor]) -> type[SaliencyMethod]:
+def all_kept(model: nn.Module) -> dict[str, Tensor]:
+    layers = sparsity_report(model).layers
+    return {ly.name: torch.ones(ly.shape, dtype=torch.bool) for ly in layers}
+
+
+def keeping(
+    masks: dict[str, Tensor], measure_by: str = "gradients"
+) -> type[SaliencyMethod]:
     """A method that has chosen already; it reads a batch as all others."""
 
     class Keeping(SaliencyMethod):
@@ -1469,7 +1475,7 @@ def keeping(masks: dict[str, Tensor]) -> type[SaliencyMethod]:
 
         @classmethod
         def measure(cls, probe: Any) -> dict[str, Tensor]:
-            probe.gradients()
+            getattr(probe, measure_by)()
             return masks
 
         @staticmethod
@@ -1496,10 +1502,7 @@ def test_layers_that_do_not_meet_are_an_error_though_none_of_them_is_empty(
     chain: str,
 ) -> None:
     model = CHAINS[chain]()
-    masks = {
-        name: torch.ones(layer.shape, dtype=torch.bool)
-        for name, layer in ((ly.name, ly) for ly in sparsity_report(model).layers)
-    }
+    masks = all_kept(model)
     first, second, *_ = masks.values()
     # The first layer writes channel 0 alone, the second one reads all others.
     first[1:] = False
@@ -1635,28 +1638,16 @@ def test_the_last_look_fails_no_pruning() -> None:
     one = [(torch.rand(1, 6), torch.zeros(1).long())]
     for method in ("synflow", "snip_it"):
         assert prune_it(network(), loader=one, method=method).sparsity == 0.5
-    layers = sparsity_report(network()).layers
-    masks = {ly.name: torch.ones(ly.shape, dtype=torch.bool) for ly in layers}
+    masks = all_kept(network())
     first, second, _ = masks.values()
     first[1:] = False
     second[:, 0] = False
 
-    class Chosen(SynFlow):
-        steps = 1
-
-        @classmethod
-        def measure(cls, probe: Any) -> dict[str, Tensor]:
-            probe.synflow_gradients()
-            return masks
-
-        @staticmethod
-        def score(weight: Tensor, mask: Tensor) -> Tensor:
-            return mask.double()
-
     kept = sum(int(mask.sum()) for mask in masks.values())
     share = 1 - kept / sum(mask.numel() for mask in masks.values())
+    chosen = keeping(masks, "synflow_gradients")
     with pytest.raises(RuntimeError, match=r"^the pruned network is disconnected"):
-        prune_it(network(), loader=one, sparsity=share, method=Chosen)
+        prune_it(network(), loader=one, sparsity=share, method=chosen)
 
     class ByNumpy(nn.Module):
         def __init__(self) -> None:
@@ -1680,8 +1671,7 @@ def test_a_training_step_that_calls_a_part_of_the_model_is_looked_at() -> None:
             return cross_entropy(self.model(batch[0]), batch[1])
 
     model = Module()
-    layers = sparsity_report(model).layers
-    masks = {ly.name: torch.ones(ly.shape, dtype=torch.bool) for ly in layers}
+    masks = all_kept(model)
     first, second, *_ = masks.values()
     first[1:] = False
     second[:, 0] = False
@@ -1703,8 +1693,7 @@ def test_a_network_that_looks_integers_up_beside_numbers_is_connected() -> None:
     torch.manual_seed(0)
     inputs = torch.randint(10, (8, 2)), torch.randn(8, 6)
     model = Table()
-    layers = sparsity_report(model).layers
-    masks = {ly.name: torch.ones(ly.shape, dtype=torch.bool) for ly in layers}
+    masks = all_kept(model)
     masks["numbers.weight"][:] = False
     method = keeping(masks)
     options = {"sparsity": 36 / 60, "method": method}

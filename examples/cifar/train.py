@@ -136,17 +136,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     last = args.out / "last.pt"
     state = torch.load(last, map_location=device) if last.exists() else None
-    names = [
-        "dataset",
-        "model",
-        "method",
-        "sparsity",
-        "steps",
-        "batches",
-        "batch_size",
-        "seed",
-    ]
-    made_of = {name: getattr(args, name) for name in names}
+    free = {"data", "epochs", "workers", "out", "on_collapse"}  # when going on
+    made_of = {name: value for name, value in vars(args).items() if name not in free}
     if state and state["made_of"] != made_of:
         raise SystemExit(
             f"{last} was made of {state['made_of']}, not of {made_of}: give the same "

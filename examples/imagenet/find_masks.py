@@ -82,21 +82,19 @@ def main() -> None:
         for method in args.methods:
             out = args.out / f"{method}-{sparsity:g}"
             options = {
-                "model": args.model,
                 "method": method,
                 "sparsity": sparsity,
                 "steps": args.steps,
-                "batches": args.batches,
+                "batches": args.batches // processes,
                 "batch-size": args.batch_size,
                 "image-size": args.image_size,
                 "seed": args.seed,
             }
-            if is_there(out, options):
+            of_all = {"model": args.model, "batches": args.batches}
+            if is_there(out, options | of_all):
                 if first:
                     print(f"{out} is there already", file=sys.stderr)
                 continue
-            del options["model"]
-            options["batches"] = args.batches // processes
             options |= {"data": args.data, "workers": args.workers, "out": out}
             words = [f"--{name}={value}" for name, value in options.items()]
             try:
