@@ -14,13 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from force_plugin.masks import checked_masks
 from force_plugin.methods import SaliencyMethod
-from force_plugin.parameters import find_readers, mask_of, name_some, named_parameters
-from force_plugin.reparametrisation import (
-    find_hook,
-    read_by,
-    reorder,
-    reparametrise,
-)
+from force_plugin.parameters import mask_of, name_some, named_parameters
+from force_plugin.reparametrisation import reorder, reparametrise, show
 from force_plugin.snapshot import snapshot
 
 
@@ -102,13 +97,7 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
                 module.register_buffer(f"{name}_mask", torch.ones_like(earlier))
         model.load_state_dict(state)
         for _, module, name in slots:
-            # The pruned tensor is one of the values, till the next forward computes it.
-            hook = find_hook(module, name)
-            assert hook is not None
-            shown = hook.apply_mask(module)  # type: ignore[no-untyped-call]
-            setattr(module, name, shown.detach())
-        for reader, path in find_readers([weight for weight, *_ in slots], model):
-            read_by(reader, path)
+            show(module, name)
         # PyTorch's pruning puts a parameter behind its module's others, and optimizers
         # number their state in that order. Without metadata, the state comes from a
         # file of another kind (safetensors), which sorts by name.
