@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
@@ -16,7 +16,7 @@ from force_plugin.masks import checked_masks
 from force_plugin.methods import SaliencyMethod
 from force_plugin.parameters import mask_of, name_some, named_parameters
 from force_plugin.reparametrisation import reorder, reparametrise, show
-from force_plugin.snapshot import snapshot
+from force_plugin.snapshot import snapshot, tensor_as_it_is
 
 
 @torch.inference_mode(False)
@@ -80,9 +80,7 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
         for tensor in (*model.parameters(), *model.buffers()):
-            if not tensor.is_inference():
-                values = tensor.detach().clone()
-                undo.callback(_write_back, tensor, values, tensor._version)
+            undo.callback(tensor_as_it_is(tensor))
         # Masks that keep everything, of the model's own shapes: what does not fit is
         # then all in one error, that of load_state_dict.
         for weight, module, name in slots:
@@ -139,8 +137,3 @@ def _unwrapped(
     ):
         consume_prefix_in_state_dict_if_present(state, *prefixes)
     return state
-
-
-def _write_back(tensor: Tensor, values: Tensor, version: int) -> None:
-    if tensor._version != version:
-        tensor.data.copy_(values)

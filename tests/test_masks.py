@@ -535,6 +535,7 @@ def test_masks_that_do_not_fit_get_one_clear_error_and_change_nothing(
         (nn.Module, "register_forward_pre_hook"),
     ],
 )
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupt_half_way_leaves_the_model_as_it_was(
     state: str,
     place: type,
