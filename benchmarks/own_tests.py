@@ -217,7 +217,7 @@ def sums(found: Mapping[str, Mapping[str, tuple[str, str]]]) -> list[str]:
     rows.append("")
     for name, verdicts in found.items():
         reasons = Counter(why for one, why in verdicts.values() if one == DIFFERS)
-        rows += [f"{name}, {count} differ: {why}" for why, count in reasons.items()]
+        rows += [f"{name}, {count} by design: {why}" for why, count in reasons.items()]
     return rows
 
 
