@@ -236,6 +236,9 @@ def main() -> None:
     options = vars(parser.parse_args())
     if not any(options[name] for name in SUITES):
         parser.error("no checkout: expected --pytorch, --lightning or --timm")
+    for name, suite in SUITES.items():
+        if options[name] and not Path(options[name], suite.file).is_file():
+            parser.error(f"--{name}: {options[name]} has no {suite.file}")
     packages = [
         f"{s.package} {version(s.package)}" for n, s in SUITES.items() if options[n]
     ]
