@@ -139,7 +139,8 @@ def force_prune(
         opened, layers that were emptied (and since which step), and what makes the
         mask doubtful: layers without any saliency, the step at which the network
         collapsed (far fewer of the weights that stay have a saliency other than 0 than
-        of the dense network's), and more idle weights than others, whose channels nothing reaches or nothing leads on from.
+        of the dense network's), and more idle weights than others, whose channels
+        nothing reaches or nothing leads on from.
 
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected; the

@@ -630,11 +630,15 @@ class Probe:
             with torch.no_grad():
                 for buffer, values in buffers:
                     buffer.copy_(values)
-                for name, leaf in self._leaves.items():
-                    if name not in self.weights and name not in self.gates:
-                        leaf.copy_(self.parameters[name].part)
+            self._fill_leaves()
 
         return rewind
+
+    def _fill_leaves(self) -> None:
+        """Give stand-ins of what is not scored, nor opened, the model's values."""
+        for name, leaf in self._leaves.items():
+            if name not in self.weights and name not in self.gates:
+                leaf.data.copy_(self.parameters[name].part)
 
     def _dense(self) -> dict[str, Tensor]:
         """The model's own parameters by name."""
@@ -678,12 +682,15 @@ class Probe:
     def protected(self, by: str) -> Iterator[None]:
         """Take back what someone else writes to the model's own values, or to masks.
 
+        Stand-ins are there to be written to, and have their values again afterwards.
+
         Args:
             by: Who may do so, for the message.
 
         Raises:
             MethodError: It was done.
         """
+        self._open()
         own: dict[str, Tensor] = {
             name: part_of(w.dense) for name, w in self.parameters.items()
         }
@@ -705,6 +712,8 @@ class Probe:
                 if (now.data_ptr(), now.shape) != (part.data_ptr(), part.shape):
                     self.weights[name] = part
                     written.append(name)
+            self._fill_leaves()
+            self._mask_stand_ins()
         if written:
             raise MethodError(
                 f"{by} has written into {name_some(written)}, which are there to read",
@@ -998,11 +1007,9 @@ class Probe:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            advice = (
-                "make the targets what loss_fn expects, or pass loss_fn= or forward="
-            )
+            advice = "make the targets what loss_fn expects, or pass loss_fn="
             if not isinstance(outputs, Tensor):
-                advice = "pass a loss_fn= that takes such outputs, or forward="
+                advice = "pass a loss_fn= that takes such outputs,"
             raise BatchError(
                 f"loss_fn failed on outputs {describe(outputs)} and targets "
                 f"{describe(targets)}: {str(error).rstrip('.')}",
@@ -1018,7 +1025,7 @@ class Probe:
         except _OF_THE_LOOK as error:
             try:
                 inspect.signature(self.model.forward).bind(inputs)
-                strange = not isinstance(inputs, Tensor)
+                strange = isinstance(inputs, Mapping | tuple | list)
             except TypeError:
                 strange = True
             if strange or isinstance(error, NotImplementedError):
@@ -1080,10 +1087,8 @@ class Probe:
         cause = f"an overflow in the network or in the loss, in {self.precision}"
         advice = f"look at the initialisation and the loss{self.wider()}"
         if any(bool(t.isinf().any()) for t in numbers):
-            return (
-                f"there is an inf in the batch, or {cause}",
-                f"look at the data, {advice}",
-            )
+            cause = f"there is an inf in the batch, or {cause}"
+            advice = advice.replace("look at ", "look at the data, ", 1)
         return cause, advice
 
     @property
