@@ -26,7 +26,7 @@ from force_plugin.parameters import (
     parameter_key,
     part_of,
 )
-from force_plugin.reparametrisation import forget_readers, remove
+from force_plugin.reparametrisation import remove
 from force_plugin.sharding import Parts, shard_like
 from force_plugin.snapshot import snapshot
 
@@ -107,7 +107,6 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             values.masked_fill_(pruned, 0)
             if hold_zeros:
                 _hold(weight, ~pruned, parts, undo)
-        forget_readers(model)
         undo.pop_all()
 
 

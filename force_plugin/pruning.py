@@ -17,7 +17,6 @@ from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.notes import Notes
 from force_plugin.parameters import (
     Weight,
-    find_readers,
     find_weights,
     named_parameters,
 )
@@ -239,8 +238,7 @@ def force_prune(
     if parts.sharded:
         prune_in_place(pairs, parts)
     else:
-        readers = [*probe.readers, *find_readers(weights, model)]
-        prune_with(pairs, criterion, readers)
+        prune_with(pairs, criterion)
     # 60 and "exponential" are what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
