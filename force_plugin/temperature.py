@@ -73,12 +73,12 @@ class Dividing:
 
     def failure(self, loss: object) -> str:
         """Why this loss is not one of outputs that were divided, or ``""``."""
-        if self._failure or not isinstance(loss, Tensor):
-            return self._failure
         if not self.calls:
             return "forward= calls no module of the model"
         if len(self._modules) > 1 and self.calls > 1:
             return "forward= calls several modules of the model, and not the model"
+        if self._failure or not isinstance(loss, Tensor):
+            return self._failure
         if not _depends([loss], self._divided):
             return "the loss that forward= returns comes from within the model"
         return ""
