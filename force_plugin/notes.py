@@ -18,6 +18,8 @@ from force_plugin.sharding import WHOLE, Parts
 
 # Rescaled to this size, the layers of timm's MobileViT and MambaOut are not emptied.
 _SMALL = 0.5
+# That a saliency is 0 by chance, as where it underflows, makes no collapse.
+_CHANCE = 0.005
 # Without a normalisation, the saliency of a dead channel is no larger than others.
 _OVERRATED = 10
 
@@ -141,12 +143,15 @@ class Notes:
                 else f"the network was disconnected at step {step - 1} of "
                 f"{self._steps}: no gradient reaches any weight through the mask"
             )
+        choice = sum(self._parts.count(among).values()) if among else self._choice
         # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
         # on 1x1 maps, units that a batch leaves asleep) are kept while there is room
         # for them, and do no harm. With another batch they may be twice as many.
         asleep = 1 - self._alive_at_first / self._choice
-        usual = max(min(kept, self._alive_at_first) / 2, (1 - 2 * asleep) * kept)
-        if alive >= usual or kept == self._choice:
+        usual = max(
+            min(kept, self._alive_at_first) / 2, (1 - 2 * asleep - _CHANCE) * kept
+        )
+        if alive >= usual or kept == choice:
             return
         self._collapsed = True
         dense = f" ({self._alive_at_first:,} at the first step)" if asleep else ""

@@ -33,6 +33,7 @@ from torch.nn.utils import parametrizations, prune
 
 from force_plugin import (
     FORCE,
+    METHODS,
     SNIP,
     IterSNIP,
     LayerReport,
@@ -48,6 +49,7 @@ from force_plugin import (
     sparsity_report,
 )
 from force_plugin.cli import main
+from force_plugin.errors import CollapseError
 from force_plugin.zoo import count_classes, digits, load_data, load_dataset, load_model
 
 pytestmark = [
@@ -545,8 +547,8 @@ BATCHES: dict[str, Scored] = {
     ),
     "infinite targets": of_batch(
         RuntimeError,
-        "^the loss is inf at step 1: there is an inf in the batch, or an overflow in the"
-        " network or in the loss, in float32; look at the data, .*, or score in float64",
+        "^the loss is inf at step 1: there is an inf in the batch, or an overflow in "
+        "the network or in the loss, in float32; look at the data, .* in float64",
         INPUTS,
         OUTPUTS + INF,
         **MSE,
@@ -1213,7 +1215,7 @@ def test_an_error_or_ctrl_c_at_any_call_arrives_as_it_was_and_leaves_no_trace(
     _, alarm, prune_ = pruning(interrupt, 1000)
     prune_()
     number = 1000 - alarm.calls
-    assert number >= 2
+    assert number
     for calls in range(number):
         for error in (interrupt, OSError("disk")):
             model, _, prune_ = pruning(error, calls)
@@ -1788,6 +1790,171 @@ def test_a_dead_branch_is_a_warning_that_names_it(method: str) -> None:
         result = prune_it(model, method=method)
     assert result.kept == result.total // 2
     assert any("(dead.weight) had a saliency" in line for line in result.warnings)
+
+
+# What is no collapse, and what is
+
+
+def asleep(bias: float) -> Callable[[], nn.Module]:
+    """A network with units that few samples wake."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        first = nn.Linear(20, 64)
+        with torch.no_grad():
+            first.bias.sub_(bias)
+        layers = nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)
+        return nn.Sequential(first, *layers)
+
+    return build
+
+
+def half_asleep() -> nn.Module:
+    model = asleep(0.5)()
+    prune.random_unstructured(model.get_submodule("2"), "weight", 0.5)
+    return model
+
+
+def on_small_maps() -> nn.Module:
+    """On maps of 1x1, eight in nine taps of a kernel see only padding."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels, width in ((3, 8), (8, 16), (16, 32)):
+        layers += [nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU()]
+    layers += [nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(32, 5))
+
+
+def some(*shape: int) -> list[Batch]:
+    """Small batches, each of which wakes others."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(6, *shape, generator=generator), torch.arange(6) % 5)
+        for _ in range(12)
+    ]
+
+
+SOUND: dict[str, tuple[Callable[[], nn.Module], list[Batch]]] = {
+    "all awake": (asleep(-1.0), some(20)),
+    "some asleep": (asleep(0.0), some(20)),
+    "half asleep": (asleep(0.5), some(20)),
+    "most asleep": (asleep(1.0), some(20)),
+    "pruned before": (half_asleep, some(20)),
+    "small maps": (on_small_maps, some(3, 8, 8)),
+    "a transformer": (
+        lambda: timm.create_model("test_vit", num_classes=5),
+        [(x[:2], y[:2]) for x, y in some(3, 160, 160)[:2]],
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["force", "iter_snip", "grasp_it", "snip_it"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.1, 0.5])
+@pytest.mark.parametrize("name", SOUND)
+def test_what_is_pruned_a_little_has_not_collapsed(
+    name: str, sparsity: float, method: str
+) -> None:
+    build, loader = SOUND[name]
+    if name == "pruned before":
+        sparsity = max(sparsity, 0.4)
+    result = prune_it(build(), loader=loader, sparsity=sparsity, method=method, steps=8)
+    assert not re.search("collapsed|disconnected|idle", " ".join(result.warnings))
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        # Of 100 weights, those with a saliency at first and then; 30 are to stay.
+        (100, 29, True),
+        (100, 30, False),
+        (100, 12, True),
+        (90, 20, True),
+        (90, 25, False),
+        (40, 14, True),
+        (40, 20, False),
+        (20, 9, True),
+        (20, 15, False),
+        (20, 20, False),
+    ],
+)
+def test_a_collapse_is_told_from_what_the_dense_network_had(
+    first: int, second: int, said: bool, regrow: bool
+) -> None:
+    class Told(SaliencyMethod):
+        regrows = regrow
+
+        @classmethod
+        def measure(cls, probe: Any) -> dict[str, Tensor]:
+            probe.gradients()
+            alive = first if probe.step == 1 else second
+            return {"weight": (torch.arange(100) < alive).view(10, 10).float()}
+
+        @staticmethod
+        def score(weight: Tensor, signal: Tensor) -> Tensor:
+            return signal
+
+    options = {
+        "method": Told,
+        "loader": [(torch.randn(8, 10), torch.arange(8))],
+        "sparsity": 0.7,
+        "steps": 2,
+        "schedule": "linear",
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = prune_it(nn.Linear(10, 10), **options)
+    text = f"^the network collapsed at step 2 of 2: {second} weights have a saliency "
+    assert any(re.search(text, line) for line in result.warnings) is said
+    assert any(re.search(text, str(w.message)) for w in caught) is said
+    beside = f"({first} at the first step)"
+    assert any(beside in line for line in result.warnings) is (said and first < 100)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "advice"),
+    [
+        ("force", 3, ADVICE),
+        ("force", 1, ADVICE),
+        ("snip", 3, ONCE),
+        ("grasp", 3, ONCE),
+        ("snip_it", 3, "ake more batches, a lower sparsity or another method"),
+        ("synflow", 3, "ake more steps, a lower sparsity or another method"),
+    ],
+)
+def test_what_to_take_instead_is_what_the_method_leaves_to_the_caller(
+    method: str, steps: int, advice: str
+) -> None:
+    class Emptying(METHODS[method]):  # type: ignore[misc]
+        @classmethod
+        def scores(cls, probe: Any) -> dict[str, Tensor]:
+            scores = super().scores(probe)
+            return {n: s - 1e9 if n == "3.weight" else s for n, s in scores.items()}
+
+    model = vgg(norm=False, bias=False)
+    sparsity = share_of("3.weight", model)
+    options = {"method": Emptying, "loader": [images()], "steps": steps}
+    with unchanged(model), pytest.raises(CollapseError, match="disconnected") as raised:
+        prune_it(model, sparsity=sparsity, **options)
+    assert "lost every weight" in raised.value.problem
+    said = f't{advice}, or on_collapse="warn" to prune all the same'
+    assert raised.value.advice == said
+    with pytest.warns(UserWarning, match=rf"disconnected.*\. T{advice}$"):
+        prune_it(model, sparsity=sparsity, on_collapse="warn", **options)
+
+
+def test_layers_that_an_earlier_pruning_has_emptied_are_not_lost_now() -> None:
+    model = tiny_resnet()
+    layer: Any = model.get_submodule("3.conv2")
+    prune.custom_from_mask(layer, "weight", torch.zeros_like(layer.weight))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = prune_it(model, loader=[images()], sparsity=0.7, method="snip")
+    empty = [one.name for one in result.empty_layers]
+    assert empty == ["3.conv1.weight", "3.conv2.weight"]  # the first leads nowhere
+    lost = "1 of 7 layers (3.conv1.weight) lost every weight"
+    assert lost in result.warnings
+    assert [str(w.message) for w in caught if "lost every" in str(w.message)] == [lost]
 
 
 # Files
