@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from force_plugin import gates, silence
 from force_plugin.distributed import ALONE, Ranks, unwrap
+from force_plugin.errors import NoGradientError
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.notes import find_small, sizes
 from force_plugin.parameters import Weight, find_weights, name_layers, name_some
 from force_plugin.report import COLUMNS, stage_of
 from force_plugin.schedules import count_kept
-from force_plugin.scoring import Forward, Loader, LossFn, NoGradientError, Probe
+from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import Parts, sharded_modules
 
@@ -241,6 +243,8 @@ def diagnose(
             if not weights:
                 raise
             scores, probe, silent = score(weights, True)
+        for problem in probe.problems if ranks.rank == 0 else ():
+            warnings.warn(problem, stacklevel=3)  # past inference_mode
         closed = score(weights, False)[0] if probe.gates else scores
         hidden = parts.empty(closed)
 
