@@ -86,3 +86,26 @@ class FileFormatError(PruningError, ValueError):
 
 class RankError(PruningError, RuntimeError):
     """A process of a distributed job has failed, or the processes do not agree."""
+
+
+class Remark(str):
+    """A sentence of a report: a problem, and what to do about it.
+
+    Args:
+        problem: What the user should know.
+        advice: What to do about it, in Python. Default: nothing more to say.
+
+    Attributes:
+        problem: As given. The command line prints it alone.
+        advice: As given.
+    """
+
+    problem: str
+    advice: str
+
+    def __new__(cls, problem: str, advice: str = "") -> Remark:
+        """Problem and advice in one sentence."""
+        remark = super().__new__(cls, "; ".join(filter(None, (problem, advice))))
+        remark.problem = problem
+        remark.advice = advice
+        return remark

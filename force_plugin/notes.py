@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from force_plugin import silence
-from force_plugin.parameters import name_layers
+from force_plugin.errors import CollapseError
+from force_plugin.parameters import Weight, name_layers
 from force_plugin.scoring import Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import WHOLE, Parts
@@ -58,10 +59,11 @@ class Notes:
         self._kept_at_once: set[str] = set()
         self._layers = 0
         self._weights: Mapping[str, Tensor] = {}
+        self._parameters: Mapping[str, Weight] = {}
 
     def on_first_scores(self, scores: Mapping[str, Tensor], probe: Probe) -> None:
         """Look for layers that the dense network cannot rank."""
-        self._weights = probe.weights
+        self._weights, self._parameters = probe.weights, probe.parameters
         alive = self._parts.count(scores)
         self._alive_at_first = sum(alive.values())
         blind = [name for name, count in alive.items() if not count]
@@ -136,7 +138,7 @@ class Notes:
         for name in masks:
             # One layer at a time: whether a channel is empty is told by all of it.
             chosen = scores[name] * among.get(name, True)
-            mask, score = map(self._parts.whole, (name,) * 2, (masks[name], chosen))
+            mask, score = (self._rows(name, part) for part in (masks[name], chosen))
             score = score.abs()
             rows = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
             for part, weights in ((dead, ~rows), (kept, mask), (every, ...)):
@@ -180,9 +182,9 @@ class Notes:
     def _disconnect(self, what: str) -> None:
         self._disconnected = True
         if self._raise:
-            raise RuntimeError(
-                "; ".join([what, *self.emptied()])
-                + f'. {self._advice()}, or on_collapse="warn" to prune all the same'
+            raise CollapseError(
+                "; ".join([what, *self.emptied()]),
+                f'{self._advice()}, or on_collapse="warn" to prune all the same',
             )
         self.problems.append(f"{what}. {self._advice()}")
 
@@ -190,6 +192,10 @@ class Notes:
         alive_at_once = self._empty and self._kept_at_once.issuperset(self._empty)
         steps = "fewer" if self._dead[1] or alive_at_once else "more"
         return f"Take {steps} steps, more batches, a lower sparsity or another method"
+
+    def _rows(self, name: str, part: Tensor) -> Tensor:
+        """All of a tensor of a weight's shape, with the output channels first."""
+        return self._parameters[name].rows(self._parts.whole(name, part))
 
     def emptied(self) -> list[str]:
         """What there is to say about layers without any weight, if there are any."""
@@ -201,7 +207,7 @@ class Notes:
         )
         said = [f"{name_layers(names, self._layers)} lost every weight{since}"]
         if small := find_small(
-            (name, self._parts.whole(name, self._weights[name])) for name in names
+            (name, self._rows(name, self._weights[name])) for name in names
         ):
             said.append(
                 f"small initial weights in {len(small)} of them: {sizes(small)}"
@@ -218,7 +224,7 @@ def find_small(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     layers, which are uniform in ±1/√n for n inputs; less than a half is small.
 
     Args:
-        weights: Parameter names and dense weights.
+        weights: Parameter names and dense weights, their output channels first.
     """
     found = {}
     for name, weight in weights:
