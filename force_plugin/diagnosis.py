@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from force_plugin import gates, silence
 from force_plugin.distributed import ALONE, Ranks, unwrap
+from force_plugin.errors import NoGradientError
 from force_plugin.methods import SaliencyMethod, find_method
 from force_plugin.notes import find_small, sizes
 from force_plugin.parameters import (
@@ -25,7 +26,7 @@ from force_plugin.parameters import (
 )
 from force_plugin.report import COLUMNS, stage_of
 from force_plugin.schedules import count_kept
-from force_plugin.scoring import Forward, Loader, LossFn, NoGradientError, Probe
+from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import Parts, sharded_modules
 

@@ -38,6 +38,7 @@ from force_plugin.batches import (
     to_device,
 )
 from force_plugin.connection import Flow, find_flow, responds, tensors
+from force_plugin.errors import NoGradientError
 from force_plugin.parameters import Weight, name_some, named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.sharding import WHOLE, Parts
@@ -58,22 +59,6 @@ _OF_THE_LOOK = (
     TypeError,
     ValueError,
 )
-
-
-class NoGradientError(RuntimeError):
-    """The loss does not use some of the weights.
-
-    Attributes:
-        names: Their names.
-    """
-
-    def __init__(self, names: Sequence[str], step: int) -> None:  # noqa: D107
-        super().__init__(
-            f"no gradient reached {name_some(names)} at step {step}: the loss does not "
-            "use it. Leave it out with parameters=, or pass a forward= whose loss uses "
-            "it"
-        )
-        self.names = tuple(names)
 
 
 class Probe:
@@ -326,7 +311,7 @@ class Probe:
         Raises:
             ValueError: The inputs are no floating-point tensor, or no output is one, or
                 the passes are to be compiled.
-            NoGradientError, RuntimeError: A weight, or all of them, got no gradient.
+            NoGradientError: A weight, or all of them, got no gradient.
         """
         self._refuse_compile("the network anew at each step")
         self._open()
@@ -932,7 +917,12 @@ class Probe:
         sums.average(self.parts)
         missing = [name for name in self.weights if name not in sums]
         if missing:
-            raise NoGradientError(missing, self.step)
+            raise NoGradientError(
+                f"no gradient reached {name_some(missing)} at step {self.step}: the "
+                "loss does not use it",
+                "leave it out with parameters=, or pass a forward= whose loss uses it",
+                missing,
+            )
         return {name: sums[name] for name in self.weights}
 
 
