@@ -84,7 +84,7 @@ _ADVICE: dict[type[Exception], str] = {
         "--on-collapse warn to write it all the same"
     ),
     NoGradientError: "take another model, or --method magnitude or random",
-    NotFiniteError: "look at the data and the initial weights, and leave --autocast out",
+    NotFiniteError: "look at the data and initial weights, or leave --autocast out",
     NothingToPruneError: "take another model",
     torch.cuda.OutOfMemoryError: "take a smaller --microbatch or --batch-size",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -76,7 +76,7 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
         )
     masks = {f"{name}_mask": state[f"{name}_mask"] for name in sorted(pruned)}
     masks = checked_masks(masks, "state_dict")
-    paths = {m: f"{path}." if path else "" for path, m in model.named_modules()}
+    paths = {m: f"{path}." if path else "" for path, m in _paths(model)}
     slots = [
         (weight, module, name)
         for weight in weights.values()
@@ -147,11 +147,19 @@ def _unwrapped(
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
         # Modules find the version of their state in it, as in load_state_dict.
-        paths = fitted(metadata, [path for path, _ in model.named_modules()])
+        paths = fitted(metadata, [path for path, _ in _paths(model)])
         state._metadata = OrderedDict(  # type: ignore[attr-defined]
             (paths[path], value) for path, value in metadata.items()
         )
     return state
+
+
+def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by their names in a state dict."""
+    for path, module in model.named_modules():
+        # The wrapper of activation checkpointing leaves itself out of state dicts.
+        parts = (p for p in path.split(".") if p != "_checkpoint_wrapped_module")
+        yield ".".join(parts), module
 
 
 def _dense(key: str, keys: Collection[str]) -> str:
