@@ -61,9 +61,10 @@ class Weight:
         It is the weight of a convolution or linear layer, or of a module that behaves
         as a linear layer, and no embedding has it too.
         """
-        return self._axis is not None and not any(
-            looks_up(*owner) for owner in self.owners if self.dense.dim() == 2
-        )
+        if self._axis is None:
+            return False
+        shared = len(self.owners) > 1 and self.dense.dim() == 2
+        return not shared or not any(looks_up(*owner) for owner in self.owners)
 
     @property
     def weighs(self) -> bool:
