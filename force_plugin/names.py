@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
@@ -82,14 +82,19 @@ def fitted(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
         The model's name by given name; the given one where none fits, or several do.
     """
     names = list(names)
-    known, alike = set(own), defaultdict(list)
+    taken, alike = set(own).intersection(names), defaultdict(list)
     for name in own:
-        alike[plain(name)].append(name)
-    fits = {name: alike[plain(name)] for name in names if name not in known}
-    taken = known.intersection(names)
-    for name, ones in fits.items():
-        free = [one for one in ones if one not in taken]
-        fits[name] = [one for one in free if name.endswith(f".{one}")] or free
-    found = {name: ones[0] for name, ones in fits.items() if len(ones) == 1}
-    twice = len(set(found.values())) < len(found)
-    return {name: name if twice else found.get(name, name) for name in names}
+        if name not in taken:
+            alike[plain(name)].append(name)
+    found = {}
+    for name in names:
+        if name not in taken:
+            ones = alike[plain(name)]
+            inner = [one for one in ones if name.endswith(f".{one}")]
+            if inner or len(ones) == 1:
+                found[name] = max(inner or ones, key=len)
+    counts = Counter(found.values())
+    return {
+        name: found[name] if counts[found.get(name, "")] == 1 else name
+        for name in names
+    }
