@@ -85,8 +85,8 @@ class Diagnosis:
     unused: tuple[str, ...]
     emptied: Mapping[float, tuple[int, int]]
     small: Mapping[str, float]
-    passed_over: Mapping[str, int] = field(default_factory=dict, hash=False)
-    chosen: bool = False
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
+    chosen: bool = field(default=False, compare=False)
 
     @property
     def coverage(self) -> float:

@@ -10,6 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def _text(problem: str, advice: str) -> str:
+    """Problem and advice; an advice with a capital is a sentence of its own."""
+    between = ". " if advice[:1].isupper() else "; "
+    return between.join(filter(None, (problem, advice)))
+
+
 class PruningError(Exception):
     """Base class of all errors of this package that have a kind.
 
@@ -28,8 +34,8 @@ class PruningError(Exception):
         self.advice = advice
 
     def __str__(self) -> str:
-        """Problem and advice in one sentence."""
-        return "; ".join(filter(None, (self.problem, self.advice)))
+        """Problem and advice in one text."""
+        return _text(self.problem, self.advice)
 
 
 class NothingToPruneError(PruningError, ValueError):
@@ -104,8 +110,8 @@ class Remark(str):
     advice: str
 
     def __new__(cls, problem: str, advice: str = "") -> Remark:
-        """Problem and advice in one sentence."""
-        remark = super().__new__(cls, "; ".join(filter(None, (problem, advice))))
+        """Problem and advice in one text."""
+        remark = super().__new__(cls, _text(problem, advice))
         remark.problem = problem
         remark.advice = advice
         return remark

@@ -920,7 +920,7 @@ class Probe:
             raise NoGradientError(
                 f"no gradient reached {name_some(missing)} at step {self.step}: the "
                 "loss does not use it",
-                "leave it out with parameters=, or pass a forward= whose loss uses it",
+                "Leave it out with parameters=, or pass a forward= whose loss uses it",
                 missing,
             )
         return {name: sums[name] for name in self.weights}
