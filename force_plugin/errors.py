@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 
 def _text(problem: str, advice: str) -> str:
-    """Problem and advice; an advice with a capital is a sentence of its own."""
-    between = ". " if advice[:1].isupper() else "; "
-    return between.join(filter(None, (problem, advice)))
+    return "; ".join(filter(None, (problem, advice)))
 
 
 class PruningError(Exception):
@@ -34,7 +32,7 @@ class PruningError(Exception):
         self.advice = advice
 
     def __str__(self) -> str:
-        """Problem and advice in one text."""
+        """Problem and advice in one sentence."""
         return _text(self.problem, self.advice)
 
 
@@ -110,7 +108,7 @@ class Remark(str):
     advice: str
 
     def __new__(cls, problem: str, advice: str = "") -> Remark:
-        """Problem and advice in one text."""
+        """Problem and advice in one sentence."""
         remark = super().__new__(cls, _text(problem, advice))
         remark.problem = problem
         remark.advice = advice

@@ -22,14 +22,13 @@ from force_plugin.methods import SaliencyMethod
 from force_plugin.names import fitted
 from force_plugin.parameters import (
     Weight,
-    find_readers,
     is_sharded,
     name_some,
     named_parameters,
     pruned_so_far,
     whole_of,
 )
-from force_plugin.reparametrisation import read_by, reparametrise
+from force_plugin.reparametrisation import reparametrise
 from force_plugin.snapshot import restored
 
 _FORMAT = "force_plugin masks"
@@ -112,9 +111,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             f"model: expected one that is not sharded, but {name_some(sharded)} is; "
             "apply the masks before fully_shard is called"
         )
-    pairs = [(parameters[name], mask) for name, mask in checked.items()]
-    readers = find_readers([weight for weight, _ in pairs], model)
-    prune_with(pairs, readers=readers)
+    prune_with((parameters[name], mask) for name, mask in checked.items())
 
 
 def _with_closest(name: str, known: Iterable[str]) -> str:
@@ -135,19 +132,15 @@ def _with_closest(name: str, known: Iterable[str]) -> str:
 def prune_with(
     masks: Iterable[tuple[Weight, Tensor]],
     method: type[SaliencyMethod] = SaliencyMethod,
-    readers: Iterable[tuple[nn.Module, str]] = (),
 ) -> None:
     """Prune weights with bool masks, all of them or, after an error, none.
 
     Args:
         masks: Weights and their masks, of the same shapes.
         method: Class of the hook that PyTorch's reparametrisation gets.
-        readers: Modules and the names of submodules of which they take weights without
-            calling them.
     """
-    pairs, readers = list(masks), list(readers)
+    pairs = list(masks)
     touched = [module for weight, _ in pairs for module, _ in weight.owners]
-    touched += [reader for reader, _ in readers]
     with restored(touched, only_on_error=True):
         for weight, mask in pairs:
             # One copy for all owners, none of them the caller's.
@@ -159,8 +152,6 @@ def prune_with(
                 hook = method(int(removed.count_nonzero()))
                 left = mask if earlier is None else mask & earlier
                 reparametrise(module, name, left, hook)
-        for reader, path in readers:
-            read_by(reader, path)
 
 
 def save_masks(

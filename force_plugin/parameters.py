@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +120,9 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
 
     It is the hook that tells: other modules have buffers called ``weight_mask`` too.
     """
-    return None if find_hook(module, name) is None else module._buffers[f"{name}_mask"]
+    if find_hook(module, name) is None:
+        return None
+    return module._buffers.get(f"{name}_mask")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -348,52 +347,6 @@ def _parameters(model: nn.Module) -> dict[int, Weight]:
             if mask is not None and weight.mask is None:
                 weight.mask = mask
     return found
-
-
-def find_readers(
-    weights: Iterable[Weight], model: nn.Module
-) -> list[tuple[nn.Module, str]]:
-    """Modules that take the weight of a submodule without calling it.
-
-    It is their code that tells: a ``self.qkv.weight`` in a method that does not
-    initialise anything.
-
-    Args:
-        weights: Weights of the model.
-        model: The network.
-
-    Returns:
-        Each module, and the name that its submodule has in it.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    readers = []
-    for weight in weights:
-        for owner, tensor in weight.owners:
-            around, _, child = names[owner].rpartition(".")
-            if child and _reads(model.get_submodule(around), f"{child}.{tensor}"):
-                readers.append((model.get_submodule(around), child))
-    return readers
-
-
-def _reads(module: nn.Module, expression: str) -> bool:
-    return any(
-        re.search(rf"self\.{re.escape(expression)}\b", code)
-        for kind in type(module).__mro__
-        if kind is not nn.Module and issubclass(kind, nn.Module)
-        for code in _code(kind)  # type: ignore[arg-type]
-    )
-
-
-@cache
-def _code(kind: type) -> list[str]:
-    """The source of a class's methods, without those that initialise."""
-    sources = []
-    for name, method in vars(kind).items():
-        if inspect.isfunction(method) and "init" not in name and "reset" not in name:
-            # There is none in an interactive session.
-            with suppress(OSError, TypeError):
-                sources.append(inspect.getsource(method))
-    return sources
 
 
 def _chosen(pair: object, known: dict[int, Weight]) -> Weight:

@@ -226,7 +226,11 @@ def _stand_in(module: nn.Module) -> nn.Module:
     def twin(module: nn.Module) -> nn.Module:
         module = unwrapped(module)
         result: nn.Module = object.__new__(type(module))
-        state = {key: _apart(value) for key, value in vars(module).items()}
+        state = {
+            key: _apart(value)
+            for key, value in vars(module).items()
+            if f"{key}_orig" not in module._parameters  # a pruned tensor
+        }
         state |= vars(nn.Module())  # no hooks
         # Of an instance, as some trainers set them: bound to the module itself.
         for key in ("forward", "_compiled_call_impl"):
@@ -238,7 +242,6 @@ def _stand_in(module: nn.Module) -> nn.Module:
             if find_hook(module, name) is None:
                 name = key
             else:
-                state.pop(name, None)
                 buffers.pop(f"{name}_mask")
             parameters[name] = None if parameter is None else values(parameter)
         modules = {

@@ -18,7 +18,6 @@ from force_plugin.notes import Notes
 from force_plugin.parameters import (
     Coverage,
     Weight,
-    find_readers,
     find_weights,
     named_parameters,
     passed_over,
@@ -237,8 +236,7 @@ def force_prune(
     if parts.sharded:
         prune_in_place(pairs, parts)
     else:
-        readers = [*probe.readers, *find_readers(weights, model)]
-        prune_with(pairs, criterion, readers)
+        prune_with(pairs, criterion)
     # 60 is what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.hooks import RemovableHandle
 
 from force_plugin import gates, silence
 from force_plugin.allocation import freed_memory_kept
@@ -95,8 +94,6 @@ class Probe:
         loss: Mean loss of the last measurement that needed one.
         gates: The closed gates that were opened, by parameter name. Weights that are 0
             are there from the beginning, other gates from the first measurement on.
-        readers: Modules whose forward takes weights of submodules without calling them,
-            and the names that these have in them, once something was measured.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -154,7 +151,6 @@ class Probe:
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
         self.loss = float("nan")
-        self.readers: set[tuple[nn.Module, str]] = set()
         self._device = next(iter(self.weights.values())).device
         self._loader = loader
         self._per_step = batches
@@ -171,14 +167,9 @@ class Probe:
         self._compile = compile
         self._on_batch = on_batch
         self._input_shape: tuple[int, ...] | None = None
-        # The modules whose forward is running, from the outermost to the innermost.
-        self._calls: list[nn.Module] = []
-        self._handles: list[RemovableHandle] = []  # of the hooks that tell
-        self._names = {module: name for name, module in model.named_modules()}
         # Stand-ins of all parameters, and of those that are scored.
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
-        self._registered: dict[tuple[nn.Module, str], str] = {}  # where these are
         # The absolute values of the stand-ins, by their identity.
         self._twins: dict[int, nn.Parameter] = {}
         self._last_batch: Any = None
@@ -645,16 +636,7 @@ class Probe:
             # for stand-ins would cost more, and has no second derivatives.
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}
-        owners = {m for n in self.weights for m, _ in self.parameters[n].slots()}
         for module in self.model.modules():
-            # PyTorch's own without submodules (activations, pooling) read no one's
-            # weights, and hooks would take longer than many a forward of theirs.
-            theirs = type(module).__module__.startswith("torch.nn.modules.")
-            if module in owners or module._modules or not theirs:
-                self._handles += (
-                    module.register_forward_pre_hook(self._enter, prepend=True),
-                    module.register_forward_hook(self._leave, always_call=True),
-                )
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     if id(buffer) not in copies:
@@ -666,41 +648,16 @@ class Probe:
             values = opened.get(name, parameter.part).clone()
             stand_in = nn.Parameter(values, scored or parameter.dense.requires_grad)
             for module, key in parameter.slots():
-                if not isinstance(module._parameters, _Watched) and (
-                    scored or self.parts.sharded
-                ):
-                    watched = _Watched(module._parameters)
-                    watched.read = partial(self._read, module)
-                    vars(module)["_parameters"] = watched
-                self._registered[module, key] = name
                 module._parameters[key] = stand_in
+                if self.parts.sharded:
+                    if not isinstance(module._parameters, _PutTogether):
+                        vars(module)["_parameters"] = _PutTogether(
+                            module._parameters, self.parts
+                        )
+                    module._parameters.names[key] = name  # type: ignore[attr-defined]
             self._leaves[name] = stand_in
         self._stand_ins = {name: self._leaves[name] for name in self.weights}
         self._mask_stand_ins()
-
-    def _enter(self, module: nn.Module, inputs: object) -> None:
-        self._calls.append(module)
-
-    def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
-        if module in self._calls:  # not where another hook has failed before it began
-            while self._calls.pop() is not module:
-                pass
-
-    def _read(self, owner: nn.Module, key: str, value: Any) -> Any:
-        name = self._registered.get((owner, key))
-        if name is None or value is None:
-            return value
-        if name in self.weights and owner not in self._calls:
-            self._note_reader(owner)
-        return self.parts.read(name, value)
-
-    def _note_reader(self, owner: nn.Module) -> None:
-        for module in reversed(self._calls):
-            prefix = f"{self._names.get(module, '')}.".removeprefix(".")
-            if self._names[owner].startswith(prefix):
-                path = self._names[owner].removeprefix(prefix)
-                self.readers.add((module, path))
-                return
 
     def _mask_stand_ins(self) -> None:
         for name, stand_in in self._stand_ins.items():
@@ -806,15 +763,10 @@ class Probe:
 
     @contextmanager
     def _compiled(self) -> Iterator[None]:
-        """Compile a pass, if an earlier one has shown the gates and the readers."""
+        """Compile a pass, if an earlier one has shown the gates."""
         if not self._compile or self._measure is None:
             yield
             return
-        # What looks on has seen all there is, and would have to be compiled, too.
-        for handle in self._handles:
-            handle.remove()
-        for module, _ in self._registered:
-            vars(module)["_parameters"] = dict(module._parameters)
         if self._device.type == "cuda":
             # A CUDA graph writes to the same memory in each pass, so its gradients are
             # added to tensors of ours.
@@ -920,19 +872,25 @@ class Probe:
             raise NoGradientError(
                 f"no gradient reached {name_some(missing)} at step {self.step}: the "
                 "loss does not use it",
-                "Leave it out with parameters=, or pass a forward= whose loss uses it",
+                "leave it out with parameters=, or pass a forward= whose loss uses it",
                 missing,
             )
         return {name: sums[name] for name in self.weights}
 
 
-class _Watched(dict[str, nn.Parameter | None]):
-    """The parameters of a module, as ``_parameters``, with a say in what is read."""
+class _PutTogether(dict[str, nn.Parameter | None]):
+    """The parameters of a module, as ``_parameters``: whole ones for who reads them."""
 
-    read: Callable[[str, Any], Any]
+    def __init__(self, parameters: Mapping[str, Any], parts: Parts) -> None:
+        super().__init__(parameters)
+        self.names: dict[str, str] = {}  # in the model, by the key in the module
+        self._parts = parts
 
-    def __getitem__(self, key: str) -> nn.Parameter | None:
-        return self.read(key, super().__getitem__(key))  # type: ignore[no-any-return]
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is None or key not in self.names:
+            return value
+        return self._parts.read(self.names[key], value)
 
 
 class _Sums(dict[str, Tensor]):

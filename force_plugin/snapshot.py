@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import random
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from force_plugin.reparametrisation import PrunedTensor
 
 
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -19,46 +24,104 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     They hold a module's parameters, buffers, hooks and mode, and whatever its forward
     keeps. Of parameters and buffers references are remembered, not values: what is to
     be restored must have been replaced meanwhile, not overwritten. Of other attributes
-    it is the values of tensors and the items of lists, sets and dictionaries; what
-    other objects hold is not followed.
+    it is the values of tensors and the items of lists, deques, sets and dictionaries,
+    also within one another; what other objects hold is not followed. Of a TorchScript
+    module, whose attributes cannot be replaced, it is the mode and all values.
 
     Args:
         modules: The modules themselves; their children are not followed.
 
     Returns:
-        A function that gives the modules their attributes back.
+        A function that gives the modules their attributes back. It writes nothing
+        where nothing has changed. Where something cannot be written, all else is
+        restored before the error is raised.
     """
-    saved = []
+    undo: list[Callable[[], object]] = []
     for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            undo.append(partial(setattr, module, "training", module.training))
+            kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            undo += [tensor_as_it_is(tensor) for tensor in kept]
+            continue
+        own = ("_parameters", "_buffers", "_modules")
         state = vars(module)
-        items = {
-            key: kind(value)
-            for key, value in state.items()
-            for kind in (dict, list, set)
-            if isinstance(value, kind)
-        }
-        values = {
-            key: (value, value.detach().clone(), value._version)
-            for key, value in state.items()
-            # A pruned tensor is made anew in every forward.
-            if isinstance(value, Tensor)
-            and f"{key}_orig" not in module._parameters
-            and not value.is_inference()
-        }
-        saved.append((state, dict(state), items, values.values()))
+        containers = {id(state[key]): state[key] for key in own}
+        others = {id(tensor) for key in own[:2] for tensor in state[key].values()}
+        ahead = [value for key, value in state.items() if key not in own]
+        tensors: dict[int, Tensor] = {}
+        while ahead:
+            value = ahead.pop()
+            if isinstance(value, PrunedTensor) or id(value) in others:
+                continue
+            if isinstance(value, Tensor):
+                tensors[id(value)] = value
+            elif isinstance(value, _KINDS) and id(value) not in containers:
+                containers[id(value)] = value
+                items = _items(value)
+                ahead += items.values() if isinstance(items, dict) else items
+        undo += [
+            *(tensor_as_it_is(tensor) for tensor in tensors.values()),
+            *map(_items_as_they_are, containers.values()),
+            _items_as_they_are(state),
+        ]
 
     def restore() -> None:
-        for state, attributes, items, values in saved:
-            state.clear()
-            state.update(attributes)
-            for key, content in items.items():
-                kept = state[key]
-                kept.clear()
-                (kept.extend if isinstance(kept, list) else kept.update)(content)
-            for tensor, value, version in values:
-                if tensor._version != version:
-                    with torch.no_grad():
-                        tensor.copy_(value)
+        with ExitStack() as stack:
+            for each in undo:
+                stack.callback(each)
+
+    return restore
+
+
+_KINDS = (OrderedDict, dict, list, set, deque)
+
+
+def _items(container: Any) -> Any:
+    """A copy of what a container holds, whatever its class makes of a look at it."""
+    if isinstance(container, OrderedDict):
+        return dict(OrderedDict.items(container))
+    if isinstance(container, dict):
+        return dict(dict.items(container))
+    kind = next(kind for kind in _KINDS if isinstance(container, kind))
+    return [*kind.__iter__(container)]
+
+
+def _items_as_they_are(container: Any) -> Callable[[], None]:
+    """The way back to the items that a container has now."""
+    before = _items(container)
+    kind: Any = next(kind for kind in _KINDS if isinstance(container, kind))
+
+    def restore() -> None:
+        if _same(before, _items(container)):
+            return
+        # A class of its own may refuse to be written to, and this is no change.
+        kind.clear(container)
+        if isinstance(before, dict):
+            for key, value in before.items():
+                kind.__setitem__(container, key, value)
+        else:
+            (kind.update if kind is set else kind.extend)(container, before)
+
+    return restore
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Whether these are the same objects in the same order."""
+    if isinstance(before, dict):
+        before = [item for pair in before.items() for item in pair]
+        after = [item for pair in after.items() for item in pair]
+    return len(before) == len(after) and all(map(operator.is_, before, after))
+
+
+def tensor_as_it_is(tensor: Tensor) -> Callable[[], None]:
+    """The way back to the values that a tensor has now."""
+    if tensor.is_inference():  # it counts no versions
+        return lambda: None
+    values, version = tensor.detach().clone(), tensor._version
+
+    def restore() -> None:
+        if tensor._version != version:
+            tensor.data.copy_(values)
 
     return restore
 

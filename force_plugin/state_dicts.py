@@ -8,21 +8,16 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from force_plugin.errors import NotPrunedError
 from force_plugin.masks import checked_masks
 from force_plugin.methods import SaliencyMethod
 from force_plugin.names import fitted
-from force_plugin.parameters import find_readers, mask_of, name_some, named_parameters
-from force_plugin.reparametrisation import (
-    find_hook,
-    read_by,
-    reorder,
-    reparametrise,
-)
-from force_plugin.snapshot import snapshot
+from force_plugin.parameters import mask_of, name_some, named_parameters
+from force_plugin.reparametrisation import reorder, reparametrise, show
+from force_plugin.snapshot import snapshot, tensor_as_it_is
 
 
 @torch.inference_mode(False)
@@ -86,9 +81,7 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
         for tensor in (*model.parameters(), *model.buffers()):
-            if not tensor.is_inference():
-                values = tensor.detach().clone()
-                undo.callback(_write_back, tensor, values, tensor._version)
+            undo.callback(tensor_as_it_is(tensor))
         # Masks that keep everything, of the model's own shapes: what does not fit is
         # then all in one error, that of load_state_dict.
         for weight, module, name in slots:
@@ -103,13 +96,7 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
                 module.register_buffer(f"{name}_mask", torch.ones_like(earlier))
         model.load_state_dict(state)
         for _, module, name in slots:
-            # The pruned tensor is one of the values, till the next forward computes it.
-            hook = find_hook(module, name)
-            assert hook is not None
-            shown = hook.apply_mask(module)  # type: ignore[no-untyped-call]
-            setattr(module, name, shown.detach())
-        for reader, path in find_readers([weight for weight, *_ in slots], model):
-            read_by(reader, path)
+            show(module, name)
         # PyTorch's pruning puts a parameter behind its module's others, and optimizers
         # number their state in that order. Without metadata, the state comes from a
         # file of another kind (safetensors), which sorts by name.
@@ -169,8 +156,3 @@ def _dense(key: str, keys: Collection[str]) -> str:
         if name != key and f"{name}{other}" in keys:
             return name
     return key
-
-
-def _write_back(tensor: Tensor, values: Tensor, version: int) -> None:
-    if tensor._version != version:
-        tensor.data.copy_(values)
