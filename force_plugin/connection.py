@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from force_plugin.parameters import is_scripted
+
 
 class Flow(NamedTuple):
     """What the outputs of a model depend on.
@@ -93,6 +95,7 @@ class _Calls:
     ) -> list[Tensor]:
         """Run, and return the outputs of the last of these that no other one called."""
         outputs: list[Tensor] = []
+        modules = [module for module in modules if not is_scripted(module)]
         depth = 0
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -117,7 +120,7 @@ class _Calls:
         leaves = [
             module
             for module in {m for top in modules for m in top.modules()}
-            if next(module.children(), None) is None
+            if next(module.children(), None) is None and not is_scripted(module)
         ]
         handles = []
         for module in modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Real
@@ -277,6 +278,8 @@ def diagnose(
             if not weights:
                 raise
             scores, probe, silent = score(weights, True)
+        for problem in probe.problems if ranks.rank == 0 else ():
+            warnings.warn(problem, stacklevel=3)  # past inference_mode
         closed = score(weights, False)[0] if probe.gates else scores
         hidden = parts.empty(closed)
 

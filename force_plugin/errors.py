@@ -80,6 +80,10 @@ class NotFiniteError(PruningError, RuntimeError):
     """A loss, a gradient or a score is NaN or infinite."""
 
 
+class MethodError(PruningError, ValueError):
+    """A method of one's own does not do what a method has to."""
+
+
 class CompactionError(PruningError, RuntimeError):
     """Channels cannot be taken out of the model."""
 

@@ -377,14 +377,16 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # This step's gradients were there before.
         if weight.grad is not None:
             weight.grad.masked_fill_(~masks[name], 0)
-    _say(f"{held:,} of {total:,} weights are 0 ({held / total:.2%}) and stay 0")
     empty = [tuple(w.shape) for name, w in weights.items() if not kept[name]]
+    _say(
+        f"{held:,} of {total:,} weights are 0 ({held / total:.2%}) and stay 0; "
+        f"{len(empty)} of {len(kept)} tensors hold nothing else"
+    )
     if empty:
         _say(
-            f"warning: {len(empty)} of {len(kept)} tensors hold nothing but zeros and "
-            f"stay 0, of shapes {name_some([*map(str, empty)])}. They lost every "
-            "weight, or start at 0 and will not train: then write the file from the "
-            "model that the script makes"
+            f"warning: tensors of shapes {name_some([*map(str, empty)])} are all 0. "
+            "They lost every weight, or start at 0 and will not train: then write the "
+            "file from the model that the script makes"
         )
 
 

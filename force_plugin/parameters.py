@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from force_plugin.errors import NothingToPruneError, Remark
 from force_plugin.names import named_modules, unwrapped
@@ -125,6 +126,11 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(f"{name}_mask")
 
 
+def is_scripted(module: nn.Module) -> bool:
+    """Whether it is TorchScript, which can be run, but not be given other weights."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, as those of FSDP2; their import takes half a second."""
     return hasattr(tensor, "device_mesh")
@@ -209,17 +215,21 @@ def find_weights(
     weights = {weight.name: weight for weight in chosen if weight.dense.numel()}
     if not weights:
         problem = "parameters= is empty"
+        advice = 'name what to prune with parameters=[(module, "weight"), ...]'
         if chosen:
             empty = name_some([weight.name for weight in chosen])
             problem = f"the weights ({empty}) have no elements"
         elif parameters is None:
             problem = "the model has no convolution or linear weight"
-            if passed := passed_over(model, ()):
-                problem += f"; passed over: {_listed(passed)}"
-        raise NothingToPruneError(
-            f"nothing to prune: {problem}",
-            'name what to prune with parameters=[(module, "weight"), ...]',
-        )
+            usual = (m for m in model.modules() if isinstance(m, PRUNABLE_MODULES))
+            computed = [m for m in usual if computed_from(m, "weight")]
+            if computed:
+                problem, advice = no_parameter(computed[0], "weight"), ""
+            elif any(map(is_scripted, model.modules())):
+                problem += " outside of its TorchScript parts"
+            if advice and (passed := passed_over(model, ())):
+                advice += f" among what was passed over: {_listed(passed)}"
+        raise NothingToPruneError(f"nothing to prune: {problem}", advice)
     return list(weights.values())
 
 
@@ -323,13 +333,15 @@ def _parameters(model: nn.Module) -> dict[int, Weight]:
             f"model: expected a torch.nn.Module, got {type(model).__name__}"
         )
     model = unwrapped(model)
-    if isinstance(model, torch.jit.ScriptModule):
+    if is_scripted(model):
         raise TypeError(
             "model: expected a torch.nn.Module in Python, got a TorchScript module; "
             "prune it before torch.jit.script or torch.jit.trace"
         )
     found: dict[int, Weight] = {}
     for prefix, module in named_modules(model):
+        if is_scripted(module):
+            continue  # its parameters are TorchScript's, and stay as they are
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -361,19 +373,55 @@ def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
             f"takes them, got {type(pair).__name__}: {str(pair)[:60]}"
         )
     module, name = pair
+    if is_scripted(module):
+        raise ValueError(
+            f"parameters: {name!r} belongs to a {module.original_name} that is "
+            "TorchScript, whose weights cannot be replaced; leave it out, or prune the "
+            "model before torch.jit.script or torch.jit.trace"
+        )
     parameter = module._parameters.get(parameter_key(module, name))
     if parameter is None:
-        own = ", ".join(key for key, p in module._parameters.items() if p is not None)
-        raise ValueError(
-            f"parameters: {type(module).__name__} has no parameter {name!r}; "
-            f"it has {own or 'none'}"
-        )
+        raise ValueError(f"parameters: {no_parameter(module, name)}")
     if id(parameter) not in known:
         raise ValueError(
             f"parameters: a {type(module).__name__} given with {name!r} is not part "
             "of the model; take the pair from model.named_modules()"
         )
     return known[id(parameter)]
+
+
+def no_parameter(module: nn.Module, name: str) -> str:
+    """Say that a module has no parameter of a name, and what it has instead."""
+    missing = f"{type(module).__name__} has no parameter {name!r}"
+    if source := computed_from(module, name):
+        holder, key = source
+        where = "" if holder is module else f".parametrizations.{name}"
+        return (
+            f"{missing}: it is computed from others whenever the module is called; "
+            f'name what it is computed from, as a rule (module{where}, "{key}")'
+        )
+    own = ", ".join(key for key, p in module._parameters.items() if p is not None)
+    what = f", and {name!r} is a buffer" if name in module._buffers else ""
+    return f"{missing}; it has {own or 'none'}{what}"
+
+
+def computed_from(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """Where the values of a tensor lie that its module computes, if it does.
+
+    That is weight normalisation, spectral normalisation and their like, as
+    parametrisations or as the forward pre-hooks of old.
+
+    Returns:
+        The module that holds the parameter, and its key there.
+    """
+    if parametrize.is_parametrized(module, name):
+        holder: nn.Module = module.parametrizations[name]  # type: ignore[index, assignment]
+        # Of a weight normalisation the first are the lengths, the second the weight.
+        return holder, max(holder._parameters, default="original")
+    for key in (f"{name}_v", f"{name}_orig"):
+        if mask_of(module, name) is None and module._parameters.get(key) is not None:
+            return module, key
+    return None
 
 
 def _check(weight: Weight) -> None:

@@ -24,7 +24,12 @@ from force_plugin.parameters import (
 )
 from force_plugin.permanent import prune_in_place
 from force_plugin.report import SparsityReport, report_of
-from force_plugin.schedules import Schedule, check_count, kept_per_step
+from force_plugin.schedules import (
+    Schedule,
+    check_count,
+    find_schedule,
+    kept_per_step,
+)
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import Parts
@@ -89,7 +94,7 @@ def force_prune(
             ``"random"`` take 1 step, ``"snip_it"`` takes 7.
         schedule: Density after each step: ``"exponential"``, ``"linear"``,
             ``"snip_it"`` or a callable ``(step, steps, density) -> density``.
-            ``"snip_it"`` keeps its own as a method.
+            ``"snip_it"`` keeps its own as a method, which the report says.
         batches: Batches a step, over which the gradient is averaged; ``None``: one
             whole pass of the loader a step.
         loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
@@ -134,8 +139,9 @@ def force_prune(
         The sparsity of every prunable layer. Its ``warnings`` name gates that were
         opened, layers that were emptied (and since which step), and what makes the
         mask doubtful: layers without any saliency, the step at which the network
-        collapsed (fewer non-zero saliencies than weights to keep), and more idle
-        weights than others, whose channels nothing reaches or nothing leads on from.
+        collapsed (far fewer of the weights that stay have a saliency other than 0 than
+        of the dense network's), and more idle weights than others, whose channels
+        nothing reaches or nothing leads on from.
 
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected; the
@@ -146,7 +152,7 @@ def force_prune(
             or weights differ.
 
     Warns:
-        UserWarning: The mask is doubtful, as above.
+        UserWarning: The mask is doubtful, as above, or layers lost every weight.
     """
     model = unwrap(model)
     with Ranks(model) as ranks:
@@ -156,6 +162,7 @@ def force_prune(
         weights = find_weights(model, parameters)
         parts.check(weights)
         check_count("steps", steps)
+        find_schedule(schedule)  # also where the method has its own
         if on_collapse not in ("raise", "warn"):
             raise ValueError(
                 f'on_collapse: expected "raise" or "warn", got {on_collapse!r}'
@@ -180,7 +187,7 @@ def force_prune(
             )
         agree(parts, model, weights, method_name, open_gates, kept_after)
 
-        notes = Notes(kept_after, on_collapse, criterion.regrows, parts)
+        notes = Notes(kept_after, on_collapse, criterion, parts)
         if parameters is None:
             rest = passed_over(model, {weight.name for weight in weights})
             notes.problems += Coverage(total, rest).doubts()
@@ -212,7 +219,7 @@ def force_prune(
             for step, kept in enumerate(kept_after, start=1):
                 scores = criterion.scores(probe)
                 if step == 1:
-                    notes.on_first_scores(scores, probe)
+                    notes.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
                 selected, threshold = top_k_masks(
                     [*scores.values()], min(kept, available), parts, [*among.values()]
@@ -227,19 +234,26 @@ def force_prune(
             if kept_after[-1] < total:
                 notes.on_flow(*probe.flow())
 
-        for problem in notes.problems if ranks.rank == 0 else ():
-            # Before the model is touched: a filter may make errors of warnings.
-            warnings.warn(problem, stacklevel=3)  # past inference_mode
-        kept_in = parts.count(masks)
-        remarks = [*gates.describe(probe.gates), *notes.problems, *notes.emptied()]
+        kept_in, emptied = parts.count(masks), notes.emptied()
+        # Before the model is touched: a filter may make errors of warnings.
+        said = [*notes.problems, *(["; ".join(emptied)] if emptied else [])]
+        _warn(said, ranks)
+        remarks = [*gates.describe(probe.gates), *notes.problems, *emptied]
     pairs = [(weight, masks[weight.name]) for weight in weights]
     if parts.sharded:
         prune_in_place(pairs, parts)
     else:
         prune_with(pairs, criterion)
-    # 60 is what a caller passes who passes nothing.
+    # 60 and "exponential" are what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
+    if schedule not in (criterion.schedule, "exponential") and (
+        criterion.schedule or criterion.steps == 1
+    ):
+        own = "its own" if criterion.schedule else "a single step"
+        remarks.append(
+            f"schedule={_name(schedule)} was not used: {method_name} has {own}"
+        )
     return report_of(model, weights, kept_in, remarks, method_name)
 
 
@@ -290,6 +304,9 @@ def saliency(
         on its device, sharded if the weight is; higher = keep. ``float64`` for SynFlow,
         at least ``float32`` for the methods that need gradients.
 
+    Warns:
+        UserWarning: GraSP's temperature was not used.
+
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected.
         RuntimeError: A weight got no gradient, a score is not finite, another rank has
@@ -317,7 +334,19 @@ def saliency(
             parts=parts,
         ) as probe:
             scores = criterion.scores(probe)
+            _warn(probe.problems, ranks)
             return {name: parts.joined(name, part) for name, part in scores.items()}
+
+
+def _warn(problems: Iterable[str], ranks: Ranks) -> None:
+    """Say what makes a result doubtful, to whoever has called the function."""
+    for problem in problems if ranks.rank == 0 else ():
+        warnings.warn(problem, stacklevel=4)  # past inference_mode
+
+
+def _name(schedule: str | Schedule) -> str:
+    name = schedule if isinstance(schedule, str) else None
+    return repr(name) if name else getattr(schedule, "__name__", "a callable")
 
 
 def agree(
