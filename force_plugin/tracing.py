@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -20,17 +21,24 @@ from force_plugin.batches import mapped
 from force_plugin.connection import tensors
 from force_plugin.example_inputs import call
 from force_plugin.layers import LAYERS, channels_of
+from force_plugin.modes import Mode, in_mode
 
 
-def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Outputs that are no layer's own: they are not to be cut."""
-    outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
-    return [output * 1 for output in tensors(outputs)]
+def _forward(model: nn.Module, inputs: Any, modes: Iterable[Mode]) -> list[Tensor]:
+    """Outputs in all modes, which are no layer's own: they are not to be cut."""
+    found = []
+    for mode in modes:
+        with in_mode(model, mode):
+            outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
+            found += [output * 1 for output in tensors(outputs)]
+    return found
 
 
-def trace(model: nn.Module, inputs: Any) -> Any:
-    """The :class:`torch_pruning.DependencyGraph` of a model."""
-    return _Traced().build_dependency(model, inputs, forward_fn=_forward, verbose=False)
+def trace(model: nn.Module, inputs: Any, modes: Iterable[Mode]) -> Any:
+    """The :class:`torch_pruning.DependencyGraph` of a model, in all modes at once."""
+    return _Traced().build_dependency(
+        model, inputs, forward_fn=partial(_forward, modes=modes), verbose=False
+    )
 
 
 class _Traced(tp.DependencyGraph):  # type: ignore[misc]
