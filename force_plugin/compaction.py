@@ -13,7 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -152,6 +152,12 @@ class _Compaction:
             for name, one in surgery.sets.items()
             if (removable := _removable(one, layers, round_to)).any()
         }
+        unfollowed = {
+            name: behaviour.unfollowed
+            for name, one in surgery.sets.items()
+            if behaviour.unfollowed and one.fixed
+            if _removable(replace(one, fixed=""), layers, round_to).any()
+        }
         removed, problems = surgery.possible(
             wanted, lambda cut, _: behaviour.problem(cut)
         )
@@ -161,11 +167,12 @@ class _Compaction:
                 f"cut off can be taken out: {next(iter(problems.values()))}. The model "
                 "is as it was"
             )
-        if problems:
+        if problems := problems | unfollowed:
             name, reason = next(iter(problems.items()))
+            total = len(wanted) + len(unfollowed)
             warnings.warn(
-                f"{len(problems)} of {len(wanted)} sets of channels stay although "
-                f"masks have cut some off (that of {name}, for one): {reason}",
+                f"{len(problems)} of {total} sets of channels stay although masks have "
+                f"cut some off (that of {name}, for one): {reason}",
                 stacklevel=4,
             )
         for complaint in behaviour.complaints(bool(removed)):

@@ -133,6 +133,8 @@ class Behaviour:
         traced: Modes that are to be traced: training only where it uses other layers
             than evaluation, or gives out something else.
         measured: Names of the layers on which outputs in evaluation mode depend.
+        unfollowed: Which layers' weights are used without a call, so that no graph
+            shows what they read, in words; ``""``: none.
 
     Raises:
         CompactionError: It cannot be run, or its outputs are NaN.
@@ -181,6 +183,19 @@ class Behaviour:
             for name, layer in layers_of(plain)
             if id(layer.weight) in uses[0].parameters
         }
+        uncalled = [
+            name
+            for name, layer in layers_of(plain)
+            if not any(name in one.calls for one in uses)
+            and any(id(layer.weight) in one.parameters for one in uses)
+            and not isinstance(_around(plain, name), nn.MultiheadAttention)
+        ]
+        self.unfollowed = ""
+        if uncalled:
+            self.unfollowed = (
+                f"torch-pruning cannot follow what {name_some(uncalled)} may read, as "
+                "the weight is used without a call"
+            )
         self._unused = [
             name
             for name, module in plain.named_modules()
@@ -286,6 +301,10 @@ def _find_uses(model: nn.Module, inputs: Any, mode: Mode) -> _Uses:
             hooks.callback(handle.remove)
         outputs = [*tensors(call(model, mapped(torch.clone, inputs)))]
     return _Uses(calls, _leaves(outputs), [output.shape for output in outputs])
+
+
+def _around(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _leaves(outputs: Iterable[Tensor]) -> frozenset[int]:

@@ -101,6 +101,8 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
             TypeError, ValueError, RuntimeError: As :func:`force_plugin.saliency`.
         """
         names = {module: name for name, module in self._model.named_modules()}
+        if not self._scores:
+            _warn_of_missing(names, group)
         self._measure(names)
         first = group[0]
         places: dict[int, int] = {}
@@ -130,6 +132,26 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
             return
         scores = saliency(self._model, self._loader, self._method, **self._options)
         self._scores = {n: score.double().cpu() for n, score in scores.items()}
+
+
+def _warn_of_missing(names: Mapping[nn.Module, str], group: Any) -> None:
+    """Warn of layers that the graph of a group does not show."""
+    known = {
+        part for one in group._DG.module2node if one in names for part in one.modules()
+    }
+    missing = [
+        name
+        for layer, name in names.items()
+        if isinstance(layer, LAYERS) and layer not in known
+    ]
+    if missing:
+        warnings.warn(
+            f"torch-pruning's graph does not show {name_some(missing)}: no inputs are "
+            "taken out there with the channels that are read. Where layers run in "
+            "training mode only, pass the pruner a forward_fn= that calls the model in "
+            "both modes and returns all outputs",
+            stacklevel=5,
+        )
 
 
 @torch.inference_mode(False)
@@ -301,10 +323,16 @@ def _prunable(
     wanted: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for name, one in surgery.sets.items():
         writers = {use.layer for use in one.writers}
-        if one.fixed or not one.readers or writers & ignored or len(one.choices) < 2:
+        if not one.readers or writers & ignored or len(one.choices) < 2:
+            continue
+        if one.fixed:
+            if behaviour.unfollowed:
+                problems[name] = behaviour.unfollowed
             continue
         if not writers & behaviour.measured:
-            problems[name] = "no output in evaluation mode depends on them"
+            problems[name] = (
+                "they have no rank, as no output in evaluation mode depends on them"
+            )
             continue
         half = torch.zeros(one.size, dtype=torch.bool)
         half[one.choices[torch.randperm(len(one.choices))[1::2]].flatten()] = True

@@ -55,7 +55,7 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
             elif node.type == tp.ops.OPTYPE.EXPAND and not _repeats(node):
                 node.enable_index_mapping = False
             elif node.type == tp.ops.OPTYPE.CONCAT:
-                node.module.concat_sizes = _sizes_of_parts(node)
+                node.module.concat_sizes, node.module.of_channels = _parts(node)
             elif node.type == tp.ops.OPTYPE.SPLIT:
                 splits.append((node, _follow_split(node)))
         for node, found in splits:
@@ -64,6 +64,17 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
             else:
                 node.outputs, node.grad_fn = found
         super()._build_dependency(module2node)
+
+    def get_in_channels(self, module_or_node: Any) -> int | None:
+        """Channels of a concatenation are known: one of its readers may flatten them.
+
+        torch-pruning would take the features that the last reader has.
+        """
+        module = getattr(module_or_node, "module", module_or_node)
+        if getattr(module, "of_channels", False):
+            return int(sum(module.concat_sizes))
+        found: int | None = super().get_in_channels(module_or_node)
+        return found
 
 
 def _flattens(node: Any) -> bool:
@@ -88,8 +99,13 @@ def _repeats(node: Any) -> bool:
     return bool(after[2] != before[2])
 
 
-def _sizes_of_parts(node: Any) -> list[int] | None:
-    """How many channels each part of a concatenation has, as far as autograd knows."""
+def _parts(node: Any) -> tuple[list[int] | None, bool]:
+    """What a concatenation joins, as far as autograd knows.
+
+    Returns:
+        The size of each part, or ``None``; and whether these are surely channels, as
+        the second of three axes may be that of tokens.
+    """
     parts = node.grad_fn.next_functions
     dim = _signed(getattr(node.grad_fn, "_saved_dim", 1))
     shapes = [
@@ -97,9 +113,9 @@ def _sizes_of_parts(node: Any) -> list[int] | None:
         for function, output in parts
         if hasattr(function, "_input_metadata")
     ]
-    if len(shapes) == len(node.inputs) == len(parts):
-        return [shape[dim] for shape in shapes]
-    return None
+    if not len(shapes) == len(node.inputs) == len(parts):
+        return None, False
+    return [shape[dim] for shape in shapes], dim == 1 and len(shapes[0]) != 3
 
 
 @dataclass
