@@ -288,13 +288,12 @@ def snap_prune(
             for name, removed in _least(sets, scores, kept).items():
                 left = (~gone[name]).nonzero().flatten()
                 gone[name][left[removed]] = True
-            cut = surgery.cut(gone)
-            _check(surgery, behaviour, cut, gone)
-            small = rebuilt(model, cut)
-        # Values are compared once more where no layer normalisation changes them all.
-        some = {name: own for name, own in gone.items() if not whole[name].normalised}
-        if len(some) < len(gone):
-            _check(surgery, behaviour, surgery.cut(some), some)
+            small = rebuilt(model, surgery.cut(gone))
+        _check(surgery, behaviour, gone)
+        # A layer normalisation changes the values of all the others.
+        rest = {name: own for name, own in gone.items() if not whole[name].normalised}
+        if len(rest) < len(gone):
+            _check(surgery, behaviour, rest)
     tell_features(model, small)
     return small
 
@@ -389,12 +388,10 @@ def _problem(
 
 
 def _check(
-    surgery: Surgery,
-    behaviour: Behaviour,
-    cut: nn.Module,
-    removed: Mapping[str, Tensor],
+    surgery: Surgery, behaviour: Behaviour, removed: Mapping[str, Tensor]
 ) -> None:
-    """Raise if something is wrong with the copy that is to be handed over."""
+    """Raise if something is wrong with what is to be handed over."""
+    cut = surgery.cut(removed)
     problem = _problem(surgery, behaviour, cut, removed)
     if problem is not None:
         raise CompactionError(
