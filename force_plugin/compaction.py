@@ -3,8 +3,8 @@
 Which channels these are is measured, not derived from the names of operations: in
 copies with random values where no mask is, a channel is cut off from the inputs if it
 is the same for all of them, and from the outputs if no gradient comes back to it. What
-is taken out is checked: in float64, the outputs must stay what they were, else the
-channels concerned stay.
+is taken out is checked: in float64 and in both modes, the outputs must stay what they
+were, else the channels concerned stay.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ def compact(
     and columns of all layers that write and read it, through residual sums,
     concatenations, groups and batch normalisations. What remains is an ordinary model
     with the values, masks and modes that it had, and the same outputs in evaluation
-    mode. Which channels depend on each other is found by torch-pruning's dependency
-    graph (Fang et al. 2023, arXiv 2301.12900).
+    mode; in training mode too, but for what is random and for the statistics of a
+    batch. Which channels depend on each other is found by torch-pruning's dependency
+    graph (Fang et al. 2023, arXiv 2301.12900), in both modes where training uses other
+    layers, such as auxiliary heads.
 
     These stay: one channel of each set at least, those that carry a constant (the bias
     of a normalisation that was trained), the inputs and outputs of the model, channels
@@ -93,8 +95,10 @@ def compact(
 
     Warns:
         UserWarning: Some channels stay although masks have cut them off, as without
-            them the outputs would be others; or the masks have disconnected the
-            network, so that next to nothing is left of it.
+            them the outputs would be others in one of the modes; training mode cannot
+            be run with ``example_inputs``; layers take part in neither mode, and stay
+            as they are; or the masks have disconnected the network, so that next to
+            nothing is left of it.
     """
     check_count("round_to", round_to)
     model = unwrap(model)

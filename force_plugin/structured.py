@@ -44,6 +44,8 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
     it: rows of the layers that write it and columns of those that read it. They are
     measured when a group is asked for first, and again once layers have been cut, in
     the modes that the model then has (torch-pruning leaves it in evaluation mode).
+    A warning names layers that torch-pruning has not seen: it traces in evaluation mode
+    unless the pruner's ``forward_fn`` calls the model in training mode, too.
 
     Source: the criterion of the method, summed over a group of
     :class:`torch_pruning.dependency.Group` (Fang et al. 2023, arXiv 2301.12900).
@@ -150,7 +152,7 @@ def _warn_of_missing(names: Mapping[nn.Module, str], group: Any) -> None:
             "taken out there with the channels that are read. Where layers run in "
             "training mode only, pass the pruner a forward_fn= that calls the model in "
             "both modes and returns all outputs",
-            stacklevel=5,
+            stacklevel=3,
         )
 
 
@@ -182,7 +184,8 @@ def snap_prune(
 
     What goes together, through residual sums, concatenations, groups and attention
     heads, is one channel with one gate. The last layers' outputs stay, and so does one
-    channel of each set.
+    channel of each set. Auxiliary heads that run in training mode only lose the inputs
+    that they read; their own channels have no sensitivity in evaluation mode, and stay.
 
     Args:
         model: Any module; it stays as it is. Masks are taken along.
@@ -211,7 +214,13 @@ def snap_prune(
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected.
         RuntimeError: torch-pruning cannot trace the model, nothing can be taken out of
-            it, or a gradient is not finite or missing.
+            it, the smaller one fails or gives out something else, or a gradient is not
+            finite or missing.
+
+    Warns:
+        UserWarning: Some channels stay, as more would go with them or the model would
+            fail in one of its modes; training mode cannot be run with
+            ``example_inputs``; or layers take part in neither mode.
     """
     model = unwrap(model)
     inputs = checked_inputs(model, example_inputs, "example_inputs")
