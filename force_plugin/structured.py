@@ -148,8 +148,8 @@ def _warn_of_missing(names: Mapping[nn.Module, str], group: Any) -> None:
     ]
     if missing:
         warnings.warn(
-            f"torch-pruning's graph does not show {name_some(missing)}: no inputs are "
-            "taken out there with the channels that are read. Where layers run in "
+            f"torch-pruning's graph does not show {name_some(missing)}: nothing is "
+            "taken out there, and it may no longer fit the rest. Where layers run in "
             "training mode only, pass the pruner a forward_fn= that calls the model in "
             "both modes and returns all outputs",
             stacklevel=3,
