@@ -48,9 +48,19 @@ def shuffle_masks(
         section 5).
 
     Raises:
-        TypeError: ``masks`` is no mapping of names to tensors.
+        TypeError: ``masks`` is no mapping of names to tensors, or ``generator`` none.
         ValueError: A mask is sparse, has no values, or others than 0 and 1.
     """
+    if not isinstance(generator, torch.Generator | None):
+        seed = generator if type(generator) is int else 0
+        raise TypeError(
+            f"generator: expected a torch.Generator, got {type(generator).__name__}; "
+            f"pass torch.Generator().manual_seed({seed})"
+        )
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"generator: expected one on the CPU, got one on {generator.device}"
+        )
     shuffled = {}
     for name, mask in checked_masks(masks).items():
         order = torch.randperm(mask.numel(), generator=generator, device="cpu")
@@ -84,6 +94,11 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             model is unchanged.
     """
     model, fresh = unwrap(model), unwrap(fresh)
+    if not isinstance(fresh, nn.Module):
+        raise TypeError(
+            f"fresh: expected a torch.nn.Module, got {type(fresh).__name__}; pass "
+            "another model, made as the first one was"
+        )
     weights, new = named_parameters(model), named_parameters(fresh)
     kept = {
         (module, name): pruned_so_far(module, name)
