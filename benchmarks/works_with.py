@@ -544,6 +544,36 @@ def exports(case: Case) -> None:
     torch.testing.assert_close(exported.module()(case.inputs), model(case.inputs))
 
 
+@row("`torch.jit.trace`")
+def is_traced(case: Case) -> None:
+    model = case.build().eval()
+    traced = torch.jit.trace(model, case.inputs)
+    torch.testing.assert_close(traced(case.inputs), model(case.inputs))
+
+
+def scripted(model: nn.Module, inputs: Tensor) -> None:
+    model.eval()
+    script = torch.jit.script(model)
+    torch.testing.assert_close(script(inputs), model(inputs))
+
+
+@row("`torch.jit.script`")
+def is_scripted(case: Case) -> None:
+    with timm.layers.set_scriptable(True):
+        model = case.build()
+    scripted(model, case.inputs)
+
+
+@row("`torch.jit.script` after `prune.remove`")
+def is_scripted_once_removed(case: Case) -> None:
+    with timm.layers.set_scriptable(True):
+        model = case.build()
+    for module in model.modules():
+        if isinstance(module, nn.Module) and hasattr(module, "weight_mask"):
+            prune.remove(module, "weight")
+    scripted(model, case.inputs)
+
+
 @row("ONNX export")
 def exports_onnx(case: Case) -> None:
     from onnx.reference import ReferenceEvaluator

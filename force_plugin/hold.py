@@ -86,7 +86,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
         make_permanent(plain, hold_zeros=False)
     with torch.no_grad():
         for name, weight in _weights(plain.named_parameters()).items():
-            zeros = weight == 0
+            zeros = weight.abs() < torch.finfo(weight.dtype).tiny
             if name in masks:
                 zeros &= masks[name]
             weight.masked_fill_(zeros, _least(weight.dtype))
@@ -375,10 +375,17 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # This step's gradients were there before.
         if weight.grad is not None:
             weight.grad.masked_fill_(~masks[name], 0)
+    empty = [tuple(w.shape) for name, w in weights.items() if not kept[name]]
     _say(
         f"{held:,} of {total:,} weights are 0 ({held / total:.2%}) and stay 0; "
-        f"{list(kept.values()).count(0)} of {len(kept)} tensors hold nothing else"
+        f"{len(empty)} of {len(kept)} tensors hold nothing else"
     )
+    if empty:
+        _say(
+            f"warning: tensors of shapes {name_some([*map(str, empty)])} are all 0. "
+            "They lost every weight, or start at 0 and will not train: then write the "
+            "file from the model that the script makes"
+        )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
 
     It is the hook that tells: other modules have buffers called ``weight_mask`` too.
     """
-    return None if find_hook(module, name) is None else module._buffers[f"{name}_mask"]
+    if find_hook(module, name) is None:
+        return None
+    return module._buffers.get(f"{name}_mask")
 
 
 def is_scripted(module: nn.Module) -> bool:

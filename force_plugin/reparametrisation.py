@@ -202,7 +202,8 @@ def reparametrise(
     hook = method
     if earlier is None:
         order = list(module._parameters)
-        module.register_parameter(f"{name}_orig", module._parameters.pop(name))
+        # Not register_parameter: this is no other owner of the parameter.
+        module._parameters[f"{name}_orig"] = module._parameters.pop(name)
         reorder(module, [f"{name}_orig" if key == name else key for key in order])
         module.register_forward_pre_hook(hook)
     else:

@@ -73,6 +73,9 @@ _OF_THE_LOOK = (
     ValueError,
 )
 
+# What PyTorch's losses raise of outputs and targets that do not fit.
+_OF_A_MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 _PASS_FORWARD = "pass forward=, a callable (model, batch) -> loss"
 
 
@@ -950,7 +953,7 @@ class Probe:
             return self._loss_fn(outputs, targets)
         except torch.cuda.OutOfMemoryError:
             raise
-        except Exception as error:
+        except _OF_A_MISFIT as error:
             advice = "make the targets what loss_fn expects, or pass loss_fn="
             if not isinstance(outputs, Tensor):
                 advice = "pass a loss_fn= that takes such outputs,"
