@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from force_plugin.distributed import unwrap
 from force_plugin.masks import checked_masks
 from force_plugin.parameters import (
+    is_scripted,
     is_sharded,
     mask_of,
     name_some,
@@ -120,7 +121,8 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             "another, as the model itself was made"
         )
     values = {name: weight.dense for name, weight in weights.items()}
-    pairs = _matched(values, {name: weight.dense for name, weight in new.items()})
+    others = {name: weight.dense for name, weight in new.items()}
+    pairs = _matched(values | _scripted(model), others | _scripted(fresh))
     pairs += _matched(_buffers(model), _buffers(fresh))
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
@@ -139,6 +141,16 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             original.masked_fill_(shown.bool() & ~mask, 0)
             show(module, name)
         undo.pop_all()
+
+
+def _scripted(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of parts in TorchScript."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if is_scripted(module)
+        for key, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -141,8 +141,12 @@ class Probe:
             _check_loss("forward", forward, "(model, batch)")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(
-                f"autocast: expected torch.bfloat16 or None, got {autocast!r}; in "
-                "float16 small gradients underflow to 0 without a GradScaler"
+                f"autocast: expected torch.bfloat16 or None, got {autocast!r}"
+                + (
+                    "; in it small gradients underflow to 0 without a GradScaler"
+                    if autocast is torch.float16
+                    else ""
+                )
             )
         if compile and parts.sharded:
             raise ValueError(
@@ -1089,7 +1093,7 @@ class Probe:
     def _complete(
         self,
         sums: _Sums,
-        problem: str = "the loss does not use it",
+        problem: str = "the loss does not use it, or behind a detach or no_grad only",
         advice: str = "leave it out with parameters=, or pass a forward= that uses it",
     ) -> dict[str, Tensor]:
         """The mean of the ranks' sums, in the order of the weights.

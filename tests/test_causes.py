@@ -917,6 +917,10 @@ def test_a_weight_in_torchscript_is_refused_by_name() -> None:
         ValueError, match=r"^SynFlow: .* part in TorchScript \(1\); take"
     ):
         prune_it(model, method="synflow", loader=[PICTURES])
+    with pytest.raises(
+        ValueError, match=r"^'weight' belongs to a Conv2d that is Torch"
+    ):
+        SNIP.apply(inner, "weight", 0.5, importance_scores=torch.ones(8, 8, 1, 1))
     alone = nn.Sequential(torch.jit.script(nn.Linear(6, 4)))
     message = "no convolution or linear weight outside of its TorchScript parts; name"
     with pytest.raises(ValueError, match=message):
