@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -17,7 +17,14 @@ from force_plugin.distributed import ALONE, Ranks, unwrap
 from force_plugin.errors import NoGradientError
 from force_plugin.methods import SaliencyMethod, find_method, scores_of
 from force_plugin.notes import find_small, sizes
-from force_plugin.parameters import Weight, find_weights, name_layers, name_some
+from force_plugin.parameters import (
+    Coverage,
+    Weight,
+    find_weights,
+    name_layers,
+    name_some,
+    passed_over,
+)
 from force_plugin.report import COLUMNS, stage_of
 from force_plugin.schedules import count_kept
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
@@ -64,6 +71,9 @@ class Diagnosis:
         small: Of the layers that lose every weight at any of these sparsities with
             gates open, those that start with small weights, and their size in units of
             PyTorch's own initialisation.
+        passed_over: What is not prunable of the model's matrices and kernels, as
+            :class:`force_plugin.SparsityReport` counts it; unused layers are not here.
+        chosen: Whether ``parameters=`` has named what is to be pruned.
     """
 
     parameters: int
@@ -76,6 +86,16 @@ class Diagnosis:
     unused: tuple[str, ...]
     emptied: Mapping[float, tuple[int, int]]
     small: Mapping[str, float]
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
+    chosen: bool = field(default=False, compare=False)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's matrix and kernel weights that is prunable, in [0, 1].
+
+        ``passed_over`` has the rest.
+        """
+        return Coverage(self.prunable, self.passed_over).share
 
     @property
     def layers(self) -> int:
@@ -85,7 +105,10 @@ class Diagnosis:
     @property
     def findings(self) -> tuple[str, ...]:
         """What the user should know, a sentence each; empty where all is well."""
-        found = gates.describe({gate.name: gate for gate in self.gates})
+        found: list[str] = []
+        if not self.chosen:
+            found += Coverage(self.prunable, self.passed_over).doubts()
+        found += gates.describe({gate.name: gate for gate in self.gates})
         # What is silent with open gates too has a line of its own.
         if helped := [name for name in self.hidden if name not in self.silent]:
             found.append(
@@ -113,6 +136,7 @@ class Diagnosis:
                 f"{self.parameters:,} parameters, {self.prunable:,} of them "
                 f"({share:.1f} %) prunable in {self.layers} layers"
             ),
+            *self._left_out(),
             "",
             *self._table(),
             "",
@@ -131,6 +155,11 @@ class Diagnosis:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _left_out(self) -> list[str]:
+        if not self.passed_over:
+            return []
+        return _wrap(f"prunable: {Coverage(self.prunable, self.passed_over)}")
 
     def _table(self) -> list[str]:
         rows = [
@@ -163,9 +192,14 @@ class Diagnosis:
         """The diagnosis as plain types that :func:`json.dumps` takes."""
         plain = asdict(self)
         plain["silent"] = dict(self.silent)
+        plain["passed_over"] = dict(self.passed_over)
         plain["small"] = dict(self.small)
         plain["emptied"] = {str(key): value for key, value in self.emptied.items()}
-        return plain | {"layers": self.layers, "findings": list(self.findings)}
+        return plain | {
+            "layers": self.layers,
+            "coverage": self.coverage,
+            "findings": [str(finding) for finding in self.findings],
+        }
 
 
 @torch.inference_mode(False)
@@ -216,6 +250,7 @@ def diagnose(
         weights = find_weights(model, parameters)
         parts.check(weights)
         fractions = _fractions(sparsities)
+        rest = passed_over(model, {weight.name for weight in weights})
 
         def score(
             chosen: Sequence[Weight], open_gates: bool
@@ -269,7 +304,7 @@ def diagnose(
         }
         lost = {name for opened, _ in emptied.values() for name in opened}
         small = find_small(
-            (name, parts.whole(name, weight))
+            (name, probe.parameters[name].rows(parts.whole(name, weight)))
             for name, weight in probe.weights.items()
             if name in lost
         )
@@ -298,6 +333,8 @@ def diagnose(
             for sparsity, (opened, closed) in emptied.items()
         },
         small=small,
+        passed_over=rest,
+        chosen=parameters is not None,
     )
 
 

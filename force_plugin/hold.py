@@ -39,6 +39,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from force_plugin.errors import FileFormatError, NotPrunedError
 from force_plugin.masks import apply_masks, get_masks
 from force_plugin.parameters import name_some
 from force_plugin.permanent import make_permanent
@@ -173,7 +174,8 @@ class InitialWeights:
         path: Safetensors file, as :func:`save_pruned` writes it.
 
     Raises:
-        ValueError: It cannot be read, or no zeros are among its weights.
+        FileFormatError: It cannot be read.
+        NotPrunedError: No zeros are among its weights.
     """
 
     def __init__(self, path: str) -> None:  # noqa: D107 (the class has it)
@@ -184,9 +186,9 @@ class InitialWeights:
         try:
             values = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{expected}: {error}") from None
+            raise FileFormatError(f"{expected}: {error}") from None
         if not any((weight == 0).any() for weight in _weights(values.items()).values()):
-            raise ValueError(f"{expected}, which has no zeros among its weights")
+            raise NotPrunedError(f"{expected}, which has no zeros among its weights")
         self._path = path
         self._values = {_plain(key): value for key, value in values.items()}
         self._shapes = {key: value.shape for key, value in self._values.items()}

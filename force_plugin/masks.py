@@ -17,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from force_plugin.errors import FileFormatError, MaskMismatchError
 from force_plugin.methods import SaliencyMethod
+from force_plugin.names import fitted
 from force_plugin.parameters import (
     Weight,
     is_sharded,
@@ -41,8 +43,9 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
         model: Any module.
 
     Returns:
-        Bool tensors by parameter name (``"layer1.0.conv1.weight"``), each of its
-        parameter's shape and on its device, True = kept. Parameters that are not
+        Bool tensors by parameter name (``"layer1.0.conv1.weight"``, whatever the model
+        or a part of it is wrapped in), each of its parameter's shape and on its device,
+        True = kept. Parameters that are not
         pruned are left out; a shared one comes once. Of a model that was sharded when
         it was pruned the masks are put together, for which every rank must call it.
 
@@ -67,16 +70,20 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         model: Any module.
         masks: By parameter name, tensors of the parameter's shape on any device: bool
             (True = kept), or of another type with values 0 and 1. What has none stays
-            as it is.
+            as it is. Names may have what ``torch.compile`` (``_orig_mod.``),
+            ``DataParallel`` (``module.``) and other wrappers add to them, or lack it.
 
     Raises:
         TypeError: ``masks`` is no mapping of tensors.
-        ValueError: Names or shapes do not fit the model (the message says which), the
-            model is sharded, or a mask is sparse, has no values, or others than 0 and
-            1; the model is unchanged.
+        MaskMismatchError: Names or shapes do not fit the model (the message says
+            which), or a mask is sparse, has no values, or others than 0 and 1; the
+            model is unchanged.
+        ValueError: The model is sharded; it is unchanged.
     """
     parameters = named_parameters(model)
     checked = checked_masks(masks)
+    own = fitted(checked, parameters)
+    checked = {own[name]: mask for name, mask in checked.items()}
     misfits = []
     unknown = [name for name in checked if name not in parameters]
     if unknown:
@@ -97,7 +104,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             f"model: {name_some(others)}"
         )
     if misfits:
-        raise ValueError(f"masks: {'; '.join(misfits)}")
+        raise MaskMismatchError(f"masks: {'; '.join(misfits)}")
     sharded = [name for name in checked if is_sharded(parameters[name].dense)]
     if sharded:
         raise ValueError(
@@ -220,7 +227,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no masks file, or it is cut short.
+        FileFormatError: It is no masks file, or it is cut short.
     """
     return _read(path)[0]
 
@@ -238,7 +245,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no masks file, or it is cut short.
+        FileFormatError: It is no masks file, or it is cut short.
     """
     return _read(path)[1]
 
@@ -262,11 +269,11 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 for name, shape in shapes.items()
             }
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise FileFormatError(
             f"{path}: not a masks file, or one that is cut short ({error})"
         ) from error
     if not ours:
-        raise ValueError(
+        raise FileFormatError(
             f"{path}: a safetensors file, but not one that save_masks wrote"
         )
     return masks, metadata
@@ -298,8 +305,8 @@ def checked_masks(
 
     Raises:
         TypeError: It is no mapping of names to tensors.
-        ValueError: It is empty, or a mask is sparse, has no values, or others than 0
-            and 1.
+        MaskMismatchError: It is empty, or a mask is sparse, has no values, or others
+            than 0 and 1.
     """
     if not isinstance(masks, Mapping):
         raise TypeError(
@@ -307,7 +314,7 @@ def checked_masks(
             f"{type(masks).__name__}"
         )
     if not masks:
-        raise ValueError(
+        raise MaskMismatchError(
             f"{argument}: expected at least one mask, got an empty mapping"
         )
     for name, mask in masks.items():
@@ -320,11 +327,13 @@ def checked_masks(
                 f"{argument}: expected a tensor for {name!r}, got {type(mask).__name__}"
             )
         if mask.layout != torch.strided or mask.is_meta:
-            raise ValueError(
+            raise MaskMismatchError(
                 f"{argument}: {name} has layout {mask.layout} on device {mask.device}; "
-                "expected a dense tensor with values, as .to_dense() makes of a sparse "
-                "one"
+                "expected a dense tensor with values",
+                "as .to_dense() makes of a sparse one",
             )
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"{argument}: {name} holds other values than 0 and 1")
+            raise MaskMismatchError(
+                f"{argument}: {name} holds other values than 0 and 1"
+            )
     return {name: mask.bool() for name, mask in masks.items()}

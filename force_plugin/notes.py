@@ -11,7 +11,7 @@ from torch import Tensor
 from force_plugin import silence
 from force_plugin.errors import CollapseError
 from force_plugin.methods import SaliencyMethod
-from force_plugin.parameters import name_layers
+from force_plugin.parameters import Weight, name_layers
 from force_plugin.scoring import Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import WHOLE, Parts
@@ -67,6 +67,7 @@ class Notes:
         self._kept_at_once: set[str] = set()
         self._layers = 0
         self._weights: Mapping[str, Tensor] = {}
+        self._parameters: Mapping[str, Weight] = {}
 
     def on_first_scores(
         self, scores: Mapping[str, Tensor], among: Mapping[str, Tensor], probe: Probe
@@ -78,7 +79,7 @@ class Notes:
             among: Where there is a weight to choose; empty: everywhere.
             probe: What has measured them.
         """
-        self._weights = probe.weights
+        self._weights, self._parameters = probe.weights, probe.parameters
         self._reads = not math.isnan(probe.loss)
         alive = self._parts.count(scores)
         blind = [name for name, count in alive.items() if not count]
@@ -175,7 +176,7 @@ class Notes:
         for name in masks:
             # One layer at a time: whether a channel is empty is told by all of it.
             chosen = scores[name] * among.get(name, True)
-            mask, score = map(self._parts.whole, (name,) * 2, (masks[name], chosen))
+            mask, score = (self._rows(name, part) for part in (masks[name], chosen))
             score = score.abs()
             rows = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
             for part, weights in ((dead, ~rows), (kept, mask), (every, ...)):
@@ -246,6 +247,10 @@ class Notes:
         ]
         return f"{', '.join(others)} or {last}"
 
+    def _rows(self, name: str, part: Tensor) -> Tensor:
+        """All of a tensor of a weight's shape, with the output channels first."""
+        return self._parameters[name].rows(self._parts.whole(name, part))
+
     def emptied(self) -> list[str]:
         """What there is to say about layers without any weight, if there are any."""
         if not self._empty:
@@ -256,7 +261,7 @@ class Notes:
         )
         said = [f"{name_layers(names, self._layers)} lost every weight{since}"]
         if small := find_small(
-            (name, self._parts.whole(name, self._weights[name])) for name in names
+            (name, self._rows(name, self._weights[name])) for name in names
         ):
             said.append(
                 f"small initial weights in {len(small)} of them: {sizes(small)}"
@@ -273,7 +278,7 @@ def find_small(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     layers, which are uniform in ±1/√n for n inputs; less than a half is small.
 
     Args:
-        weights: Parameter names and dense weights.
+        weights: Parameter names and dense weights, their output channels first.
     """
     found = {}
     for name, weight in weights:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from force_plugin.errors import NothingToPruneError
+from force_plugin.errors import NothingToPruneError, Remark
+from force_plugin.names import named_modules, unwrapped
+from force_plugin.products import looks_up, output_axis
 from force_plugin.reparametrisation import find_hook
 
 PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 """Modules whose ``weight`` is pruned unless the caller chooses: every
-convolution, transposed ones too, and every linear layer, subclasses included."""
+convolution, transposed ones too, and every linear layer, subclasses included.
+So is the matrix of what behaves as a linear layer."""
+
+_NO_WEIGHTS = re.compile(r"(^|_)(bias|pos)|tokens?\d*$")
+"""Parameters that are added to activations or put beside them, by their own names."""
 
 
 @dataclass(eq=False)
@@ -26,7 +32,8 @@ class Weight:
 
     Attributes:
         name: Name of the parameter as ``model.named_parameters()`` gives it before
-            any pruning, e.g. ``"layer1.0.conv1.weight"``.
+            any pruning, e.g. ``"layer1.0.conv1.weight"``, and before anything was
+            wrapped around the model or a part of it.
         owners: Every ``(module, tensor name)`` that holds this parameter. A weight
             that several modules share is one weight with several owners.
         dense: The parameter with all its values (``weight_orig`` where the model is
@@ -47,11 +54,62 @@ class Weight:
 
     @property
     def prunable(self) -> bool:
-        """Whether it is pruned unless the caller chooses."""
-        return any(
-            isinstance(module, PRUNABLE_MODULES) and tensor == "weight"
-            for module, tensor in self.owners
+        """Whether it is pruned unless the caller chooses.
+
+        It is the weight of a convolution or linear layer, or of a module that behaves
+        as a linear layer, and no embedding has it too.
+        """
+        if self._axis is None:
+            return False
+        shared = len(self.owners) > 1 and self.dense.dim() == 2
+        return not shared or not any(looks_up(*owner) for owner in self.owners)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it is one of the model's matrices and kernels.
+
+        These are all floating-point parameters of at least two dimensions that are
+        longer than 1, embeddings too, but none that is added to activations: biases,
+        positions and tokens, which are known by their names, and what has a first
+        dimension of 1.
+        """
+        if self._axis is not None:
+            return True
+        if is_lazy(self.dense) or not self.dense.is_floating_point():
+            return False
+        shape = self.dense.shape
+        return (
+            sum(size > 1 for size in shape) > 1
+            and shape[0] > 1
+            and not any(_NO_WEIGHTS.search(tensor) for _, tensor in self.owners)
         )
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a matrix ``[inputs, outputs]``, as transformers' ``Conv1D``."""
+        return self._axis == 1
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape, of a matrix with the outputs first."""
+        return self.dense.shape[::-1] if self.transposed else self.dense.shape
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Values of its shape, of a matrix with the outputs first."""
+        return values.t() if self.transposed else values
+
+    @property
+    def _axis(self) -> int | None:
+        """The axis of its output channels, if a layer has it."""
+        layers = [module for module, tensor in self.owners if tensor == "weight"]
+        if any(isinstance(module, PRUNABLE_MODULES) for module in layers):
+            return 0
+        if is_lazy(self.dense) or self.dense.dim() != 2:
+            return None
+        if not self.dense.is_floating_point():
+            return None
+        axes = (output_axis(module, "weight") for module in layers)
+        return next((axis for axis in axes if axis is not None), None)
 
     def slots(self) -> list[tuple[nn.Module, str]]:
         """Where the parameter is registered: ``(module, key in its _parameters)``."""
@@ -120,7 +178,8 @@ def find_weights(
         model: Any module, pruned before or not.
         parameters: ``(module, tensor name)`` pairs as
             :func:`torch.nn.utils.prune.global_unstructured` takes them. Default:
-            the weight of every convolution and linear layer.
+            the weight of every convolution and linear layer, and of what behaves as a
+            linear layer, but none that is an embedding's too.
 
     Returns:
         The weights; one that several modules share is listed once, with all its
@@ -129,8 +188,9 @@ def find_weights(
     Raises:
         TypeError: ``model`` is no module, or ``parameters`` holds something else
             than pairs.
-        ValueError: Nothing is left to prune, a pair names no parameter of the
-            model, or a weight has no values yet (lazy modules).
+        NothingToPruneError: Nothing is left to prune.
+        ValueError: A pair names no parameter of the model, or a weight has no values
+            yet (lazy modules).
     """
     known = _parameters(model)
     for weight in known.values():
@@ -167,8 +227,94 @@ def find_weights(
                 problem, advice = no_parameter(computed[0], "weight"), ""
             elif any(map(is_scripted, model.modules())):
                 problem += " outside of its TorchScript parts"
+            if advice and (passed := passed_over(model, ())):
+                advice += f" among what was passed over: {_listed(passed)}"
         raise NothingToPruneError(f"nothing to prune: {problem}", advice)
     return list(weights.values())
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model's matrices and kernels some of its weights are.
+
+    Attributes:
+        covered: Number of values of these weights.
+        passed_over: Number of values of the others, by the type of their module.
+    """
+
+    covered: int
+    passed_over: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Number of values of all of them."""
+        return self.covered + sum(self.passed_over.values())
+
+    @property
+    def share(self) -> float:
+        """The covered part of them, in [0, 1]."""
+        return self.covered / self.total
+
+    def __str__(self) -> str:
+        """How much is covered, and what was passed over."""
+        return (
+            f"{100 * self.share:.1f} % of the model's matrix and kernel weights "
+            f"({self.covered:,} of {self.total:,})"
+        ) + (f"; passed over: {_listed(self.passed_over)}" if self.passed_over else "")
+
+    def doubts(self) -> list[Remark]:
+        """What a user has to know who has not chosen the weights."""
+        if self.share >= 0.5:
+            return []
+        return [
+            Remark(
+                f"the sparsity is that of only {self}",
+                'to prune more, name all of it with parameters=[(module, "weight"), '
+                "...]",
+            )
+        ]
+
+
+def passed_over(model: nn.Module, names: Collection[str]) -> dict[str, int]:
+    """Count the matrices and kernels of a model that have none of these names.
+
+    Args:
+        model: Any module.
+        names: Names of parameters.
+
+    Returns:
+        Number of values by type of module, the largest first; with the name of the
+        parameter where that is not ``weight`` and the only one.
+    """
+    passed: dict[str, dict[str, int]] = {}
+    modules = dict(named_modules(model))
+    for name, weight in named_parameters(model).items():
+        if name not in names and weight.weighs:
+            kinds, tensor = _kind_of(weight, modules)
+            counts = passed.setdefault(kinds, {})
+            counts[tensor] = counts.get(tensor, 0) + weight.dense.numel()
+    labels = {}
+    for kind, counts in passed.items():
+        first, *others = counts
+        alone = not others and first != "weight"
+        labels[f"{kind}.{first}" if alone else kind] = sum(counts.values())
+    return dict(sorted(labels.items(), key=lambda item: -item[1]))
+
+
+def _kind_of(weight: Weight, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """The types of the modules that have a weight, and its name in the first."""
+    path, _, computed = weight.name.partition(".parametrizations.")
+    if computed:
+        return type(modules[path]).__name__, "weight"
+    kinds = dict.fromkeys(type(module).__name__ for module, _ in weight.owners)
+    return " tied to ".join(kinds), weight.owners[0][1]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """The largest of some counts, and how many more there are."""
+    said = [f"{name} {count:,}" for name, count in counts.items()]
+    more = f" and {len(said) - 5} more types" if len(said) > 5 else ""
+    return ", ".join(said[:5]) + more
 
 
 def named_parameters(model: nn.Module) -> dict[str, Weight]:
@@ -182,19 +328,18 @@ def named_parameters(model: nn.Module) -> dict[str, Weight]:
 
 def _parameters(model: nn.Module) -> dict[int, Weight]:
     """Every parameter of a model by its identity, in the order of the modules."""
-    while isinstance(model, DistributedDataParallel):
-        model = model.module  # names are those of the module inside
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}"
         )
+    model = unwrapped(model)
     if is_scripted(model):
         raise TypeError(
             "model: expected a torch.nn.Module in Python, got a TorchScript module; "
             "prune it before torch.jit.script or torch.jit.trace"
         )
     found: dict[int, Weight] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         if is_scripted(module):
             continue  # its parameters are TorchScript's, and stay as they are
         for key, parameter in module._parameters.items():

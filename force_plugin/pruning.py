@@ -16,9 +16,11 @@ from force_plugin.masks import prune_with
 from force_plugin.methods import SaliencyMethod, find_method, scores_of
 from force_plugin.notes import Notes
 from force_plugin.parameters import (
+    Coverage,
     Weight,
     find_weights,
     named_parameters,
+    passed_over,
 )
 from force_plugin.permanent import prune_in_place
 from force_plugin.report import SparsityReport, report_of
@@ -186,6 +188,9 @@ def force_prune(
         agree(parts, model, weights, method_name, open_gates, kept_after)
 
         notes = Notes(kept_after, on_collapse, criterion, parts)
+        if parameters is None:
+            rest = passed_over(model, {weight.name for weight in weights})
+            notes.problems += Coverage(total, rest).doubts()
         masks: dict[str, Tensor] = {}
         probe = Probe(
             model,
@@ -249,7 +254,7 @@ def force_prune(
         remarks.append(
             f"schedule={_name(schedule)} was not used: {method_name} has {own}"
         )
-    return report_of(weights, kept_in, remarks, method_name)
+    return report_of(model, weights, kept_in, remarks, method_name)
 
 
 @torch.inference_mode(False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from force_plugin.distributed import unwrap
+from force_plugin.errors import NotPrunedError
 from force_plugin.masks import checked_masks
 from force_plugin.parameters import (
     is_scripted,
@@ -50,7 +51,8 @@ def shuffle_masks(
 
     Raises:
         TypeError: ``masks`` is no mapping of names to tensors, or ``generator`` none.
-        ValueError: A mask is sparse, has no values, or others than 0 and 1.
+        MaskMismatchError: A mask is sparse, has no values, or others than 0 and 1.
+        ValueError: The generator is not on the CPU.
     """
     if not isinstance(generator, torch.Generator | None):
         seed = generator if type(generator) is int else 0
@@ -84,15 +86,15 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
     Args:
         model: Pruned by :func:`force_plugin.force_prune` or any other method of
             :mod:`torch.nn.utils.prune`, made permanent or not, in a
-            ``DistributedDataParallel`` or not; changed in place.
+            ``DistributedDataParallel`` or ``torch.compile`` or not; changed in place.
         fresh: The same network with other values, not pruned; it stays as it is.
 
     Raises:
         TypeError: ``model`` or ``fresh`` is no module.
-        ValueError: Nothing is pruned in ``model``, or something is in ``fresh``, names
-            or shapes of parameters or buffers differ, or there are no values yet (a
-            lazy module, the meta device), or only a part of them (a sharded model); the
-            model is unchanged.
+        NotPrunedError: Nothing is pruned in ``model``; it is unchanged.
+        ValueError: Something is pruned in ``fresh``, names or shapes of parameters or
+            buffers differ, or there are no values yet (a lazy module, the meta device),
+            or only a part of them (a sharded model); the model is unchanged.
     """
     model, fresh = unwrap(model), unwrap(fresh)
     if not isinstance(fresh, nn.Module):
@@ -107,9 +109,9 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
         for module, name in weight.owners
     }
     if all(mask is None for mask in kept.values()):
-        raise ValueError(
-            "model: expected one that is pruned, got one without masks; prune it "
-            "first, with force_prune or apply_masks"
+        raise NotPrunedError(
+            "model: expected one that is pruned, got one without masks",
+            "prune it first, with force_prune or apply_masks",
         )
     if any(
         pruned_so_far(*owner) is not None

@@ -161,16 +161,14 @@ class Probe:
         # Parameters that may turn out to be gates when a graph is there to look at.
         self._candidates: dict[str, float] = {}
         if open_gates:
-            shapes = {w.name: w.dense.shape for w in weights}
-            others = {
-                n: w.dense.shape for n, w in self.parameters.items() if w.prunable
-            }
+            shapes = {w.name: w.shape for w in weights}
+            others = {n: w.shape for n, w in self.parameters.items() if w.prunable}
             small = gates.small(self._dense(), parts)
             self.gates = gates.closed_weights(shapes | others, small)
             matrices = {name for name, shape in shapes.items() if len(shape) > 1}
             neither = small.keys() - self.gates.keys() - matrices
             self._candidates = {name: small[name] for name in small if name in neither}
-        opened = gates.open_values(self.gates, self._dense(), parts)
+        opened = self._opened()
         self.weights = {w.name: opened.get(w.name, w.part) for w in weights}
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
@@ -642,6 +640,11 @@ class Probe:
         """The model's own parameters by name."""
         return {name: weight.part for name, weight in self.parameters.items()}
 
+    def _opened(self) -> dict[str, Tensor]:
+        """Values of the gates that are open."""
+        transposed = {n for n in self.gates if self.parameters[n].transposed}
+        return gates.open_values(self.gates, self._dense(), self.parts, transposed)
+
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Absolute values in the place of all parameters and buffers; parameters."""
         buffers: dict[int, Tensor] = {}
@@ -762,7 +765,7 @@ class Probe:
                     if is_scripted(module):  # it holds them elsewhere, in C++
                         put_back = module._buffers.__setitem__
                         self._exit.callback(put_back, key, buffer)
-        opened = gates.open_values(self.gates, self._dense(), self.parts)
+        opened = self._opened()
         for name, parameter in self.parameters.items():
             scored = name in self.weights
             values = opened.get(name, parameter.part).clone()

@@ -21,6 +21,7 @@ from force_plugin import (
     SNIP,
     SaliencyMethod,
     apply_masks,
+    compact,
     diagnose,
     force_prune,
     get_masks,
@@ -29,10 +30,12 @@ from force_plugin import (
     reinitialise,
     saliency,
     shuffle_masks,
+    snap_prune,
     sparsity_report,
 )
 from force_plugin.errors import (
     BatchError,
+    CompactionError,
     MethodError,
     NoGradientError,
     NotFiniteError,
@@ -925,6 +928,27 @@ def test_a_weight_in_torchscript_is_refused_by_name() -> None:
     message = "no convolution or linear weight outside of its TorchScript parts; name"
     with pytest.raises(ValueError, match=message):
         prune_it(alone)
+
+
+def test_a_model_with_a_part_in_torchscript_gets_new_values_and_no_smaller() -> None:
+    model, fresh = (with_part(torch.jit.script(block())) for _ in range(2))
+    prune_it(model, loader=[PICTURES])
+    masks = get_masks(model)
+    with torch.no_grad():
+        for tensor in fresh.state_dict().values():
+            tensor.add_(1)
+    reinitialise(model, fresh)
+    for name, value in fresh.state_dict().items():
+        mine = model.state_dict()
+        if name in masks:
+            assert torch.equal(mine[f"{name}_orig"], value)
+        else:
+            assert torch.equal(mine[name], value)
+    message = "expected one in Python, .* but 1 is TorchScript; put what it was made of"
+    with unchanged(model), pytest.raises(CompactionError, match=message):
+        compact(model, PICTURES[0])
+    with unchanged(fresh), pytest.raises(CompactionError, match=message):
+        snap_prune(fresh, PICTURES[0], [PICTURES], 0.5)
 
 
 def test_nothing_of_this_warns_where_all_is_well() -> None:

@@ -29,8 +29,8 @@ from force_plugin import (
     get_masks,
     saliency,
 )
+from force_plugin.errors import NoGradientError
 from force_plugin.gates import NORMALISATION, SCALE, WEIGHT, Gate
-from force_plugin.scoring import NoGradientError
 
 # What a pruning says of its network is asserted where it matters.
 pytestmark = pytest.mark.filterwarnings("ignore:.*saliency of exactly 0 everywhere")
@@ -1012,6 +1012,9 @@ def test_the_dictionary_goes_through_json(method: str) -> None:
                 "unused": diagnosis.unused,
                 "emptied": {str(key): it for key, it in diagnosis.emptied.items()},
                 "small": dict(diagnosis.small),
+                "passed_over": {},
+                "chosen": False,
+                "coverage": 1.0,
                 "findings": diagnosis.findings,
             }
         )

@@ -406,11 +406,27 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"1 of 2 names .* '3.weight_mask' \(did you mean '3.weight'\?\)",
     ),
-    "names_of_a_wrapped_model": (
-        {f"module.{name}": torch.ones(1) for name in ("5.weight", "5.bias", "x", "y")},
+    "names_in_another_model": (
+        {f"model.{name}": torch.ones(1) for name in ("5.weight", "5.bias", "x", "y")},
         ValueError,
-        r"4 of 4 names .*: 'module\.5\.weight' \(did you mean '5\.weight'\?\), "
-        r"'module\.5\.bias' \(did you mean '5\.bias'\?\), 'module\.x' and 1 more; ",
+        r"4 of 4 names .*: 'model\.5\.weight' \(did you mean '5\.weight'\?\), "
+        r"'model\.5\.bias' \(did you mean '5\.bias'\?\), 'model\.x' and 1 more; ",
+    ),
+    "names_of_a_wrapped_model": (
+        {f"module.{name}": torch.ones(1) for name in ("5.weight", "x")},
+        ValueError,
+        r"^masks: 1 of 2 names are no parameters of the model: 'module\.x'; .*; 1 of 2 "
+        r"masks have another shape than in the model: 5\.weight \(1,\) instead of",
+    ),
+    "one_name_twice": (
+        GOOD | {"module.0.weight": torch.ones(4, 2, 3, 3)},
+        ValueError,
+        r"'module\.0\.weight' \(did you mean '0\.weight'\?\)",
+    ),
+    "one_name_in_two_wrappers": (
+        {f"{wrapper}.0.weight": torch.ones(1) for wrapper in ("module", "_orig_mod")},
+        ValueError,
+        r"2 of 2 names .*: 'module\.0\.weight' \(did you mean '0\.weight'\?\), ",
     ),
     "everything_at_once": (
         {
@@ -483,8 +499,8 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("module.fc.weight", "fc.weight"),
-        ("_orig_mod.module.10.weight", "10.weight"),
+        ("encoder.fc.weight", "fc.weight"),
+        ("_orig_mod.net.10.weight", "10.weight"),
         ("model.weight", "weight"),
         ("20.weight", "weight"),
         ("bias", "fc.bias"),

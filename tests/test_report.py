@@ -205,6 +205,8 @@ def test_the_dictionary_survives_json() -> None:
         "density": 0.025,
         "kept": 100,
         "total": 4000,
+        "coverage": 1.0,
+        "passed_over": {},
         "warnings": ["A sentence."],
     }
 
