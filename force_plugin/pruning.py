@@ -13,7 +13,7 @@ from tqdm import tqdm
 from force_plugin import gates
 from force_plugin.distributed import Ranks, unwrap
 from force_plugin.masks import prune_with
-from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.methods import SaliencyMethod, find_method, scores_of
 from force_plugin.notes import Notes
 from force_plugin.parameters import (
     Coverage,
@@ -217,7 +217,7 @@ def force_prune(
         )
         with bar, probe:
             for step, kept in enumerate(kept_after, start=1):
-                scores = criterion.scores(probe)
+                scores = scores_of(criterion, probe)
                 if step == 1:
                     notes.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
@@ -333,7 +333,7 @@ def saliency(
             compile=compile,
             parts=parts,
         ) as probe:
-            scores = criterion.scores(probe)
+            scores = scores_of(criterion, probe)
             _warn(probe.problems, ranks)
             return {name: parts.joined(name, part) for name, part in scores.items()}
 
