@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +20,8 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     They hold a module's parameters, buffers, hooks and mode, and whatever its forward
     keeps. Of parameters and buffers references are remembered, not values: what is to
     be restored must have been replaced meanwhile, not overwritten. Of other attributes
-    it is the values of tensors and the items of lists, sets and dictionaries; what
-    other objects hold is not followed.
+    it is the values of tensors and the items of lists, deques, sets and dictionaries,
+    also of those in one another; what other objects hold is not followed.
 
     Args:
         modules: The modules themselves; their children are not followed.
@@ -31,18 +32,13 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     saved = []
     for module in modules:
         state = vars(module)
-        items = {
-            key: kind(value)
-            for key, value in state.items()
-            for kind in (dict, list, set)
-            if isinstance(value, kind)
-        }
+        items = [(held, _items(held)) for held in _containers(state.values())]
         values = {
             key: (value, value.detach().clone(), value._version)
             for key, value in state.items()
             # A pruned tensor is made anew in every forward.
             if isinstance(value, Tensor)
-            and f"{key}_orig" not in module._parameters
+            and f"{key}_orig" not in state.get("_parameters", ())
             and not value.is_inference()
         }
         saved.append((state, dict(state), items, values.values()))
@@ -51,16 +47,30 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
         for state, attributes, items, values in saved:
             state.clear()
             state.update(attributes)
-            for key, content in items.items():
-                kept = state[key]
-                kept.clear()
-                (kept.extend if isinstance(kept, list) else kept.update)(content)
+            for held, content in items:
+                held.clear()
+                (held.update if hasattr(held, "update") else held.extend)(content)
             for tensor, value, version in values:
                 if tensor._version != version:
                     with torch.no_grad():
                         tensor.copy_(value)
 
     return restore
+
+
+def _containers(values: Iterable[Any]) -> Iterator[Any]:
+    """The lists, deques, sets and dictionaries among values, and those in them."""
+    ahead, seen = [*values], set()
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, dict | list | set | deque) and id(value) not in seen:
+            seen.add(id(value))
+            ahead += value.values() if isinstance(value, dict) else value
+            yield value
+
+
+def _items(held: Any) -> Any:
+    return dict(held) if isinstance(held, dict) else list(held)
 
 
 @contextmanager
@@ -97,6 +107,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
     """Restore what scoring may change: attributes of modules and random states."""
+    with undisturbed(model), rewound(loader):
+        yield
+
+
+@contextmanager
+def rewound(loader: Iterable[Any]) -> Iterator[None]:
+    """Restore what reading a loader may change: its generators, its own iterator."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (
         getattr(loader, "sampler", None),
@@ -107,16 +124,19 @@ def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
         for part in (loader, batch_sampler, *samplers)
         if isinstance(generator := getattr(part, "generator", None), torch.Generator)
     ]
-    loader_state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
-    with undisturbed(model):
-        try:
-            yield
-        finally:
-            for generator, saved in generators:
-                generator.set_state(saved)
-            if isinstance(loader, DataLoader):
-                # Workers that persist would draw no new seed for the first epoch.
-                vars(loader).update(loader_state)
+    state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
+    if isinstance(loader, DataLoader):
+        # Workers that persist would start their epoch anew, and somebody may be in the
+        # middle of it.
+        vars(loader)["_iterator"] = None
+    try:
+        yield
+    finally:
+        for generator, saved in generators:
+            generator.set_state(saved)
+        if isinstance(loader, DataLoader):
+            # Workers that persist would draw no new seed for the first epoch.
+            vars(loader).update(state)
 
 
 def random_states(model: nn.Module) -> Callable[[], None]:
