@@ -55,6 +55,7 @@ from force_plugin import (
     load_pruned_state_dict,
     make_permanent,
 )
+from force_plugin.files import write_whole
 from force_plugin.zoo import digits, load_data
 
 Batch = tuple[Tensor, Tensor]
@@ -976,7 +977,7 @@ def main() -> None:
     table = in_markdown(list(forms(masks, batch)), results)
     print(table)
     if args.table:
-        args.table.write_text(table)
+        write_whole(args.table, table.encode())
 
 
 if __name__ == "__main__":

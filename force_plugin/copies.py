@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from force_plugin.errors import CompactionError
 from force_plugin.masks import prune_with
 from force_plugin.parameters import (
     HELD,
     Weight,
+    is_scripted,
     is_sharded,
     mask_of,
     named_parameters,
@@ -31,8 +33,16 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """A copy without masks, its parameters dense, in float64 and evaluation mode.
 
     Raises:
+        CompactionError: A part of the model is TorchScript.
         ValueError: The model is sharded, or a mask holds other values than 0 and 1.
     """
+    for name, module in model.named_modules():
+        if is_scripted(module):
+            raise CompactionError(
+                f"model: expected one in Python, whose channels can be followed, but "
+                f"{name} is TorchScript",
+                "put what it was made of in its place",
+            )
     weights = named_parameters(model).values()
     for weight in weights:
         if is_sharded(weight.dense):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from force_plugin import gates, silence
 from force_plugin.distributed import ALONE, Ranks, unwrap
 from force_plugin.errors import NoGradientError
-from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.methods import SaliencyMethod, find_method, scores_of
 from force_plugin.notes import find_small, sizes
 from force_plugin.parameters import (
     Coverage,
@@ -267,7 +267,7 @@ def diagnose(
                 open_gates=open_gates and criterion.looks,
                 parts=parts,
             ) as probe:
-                scores = criterion.scores(probe)
+                scores = scores_of(criterion, probe)
                 blind = parts.empty(scores) if open_gates else ()
                 return scores, probe, probe.explain_silence(blind)
 

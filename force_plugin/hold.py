@@ -40,6 +40,7 @@ from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from force_plugin.errors import FileFormatError, NotPrunedError
+from force_plugin.files import write_whole
 from force_plugin.masks import apply_masks, get_masks
 from force_plugin.parameters import name_some
 from force_plugin.permanent import make_permanent
@@ -79,7 +80,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: Nothing is pruned in it.
-        OSError: The file cannot be written.
+        OSError: The file cannot be written; one that was there is what it was.
     """
     masks = get_masks(model)
     plain = deepcopy(model)
@@ -93,10 +94,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
             weight.masked_fill_(zeros, _least(weight.dtype))
     # Safetensors takes no tensors that share memory, as tied weights do.
     state = {key: value.clone() for key, value in plain.state_dict().items()}
-    # save_file makes files that only their owner may read.
-    Path(path).write_bytes(
-        save({key: value.contiguous() for key, value in state.items()})
-    )
+    write_whole(path, save({key: value.contiguous() for key, value in state.items()}))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,42 +9,71 @@ They need ``pip install lightning``; nothing else in this package does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
+from functools import partial
+from typing import Any, TypeVar
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
-from torch import Tensor
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.loops.fetchers import (
+    _DataFetcherWrapper,
+    _DataLoaderIterDataFetcher,
+    _PrefetchDataFetcher,
+)
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from force_plugin.batches import describe, mapped, to_device
+from force_plugin.connection import tensors
+from force_plugin.errors import BatchError
 from force_plugin.masks import apply_masks, get_masks
 from force_plugin.methods import SaliencyMethod, find_method
-from force_plugin.parameters import find_weights
+from force_plugin.parameters import find_weights, named_parameters, parameter_key
 from force_plugin.permanent import make_permanent
 from force_plugin.pruning import force_prune, saliency
 from force_plugin.report import SparsityReport, sparsity_report
+from force_plugin.snapshot import restored, rewound
+
+T = TypeVar("T")
 
 
 class ForcePruning(Callback):
     """Prune a ``LightningModule`` before its first training step.
 
-    Mirrors :func:`force_plugin.force_prune` on the train dataloader, with the module's
-    own ``training_step`` as the loss (nothing is logged meanwhile), and then
-    :func:`force_plugin.make_permanent`: the module has plain parameters and state-dict
-    keys, and its pruned weights stay 0. Averages (``WeightAveraging``,
-    ``StochasticWeightAveraging``) keep the zeros too. Checkpoints hold the masks in the
-    callback's state, one byte a weight, so that ``fit(ckpt_path=...)`` goes on with
-    them and does not prune again.
+    Mirrors :func:`force_plugin.force_prune` with the module's own ``training_step`` as
+    the loss, on what ``training_step`` gets: the batches of the train dataloader after
+    the module's and the data module's transfer hooks, in the trainer's precision. Then
+    comes :func:`force_plugin.make_permanent`: the module has plain parameters and
+    state-dict keys, and its pruned weights stay 0. Averages (``WeightAveraging``,
+    ``StochasticWeightAveraging``, what other callbacks have copied of the weights) keep
+    the zeros too. Checkpoints hold the masks in the callback's state, one byte a
+    weight, so that ``fit(ckpt_path=...)`` goes on with them and does not prune again.
+
+    It prunes in ``on_train_batch_start`` of the first batch, when the optimizers exist
+    and ``on_train_start`` and ``on_train_epoch_start`` have run. While it scores, the
+    module's ``on_train_batch_start`` runs before each ``training_step``; nothing is
+    logged, counted or profiled, and module, data module, trainer, learning rates,
+    random states and train dataloader are afterwards what they were.
 
     One callback is for one module. Strategies that split or load a module after
-    ``on_fit_start`` (FSDP, DeepSpeed) are not supported.
+    ``on_fit_start`` (FSDP, DeepSpeed) are not supported. With ``precision="16-mixed"``
+    it scores in float32, as small gradients underflow in float16.
 
     Args:
         sparsity: Fraction of the prunable weights to remove, 0 ≤ sparsity < 1.
         options: Keyword arguments of :func:`force_plugin.force_prune`: ``method``,
             ``steps``, ``batches``, ... With ``loss_fn`` or ``forward`` the
-            ``training_step`` is not used.
+            ``training_step`` is not used, and the batches are the same.
 
     Attributes:
         report: The :class:`force_plugin.SparsityReport`, ``None`` before training.
@@ -52,6 +81,11 @@ class ForcePruning(Callback):
     Raises:
         TypeError, ValueError, RuntimeError: When training starts, what ``force_prune``
             raises.
+        BatchError: There is no loss to score: with manual optimisation, or where
+            ``training_step`` returns none for any batch.
+
+    Warns:
+        UserWarning: Training has ended before its first batch, so nothing is pruned.
     """
 
     def __init__(self, sparsity: float, **options: Any) -> None:  # noqa: D107
@@ -61,21 +95,41 @@ class ForcePruning(Callback):
         self._masks: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune. The optimizers exist already, and keep their parameters."""
-        if not self._masks:
-            self.report = self._prune(trainer, pl_module)
-            self._masks = get_masks(pl_module)
-        else:
+        """Go on with the masks of a checkpoint, or of an earlier ``fit``."""
+        if self._masks:
             apply_masks(pl_module, self._masks)
             self.report = sparsity_report(pl_module)
-        make_permanent(pl_module)
+            make_permanent(pl_module)
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule) -> SparsityReport:
-        # Lightning asks for the dataloader after this hook, unless it has it already.
-        trainer.fit_loop.setup_data()
-        with _training_loss(trainer, pl_module, self.options) as options:
-            loader: Any = trainer.train_dataloader
-            return force_prune(pl_module, loader, self.sparsity, **options)
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune, before the first batch that is trained on."""
+        if self._masks:
+            return
+        copies = _copies(trainer, pl_module)
+        self.report = _score(
+            trainer,
+            pl_module,
+            self.options,
+            lambda loader, options: force_prune(
+                pl_module, loader, self.sparsity, **options
+            ),
+        )
+        self._masks = get_masks(pl_module)
+        make_permanent(pl_module)
+        for name, tensor in copies:
+            if name in self._masks:
+                tensor.masked_fill_(~self._masks[name].to(tensor.device), 0)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if there was nothing to train on."""
+        if not self._masks:
+            warnings.warn(
+                "ForcePruning prunes before the first training batch, and training has "
+                "ended without one: nothing is pruned",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, bool tensors by parameter name, for a checkpoint."""
@@ -91,23 +145,41 @@ class SaliencyPruning(ModelPruning):
 
     Mirrors :class:`lightning.pytorch.callbacks.ModelPruning`, which prunes after every
     epoch, and in all but this: what it prunes by are the scores of
-    :func:`force_plugin.saliency` at that moment, on the train dataloader and with the
-    module's own ``training_step`` as the loss. Like it, it sets the weights back to
-    their values before training, unless ``use_lottery_ticket_hypothesis=False``. Until
-    training ends the masks are those of
-    :func:`torch.nn.utils.prune.global_unstructured`, which cannot be copied.
+    :func:`force_plugin.saliency` at that moment, by the module's own ``training_step``
+    on what it gets in training, as :class:`ForcePruning` has it. Like it, it sets the
+    weights back to their values before training, after the last epoch too, unless
+    ``use_lottery_ticket_hypothesis=False``.
+
+    In these points ``ModelPruning`` of Lightning 2.6.6 does otherwise:
+
+    - ``use_global_unstructured=False`` prunes each tensor by itself; there, classes
+      are refused.
+    - Checkpoints hold the masks and the values before training, so that
+      ``fit(ckpt_path=...)`` goes on with them; there, pruned weights return.
+      With ``make_pruning_permanent=False`` Lightning cannot load its checkpoint into a
+      fresh module; :func:`force_plugin.load_pruned_state_dict` can.
+    - The weights are set back as often as they are pruned; there, once on a CPU, where
+      training writes over what was kept of them.
+    - The pruned module can be copied while it is trained.
+    - Modules and buffers whose names have ``_mask`` in them can be saved.
+    - ``Trainer.validate`` prunes nothing, with ``prune_on_train_epoch_end=False`` too.
 
     Args:
         pruning_fn: A name of ``force_plugin.METHODS`` or a class. Default:
             ``"force"``.
-        scoring: Keyword arguments of :func:`force_plugin.saliency`: ``batches``, ...
+        scoring: Keyword arguments of :func:`force_plugin.saliency`: ``batches``,
+            ``forward``, ``loss_fn``, ...
+        use_global_unstructured: Prune the share of all weights together; ``False``: of
+            each tensor.
         options: Those of ``ModelPruning``: ``amount``, the share of what is left that
-            each pruning removes, ``parameter_names``, ...
+            each pruning removes, ``parameter_names``, ``verbose``, ...
 
     Raises:
         TypeError, ValueError: There is no such method.
-        MisconfigurationException: What ``ModelPruning`` raises.
+        MisconfigurationException: What ``ModelPruning`` raises, and for ``pruning_dim``
+            and ``pruning_norm``, which are for structured pruning.
         RuntimeError: When it prunes, what ``saliency`` raises.
+        BatchError: When it prunes, as in :class:`ForcePruning`.
     """
 
     pruning_fn: type[SaliencyMethod]
@@ -117,54 +189,385 @@ class SaliencyPruning(ModelPruning):
         pruning_fn: str | type[SaliencyMethod] = "force",
         *,
         scoring: Mapping[str, Any] | None = None,
+        use_global_unstructured: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(find_method(pruning_fn), **options)
+        method = find_method(pruning_fn)
+        structured = {"pruning_dim", "pruning_norm"} & {
+            name for name, value in options.items() if value is not None
+        }
+        if structured:
+            raise MisconfigurationException(
+                f"{method.__name__} prunes single weights, without "
+                f"{' and '.join(sorted(structured))}; leave that out"
+            )
+        super().__init__(method, **options)
+        self._pruning_method_name = method.__name__  # for verbose=
         self._scoring = scoring or {}
+        self._together = use_global_unstructured
+        self._masks: dict[str, Tensor] = {}
+        self._resumed: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the parameters, as ``ModelPruning`` does."""
         super().setup(trainer, pl_module, stage)
         self._scored = trainer, pl_module
 
-    def apply_pruning(self, amount: int | float) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the masks of a checkpoint."""
+        if self._resumed:
+            self._masks = self._resumed["masks"]
+            if self._masks:
+                apply_masks(pl_module, self._masks)
+            initial = zip(self._initial(), self._resumed["initial"], strict=False)
+            for tensor, value in initial:
+                tensor.copy_(value)
+            self._resumed = {}
+
+    def on_validation_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> None:
+        """Prune here if it was asked for, and only in training."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def _apply_global_pruning(self, amount: int | float) -> None:
         """Score, and prune what ``ModelPruning`` chose by that."""
         trainer, module = self._scored
         pairs = list(self._parameters_to_prune)
-        with _training_loss(trainer, module, self._scoring) as options:
-            loader: Any = trainer.train_dataloader
-            scores = saliency(
+        scores = _score(
+            trainer,
+            module,
+            self._scoring,
+            lambda loader, options: saliency(
                 module, loader, self.pruning_fn, parameters=pairs, **options
+            ),
+        )
+        method = self.pruning_fn(amount)
+        weights = find_weights(module, pairs)
+        for group in [weights] if self._together else [[w] for w in weights]:
+            left = [
+                torch.ones_like(w.part, dtype=torch.bool) if w.mask is None else w.mask
+                for w in group
+            ]
+            mask = method.compute_mask(
+                torch.cat([scores[weight.name].flatten() for weight in group]),
+                torch.cat([one.flatten() for one in left]),
             )
-        prune.global_unstructured(
-            pairs,
-            pruning_method=self.pruning_fn,
-            importance_scores={
-                owner: scores[weight.name]
-                for weight in find_weights(module, pairs)
-                for owner in weight.owners
-            },
-            amount=amount,
+            parts = torch.split(mask, [one.numel() for one in left])
+            self._masks |= {
+                weight.name: part.reshape(one.shape)
+                for weight, part, one in zip(group, parts, left, strict=True)
+            }
+        apply_masks(module, self._masks)
+
+    def make_pruning_permanent(self, module: nn.Module) -> None:
+        """Plain parameters again, with zeros where they are pruned."""
+        if prune.is_pruned(module):
+            make_permanent(module, hold_zeros=False)
+
+    def _make_pruning_permanent_on_state_dict(
+        self, pl_module: LightningModule
+    ) -> dict[str, Any]:
+        """The same for a state dict, on the CPU."""
+        state = pl_module.state_dict()
+        for key in list(state):
+            name = key.removesuffix("_mask")
+            if name != key and f"{name}_orig" in state:
+                pruned = ~state.pop(key).bool()
+                state[name] = state.pop(f"{name}_orig").masked_fill(pruned, 0)
+        return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save what ``ModelPruning`` does, the masks, and the values before training.
+
+        Not as the callback's state: Lightning takes two callbacks of a class that has
+        some for one.
+        """
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state = {
+            "masks": {name: mask.cpu() for name, mask in self._masks.items()},
+            "initial": [tensor.cpu() for tensor in self._initial()],
+        }
+        checkpoint.setdefault(_CHECKPOINT_KEY, []).append(state)
+
+    def on_load_checkpoint(
+        self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take them from a checkpoint."""
+        ours = [cb for cb in trainer.callbacks if isinstance(cb, SaliencyPruning)]
+        states = dict(enumerate(checkpoint.get(_CHECKPOINT_KEY, [])))
+        self._resumed = states.get(ours.index(self), {})
+
+    def _initial(self) -> list[Tensor]:
+        """The values before training, if they are kept."""
+        return [
+            getattr(layer["data"], name).detach()
+            for layer in (self._original_layers or {}).values()
+            for _, name in layer["names"]
+        ]
+
+    @staticmethod
+    def _copy_param(new: nn.Module, old: nn.Module, name: str) -> None:
+        """Set a parameter back, in its own memory and type."""
+        parameter = new._parameters[parameter_key(new, name)]
+        if parameter is not None:
+            parameter.detach().copy_(getattr(old, name).detach())
+
+
+_CHECKPOINT_KEY = "force_plugin.SaliencyPruning"
+
+
+def _score(
+    trainer: Trainer,
+    module: LightningModule,
+    options: Mapping[str, Any],
+    measure: Callable[[Iterable[Any], dict[str, Any]], T],
+) -> T:
+    """Measure by ``training_step``, unless the options have a loss of their own.
+
+    Args:
+        trainer: In its fit loop.
+        module: The module that it trains.
+        options: Of :func:`force_plugin.saliency` or :func:`force_plugin.force_prune`.
+        measure: Called with a loader and the options, with a loss among them.
+    """
+    own = options.get("forward") is None and "loss_fn" not in options
+    step = _TrainingStep(trainer, module, own)
+    if own:
+        options = {**options, "forward": step.loss}
+    with _apart(trainer, module):
+        try:
+            return measure(step, dict(options))
+        except _Skipped:
+            # Again without such batches, at the cost of one more pass for each.
+            step.skips = True
+            return measure(step, dict(options))
+
+
+class _Skipped(Exception):
+    """A ``training_step`` has returned None, as it may to leave a batch out."""
+
+
+class _TrainingStep:
+    """A module's ``training_step``, and what Lightning's fit loop hands to it.
+
+    A loader of batches, or of iterators over them where it takes a ``dataloader_iter``;
+    :meth:`loss` is the loss of one of them.
+
+    Args:
+        trainer: In its fit loop.
+        module: The module that it trains.
+        own: Whether its loss is scored; ``False``: there are batches in any case.
+
+    Attributes:
+        skips: Whether to run ``training_step`` once more for each batch, and leave out
+            those for which it returns None. Default: False.
+    """
+
+    def __init__(self, trainer: Any, module: LightningModule, own: bool) -> None:
+        self.skips = False
+        self._trainer = trainer
+        self._module = module
+        self._iterates = own and isinstance(
+            trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher
+        )
+        self._index = 0  # of the batch that was read last
+
+    def __iter__(self) -> Iterator[Any]:
+        fetcher = _PrefetchDataFetcher()
+        # The loop's own is on its way through an epoch.
+        fetcher.setup(copy(self._trainer.fit_loop._combined_loader))
+        seen = given = 0
+        for fetched in fetcher:
+            raw, self._index, _ = fetched
+            seen += 1
+            batch = (
+                _Rereadable(fetcher, fetched)
+                if self._iterates
+                else self._transferred(raw)
+            )
+            if batch is not None and (not self.skips or self._takes(batch)):
+                given += 1
+                yield batch
+        if not given:
+            came = f"it returned None for all {seen}" if seen else "there is none"
+            raise BatchError(
+                "training_step: expected at least one batch of the train dataloader "
+                f"with a loss, but {came}",
+                "pass forward=, a callable (module, batch) -> loss, or other data, in "
+                "a dataloader that can be read again",
+            )
+
+    def _takes(self, batch: Any) -> bool:
+        """Whether there is a step for a batch, which it may write to."""
+        return self._run(to_device(batch, self._module.device, {})) is not None
+
+    def _transferred(self, batch: Any) -> Any:
+        """A batch of the dataloader, as ``training_step`` gets it."""
+        batch = self._trainer.precision_plugin.convert_input(batch)
+        batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return call._call_strategy_hook(
+            self._trainer, "batch_to_device", batch, dataloader_idx=0
+        )
+
+    def _run(self, batch: Any) -> Any:
+        """What ``training_step`` returns, or None where there is to be no step."""
+        run = partial(call._call_lightning_module_hook, self._trainer)
+        start, arguments = batch, [batch]
+        if self._iterates:
+            start = None
+            batch.rewind()
+        else:
+            loop = self._trainer.fit_loop.epoch_loop
+            kwargs = loop._build_kwargs(OrderedDict(), batch, self._index)
+            arguments = [*kwargs.values()]
+        if run("on_train_batch_start", start, self._index) == -1:
+            return None
+        precision = self._trainer.precision_plugin
+        # In float16, small gradients underflow without the trainer's GradScaler.
+        half = precision.precision == "16-mixed"
+        with nullcontext() if half else precision.train_step_context():
+            # The strategy's own would have DistributedDataParallel wait for a backward.
+            try:
+                return run("training_step", *arguments)
+            except StopIteration:  # Lightning ends the epoch
+                return None
+
+    def loss(self, module: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch, as a ``forward`` of :func:`force_plugin.saliency`."""
+        name = type(self._module).__name__
+        if not self._module.automatic_optimization:
+            raise BatchError(
+                f"training_step: {name} has automatic_optimization=False, so it takes "
+                "optimizer steps itself and there is no loss to score",
+                "pass forward=, a callable (module, batch) -> loss, or loss_fn= (to "
+                "SaliencyPruning in scoring=)",
+            )
+        result = self._run(batch)
+        if result is None and not self.skips and self._trainer.world_size == 1:
+            raise _Skipped
+        loss = result.get("loss") if isinstance(result, Mapping) else result
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+            return loss
+        came = "None" if result is None else describe(result)
+        if isinstance(result, Mapping):
+            came += f" with {', '.join(map(repr, result)) or 'nothing'}"
+            came += "" if loss is None else f", the loss {describe(loss)}"
+        if isinstance(loss, Tensor) and not loss.requires_grad:
+            came += ", without a gradient"
+        raise BatchError(
+            "training_step: expected a loss of one number that depends on the weights "
+            f'through autograd, or a mapping with it as "loss", got {came}',
+            "pass forward=, a callable (module, batch) -> loss, to score by another",
         )
 
 
+class _Rereadable(_DataFetcherWrapper):
+    """A ``dataloader_iter`` of one step, for as many passes as are made of it."""
+
+    def __init__(
+        self, fetcher: _PrefetchDataFetcher, first: tuple[Any, int, int]
+    ) -> None:
+        super().__init__(fetcher)  # type: ignore[arg-type]
+        self._fetcher = fetcher
+        self._read = [first]
+        self._place = 0
+
+    def rewind(self) -> None:
+        self._place = 0
+
+    def __next__(self) -> tuple[Any, int, int]:
+        if self._place == len(self._read):
+            self._read.append(next(self._fetcher))
+        self._place += 1
+        batch, *indices = self._read[self._place - 1]
+        return (mapped(torch.clone, batch), *indices)
+
+
 @contextmanager
-def _training_loss(
-    trainer: Trainer, pl_module: LightningModule, options: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Options with the module's ``training_step`` as the loss, unless there is one."""
+def _apart(trainer: Any, module: LightningModule) -> Iterator[None]:
+    """Train as it were: nothing is logged, counted, or left in the trainer's parts."""
+    loop, stage = trainer.fit_loop, trainer.state.stage
+    loaders = loop._combined_loader.flattened
+    if any(isinstance(loader, Iterator) for loader in loaders):
+        warnings.warn(
+            "the train dataloader can be read only once, so training lacks the batches "
+            "that are scored; make it a DataLoader or a list",
+            stacklevel=2,
+        )
+    logged = [part for part in module.modules() if isinstance(part, LightningModule)]
+    modes = [(part, part.training) for part in module.modules()]
+    groups = [group for one in trainer.optimizers for group in one.param_groups]
+    settings = [dict(group) for group in groups]
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    data = [trainer.datamodule] if trainer.datamodule is not None else []
+    with ExitStack() as stack:
+        stack.enter_context(restored([trainer, *data, *schedulers]))
+        for loader in loaders:
+            stack.enter_context(rewound(loader))
+        trainer.loggers = [_Silent(logger) for logger in trainer.loggers]
+        trainer.profiler = PassThroughProfiler()
+        trainer.training = True
+        if stage != RunningStage.TRAINING:  # as at the end of the validation
+            loop.epoch_loop.val_loop._module_mode.restore(module)
+        for part in logged:
+            # Lightning refuses to log in some hooks, and these steps train nothing.
+            vars(part)["log"] = lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            for part in logged:
+                del vars(part)["log"]
+            for owner, mode in modes:
+                owner.training = mode
+            for group, values in zip(groups, settings, strict=True):
+                group.clear()
+                group.update(values)
+            trainer.state.stage = stage
 
-    def training_loss(module: LightningModule, batch: Any) -> Tensor:
-        batch = trainer.precision_plugin.convert_input(batch)
-        result = module.training_step(batch, 0)
-        loss = result["loss"] if isinstance(result, Mapping) else result
-        assert isinstance(loss, Tensor)
-        return loss
 
-    forward = {} if "loss_fn" in options else {"forward": training_loss}
-    # Lightning refuses to log in some hooks, and these steps train nothing.
-    vars(pl_module)["log"] = lambda *args, **kwargs: None
-    try:
-        yield {**forward, **options}
-    finally:
-        del vars(pl_module)["log"]
+class _Silent(DummyLogger):
+    """A logger's names and paths, which a ``training_step`` may ask for."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    def version(self) -> Any:
+        return self._logger.version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._logger.save_dir
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._logger, name, None)
+        return super().__getattr__(name) if callable(value) else value
+
+
+def _copies(trainer: Any, module: nn.Module) -> list[tuple[str, Tensor]]:
+    """What callbacks have copied of a module's parameters, as averages do."""
+    values = [value for one in trainer.callbacks for value in vars(one).values()]
+    held = [
+        tensor.detach()
+        for value in values
+        for tensor in (
+            value.parameters() if isinstance(value, nn.Module) else tensors(value)
+        )
+        if not tensor.is_meta
+    ]
+    return [
+        (name, tensor)
+        for name, weight in named_parameters(module).items()
+        for tensor in held
+        if tensor.shape == weight.dense.shape
+        and torch.equal(tensor.to(weight.dense), weight.dense)
+    ]

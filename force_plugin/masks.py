@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from force_plugin.errors import FileFormatError, MaskMismatchError
+from force_plugin.files import read_safetensors, write_whole
 from force_plugin.methods import SaliencyMethod
 from force_plugin.names import fitted
 from force_plugin.parameters import (
@@ -175,7 +176,8 @@ def save_masks(
             names to what JSON holds.
         ValueError: ``masks`` is empty, a mask is called ``__metadata__``, is sparse,
             has no values, or others than 0 and 1.
-        OSError: The file cannot be written, because the folder does not exist, say.
+        OSError: The file cannot be written, because the folder does not exist, say; a
+            file that was there is what it was.
     """
     checked = checked_masks(masks)
     if "__metadata__" in checked:
@@ -195,8 +197,7 @@ def save_masks(
         "metadata": _as_json(metadata or {}),
     }
     header["sha256"] = _checksum(header, bits)
-    # save_file makes files that only their owner may read.
-    Path(path).write_bytes(save(bits, header))
+    write_whole(path, save(bits, header))
 
 
 def _as_json(metadata: Mapping[str, Any]) -> str:
@@ -256,18 +257,17 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path}: no such file; pass the path of one that save_masks wrote"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            ours = header.get("format") == _FORMAT
-            shapes = dict(json.loads(header["shapes"])) if ours else {}
-            bits = {name: file.get_tensor(name) for name in shapes}
-            if ours and header["sha256"] != _checksum(header, bits):
-                raise ValueError("its checksum is another one")
-            metadata = dict(json.loads(header.get("metadata", "{}")))
-            masks = {
-                name: _unpack(bits[name], torch.Size(shape))
-                for name, shape in shapes.items()
-            }
+        header, tensors = read_safetensors(path)
+        ours = header.get("format") == _FORMAT
+        shapes = dict(json.loads(header["shapes"])) if ours else {}
+        bits = {name: tensors[name] for name in shapes}
+        if ours and header["sha256"] != _checksum(header, bits):
+            raise ValueError("its checksum is another one")
+        metadata = dict(json.loads(header.get("metadata", "{}")))
+        masks = {
+            name: _unpack(bits[name], torch.Size(shape))
+            for name, shape in shapes.items()
+        }
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise FileFormatError(
             f"{path}: not a masks file, or one that is cut short ({error})"

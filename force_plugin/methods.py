@@ -26,9 +26,9 @@ from force_plugin.batches import describe
 from force_plugin.connection import tensors
 from force_plugin.errors import MethodError, NotFiniteError
 from force_plugin.parameters import (
+    find_parameter,
     name_some,
     no_parameter,
-    parameter_key,
     pruned_so_far,
 )
 from force_plugin.reparametrisation import Reparametrisation, reparametrise
@@ -386,7 +386,7 @@ class SaliencyMethod(Reparametrisation):
             ValueError: An argument does not fit; the module is unchanged.
         """
         method = cls(amount)
-        parameter = module._parameters.get(parameter_key(module, name))
+        parameter = find_parameter(module, name)
         if parameter is None:
             raise ValueError(no_parameter(module, name))
         given = parameter if importance_scores is None else importance_scores
@@ -452,8 +452,11 @@ class GraSP(SaliencyMethod):
     2020 (arXiv 2002.07376), equation 8.
 
     Attributes:
-        temperature: Divides the outputs before the loss. Default: 200. A loss that
-            comes from ``forward=`` is taken as it is.
+        temperature: Divides the outputs before the loss. Default: 200. Where the loss
+            comes from ``forward=``, they are divided where they leave the model, each
+            time that it is called, or the one module of it that is. A loss that is
+            computed within the model, from several modules, or from outputs that enter
+            it again, is taken as it is, with a warning.
     """
 
     steps = 1
@@ -601,6 +604,14 @@ def find_method(method: str | type[SaliencyMethod]) -> type[SaliencyMethod]:
             + (f"; did you mean {close[0]!r}?" if close else "")
         )
     return METHODS[method]
+
+
+def scores_of(method: type[SaliencyMethod], probe: Probe) -> dict[str, Tensor]:
+    """:meth:`SaliencyMethod.scores`, or what a class has in its place."""
+    if _is_ours(method.scores):
+        return method.scores(probe)
+    with probe.protected(f"{method.__name__}.scores"):
+        return method.scores(probe)
 
 
 def _what_came(method: object) -> str:

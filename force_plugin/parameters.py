@@ -373,13 +373,7 @@ def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
             f"takes them, got {type(pair).__name__}: {str(pair)[:60]}"
         )
     module, name = pair
-    if is_scripted(module):
-        raise ValueError(
-            f"parameters: {name!r} belongs to a {module.original_name} that is "
-            "TorchScript, whose weights cannot be replaced; leave it out, or prune the "
-            "model before torch.jit.script or torch.jit.trace"
-        )
-    parameter = module._parameters.get(parameter_key(module, name))
+    parameter = find_parameter(module, name)
     if parameter is None:
         raise ValueError(f"parameters: {no_parameter(module, name)}")
     if id(parameter) not in known:
@@ -390,8 +384,21 @@ def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
     return known[id(parameter)]
 
 
+def find_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter of a module, pruned or not; ``None`` if it has none of that name."""
+    if is_scripted(module):
+        return None
+    return module._parameters.get(parameter_key(module, name))
+
+
 def no_parameter(module: nn.Module, name: str) -> str:
     """Say that a module has no parameter of a name, and what it has instead."""
+    if is_scripted(module):
+        return (
+            f"{name!r} belongs to a {module.original_name} that is TorchScript, whose "
+            "weights cannot be replaced; leave it out, or prune the model before "
+            "torch.jit.script or torch.jit.trace"
+        )
     missing = f"{type(module).__name__} has no parameter {name!r}"
     if source := computed_from(module, name):
         holder, key = source

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from force_plugin import gates
 from force_plugin.distributed import Ranks, unwrap
 from force_plugin.masks import prune_with
-from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.methods import SaliencyMethod, find_method, scores_of
 from force_plugin.notes import Notes
 from force_plugin.parameters import (
     Coverage,
@@ -78,10 +78,10 @@ def force_prune(
     Args:
         model: Any module. On one that is pruned already, only more is removed. Of
             :class:`torch.nn.parallel.DistributedDataParallel`, ``torch.compile`` and
-            other wrappers it is the module inside, also in the names. One that ``fully_shard`` has sharded is pruned in its
-            shards: no rank holds it or its scores, and afterwards its weights are 0
-            where they are pruned, and held there, as
-            :func:`force_plugin.make_permanent` holds them.
+            other wrappers it is the module inside, also in the names. One that
+            ``fully_shard`` has sharded is pruned in its shards: no rank holds it or its
+            scores, and afterwards its weights are 0 where they are pruned, and held
+            there, as :func:`force_plugin.make_permanent` holds them.
         loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
             Each step takes the next ones, from the beginning again when it ends. Their
             tensors are moved to the device of the model's first prunable weight.
@@ -226,7 +226,7 @@ def force_prune(
         )
         with bar, probe:
             for step, kept in enumerate(kept_after, start=1):
-                scores = criterion.scores(probe)
+                scores = scores_of(criterion, probe)
                 if step == 1:
                     notes.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
@@ -343,7 +343,7 @@ def saliency(
             compile=compile,
             parts=parts,
         ) as probe:
-            scores = criterion.scores(probe)
+            scores = scores_of(criterion, probe)
             _warn(probe.problems, ranks)
             return {name: parts.joined(name, part) for name, part in scores.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import textwrap
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from force_plugin.errors import NothingToPruneError
+from force_plugin.files import write_whole
 from force_plugin.parameters import (
     Coverage,
     Weight,
@@ -285,7 +287,11 @@ class SparsityReport:
             title_fontsize="large",
         )
         if path is not None:
-            figure.savefig(path, dpi=200, bbox_inches="tight")
+            # A name without a suffix gets matplotlib's own.
+            suffix = Path(path).suffix or f".{figure.canvas.get_default_filetype()}"
+            drawing = io.BytesIO()
+            figure.savefig(drawing, format=suffix[1:], dpi=200, bbox_inches="tight")
+            write_whole(Path(path).with_suffix(suffix), drawing.getvalue())
         return figure
 
 

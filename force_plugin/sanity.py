@@ -18,6 +18,7 @@ from force_plugin.distributed import unwrap
 from force_plugin.errors import NotPrunedError
 from force_plugin.masks import checked_masks
 from force_plugin.parameters import (
+    is_scripted,
     is_sharded,
     mask_of,
     name_some,
@@ -49,9 +50,20 @@ def shuffle_masks(
         section 5).
 
     Raises:
-        TypeError: ``masks`` is no mapping of names to tensors.
+        TypeError: ``masks`` is no mapping of names to tensors, or ``generator`` none.
         MaskMismatchError: A mask is sparse, has no values, or others than 0 and 1.
+        ValueError: The generator is not on the CPU.
     """
+    if not isinstance(generator, torch.Generator | None):
+        seed = generator if type(generator) is int else 0
+        raise TypeError(
+            f"generator: expected a torch.Generator, got {type(generator).__name__}; "
+            f"pass torch.Generator().manual_seed({seed})"
+        )
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"generator: expected one on the CPU, got one on {generator.device}"
+        )
     shuffled = {}
     for name, mask in checked_masks(masks).items():
         order = torch.randperm(mask.numel(), generator=generator, device="cpu")
@@ -85,6 +97,11 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             or only a part of them (a sharded model); the model is unchanged.
     """
     model, fresh = unwrap(model), unwrap(fresh)
+    if not isinstance(fresh, nn.Module):
+        raise TypeError(
+            f"fresh: expected a torch.nn.Module, got {type(fresh).__name__}; pass "
+            "another model, made as the first one was"
+        )
     weights, new = named_parameters(model), named_parameters(fresh)
     kept = {
         (module, name): pruned_so_far(module, name)
@@ -106,7 +123,8 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             "another, as the model itself was made"
         )
     values = {name: weight.dense for name, weight in weights.items()}
-    pairs = _matched(values, {name: weight.dense for name, weight in new.items()})
+    others = {name: weight.dense for name, weight in new.items()}
+    pairs = _matched(values | _scripted(model), others | _scripted(fresh))
     pairs += _matched(_buffers(model), _buffers(fresh))
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
@@ -125,6 +143,16 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             original.masked_fill_(shown.bool() & ~mask, 0)
             show(module, name)
         undo.pop_all()
+
+
+def _scripted(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of parts in TorchScript."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if is_scripted(module)
+        for key, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

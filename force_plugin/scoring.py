@@ -44,6 +44,7 @@ from force_plugin.errors import (
     MethodError,
     NoGradientError,
     NotFiniteError,
+    RankError,
 )
 from force_plugin.parameters import (
     Weight,
@@ -72,6 +73,9 @@ _OF_THE_LOOK = (
     TypeError,
     ValueError,
 )
+
+# What no call in another way would mend, though it is a RuntimeError.
+_PASSED_ON = (torch.cuda.OutOfMemoryError, RankError)
 
 # What PyTorch's losses raise of outputs and targets that do not fit.
 _OF_A_MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -141,8 +145,12 @@ class Probe:
             _check_loss("forward", forward, "(model, batch)")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(
-                f"autocast: expected torch.bfloat16 or None, got {autocast!r}; in "
-                "float16 small gradients underflow to 0 without a GradScaler"
+                f"autocast: expected torch.bfloat16 or None, got {autocast!r}"
+                + (
+                    "; in it small gradients underflow to 0 without a GradScaler"
+                    if autocast is torch.float16
+                    else ""
+                )
             )
         if compile and parts.sharded:
             raise ValueError(
@@ -368,7 +376,7 @@ class Probe:
             with torch.autocast(self._device.type, enabled=False):
                 try:
                     outputs = self.model(ones.clone())
-                except torch.cuda.OutOfMemoryError:
+                except _PASSED_ON:
                     raise
                 except _OF_THE_LOOK as error:
                     raise BatchError(
@@ -954,7 +962,7 @@ class Probe:
                 self._warn_of(temperature, f"the outputs are {describe(outputs)}")
         try:
             return self._loss_fn(outputs, targets)
-        except torch.cuda.OutOfMemoryError:
+        except _PASSED_ON:
             raise
         except _OF_A_MISFIT as error:
             advice = "make the targets what loss_fn expects, or pass loss_fn="
@@ -970,7 +978,7 @@ class Probe:
         """The outputs; an error that a call in another way may mend says so."""
         try:
             return self.model(inputs)
-        except torch.cuda.OutOfMemoryError:
+        except _PASSED_ON:
             raise
         except _OF_THE_LOOK as error:
             try:
@@ -1092,7 +1100,7 @@ class Probe:
     def _complete(
         self,
         sums: _Sums,
-        problem: str = "the loss does not use it",
+        problem: str = "the loss does not use it, or behind a detach or no_grad only",
         advice: str = "leave it out with parameters=, or pass a forward= that uses it",
     ) -> dict[str, Tensor]:
         """The mean of the ranks' sums, in the order of the weights.

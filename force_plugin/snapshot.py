@@ -160,6 +160,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
     """Restore what scoring may change: attributes of modules and random states."""
+    with undisturbed(model), rewound(loader):
+        yield
+
+
+@contextmanager
+def rewound(loader: Iterable[Any]) -> Iterator[None]:
+    """Restore what reading a loader may change: its generators, its own iterator."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (
         getattr(loader, "sampler", None),
@@ -170,16 +177,19 @@ def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
         for part in (loader, batch_sampler, *samplers)
         if isinstance(generator := getattr(part, "generator", None), torch.Generator)
     ]
-    loader_state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
-    with undisturbed(model):
-        try:
-            yield
-        finally:
-            for generator, saved in generators:
-                generator.set_state(saved)
-            if isinstance(loader, DataLoader):
-                # Workers that persist would draw no new seed for the first epoch.
-                vars(loader).update(loader_state)
+    state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
+    if isinstance(loader, DataLoader):
+        # Workers that persist would start their epoch anew, and somebody may be in the
+        # middle of it.
+        vars(loader)["_iterator"] = None
+    try:
+        yield
+    finally:
+        for generator, saved in generators:
+            generator.set_state(saved)
+        if isinstance(loader, DataLoader):
+            # Workers that persist would draw no new seed for the first epoch.
+            vars(loader).update(state)
 
 
 def random_states(model: nn.Module) -> Callable[[], None]:

@@ -452,10 +452,7 @@ def test_a_weight_that_an_embedding_has_is_left_out_unless_it_is_named(
 
 NOTHING: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "empty": (lambda: nn.Sequential(nn.ReLU()), "linear weight; name what"),
-    "embedding": (
-        lambda: nn.Embedding(4, 3),
-        "among what was passed over: Embedding 12$",
-    ),
+    "embedding": (lambda: nn.Embedding(4, 3), "was passed over: Embedding 12$"),
     "recurrent": (
         lambda: nn.Sequential(nn.Embedding(4, 3), nn.GRU(3, 3)),
         "among what was passed over: GRU 54, Embedding 12$",

@@ -451,6 +451,21 @@ def test_a_measure_that_writes_is_named(way: str, target: str, late: bool) -> No
             call(model, method)
 
 
+def test_scores_of_ones_own_that_write_are_named() -> None:
+    class Mine(Magnitude):
+        @classmethod
+        def scores(cls, probe: Any) -> dict[str, Tensor]:
+            scores = super().scores(probe)
+            probe.weights["3.weight"].abs_()
+            return scores
+
+    for call in CALLS.values():
+        model = network()
+        message = r"^Mine\.scores has written into 3\.weight, "
+        with unchanged(model), pytest.raises(MethodError, match=message):
+            call(model, Mine)
+
+
 def test_a_measure_that_writes_into_masks_is_named() -> None:
     def write(probe: Any) -> None:
         if probe.step == 2:

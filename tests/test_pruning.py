@@ -383,18 +383,16 @@ def test_grasp_differentiates_attention_twice() -> None:
     assert agree(saliency(model, [batch], "grasp"), expected)
 
 
-def test_grasp_divides_outputs_by_its_temperature_unless_there_is_a_forward() -> None:
+def test_grasp_divides_outputs_by_its_temperature() -> None:
     model, loader = convnet(), images(1)
 
     class Cold(METHODS["grasp"]):  # type: ignore[misc]
         temperature = 2.0
 
     forward = lambda model, batch: cross_entropy(model(batch[0]), batch[1])  # noqa: E731
-    assert agree(saliency(model, loader, Cold), hessian_gradient(model, loader, 2))
-    assert agree(
-        saliency(model, loader, "grasp", forward=forward),
-        hessian_gradient(model, loader, 1),
-    )
+    for options in ({}, {"forward": forward}):
+        scores = saliency(model, loader, Cold, **options)
+        assert agree(scores, hessian_gradient(model, loader, 2))
 
 
 def test_synflow_scores_are_those_of_matrix_products() -> None:
