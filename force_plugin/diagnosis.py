@@ -223,8 +223,8 @@ def diagnose(
         loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
         forward: ``forward(model, batch)``, a scalar loss, for batches that are no
             ``(inputs, targets)`` pair.
-        parameters: ``[(module, "weight"), ...]``; default: the weight of every
-            convolution and linear layer.
+        parameters: ``[(module, "weight"), ...]``; default as in
+            :func:`force_plugin.force_prune`.
         sparsities: Fractions of all prunable weights removed, 0 ≤ sparsity < 1, for
             which the layers that would be emptied are counted.
 
@@ -235,8 +235,10 @@ def diagnose(
         The diagnosis.
 
     Raises:
-        TypeError, ValueError: An argument, a batch or the loss is not as expected.
-        RuntimeError: No weight gets a gradient, or a score is not finite.
+        TypeError, ValueError: An argument is not as expected.
+        NothingToPruneError, BatchError, MethodError, NoGradientError, NotFiniteError:
+            As in :func:`force_plugin.force_prune`; the loss may leave some weights out,
+            but not all.
     """
     model = unwrap(model)
     # The ranks of a sharded model can only look at it together.

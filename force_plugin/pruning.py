@@ -77,11 +77,11 @@ def force_prune(
 
     Args:
         model: Any module. On one that is pruned already, only more is removed. Of
-            :class:`torch.nn.parallel.DistributedDataParallel` it is the module inside,
-            also in the names. One that ``fully_shard`` has sharded is pruned in its
-            shards: no rank holds it or its scores, and afterwards its weights are 0
-            where they are pruned, and held there, as
-            :func:`force_plugin.make_permanent` holds them.
+            :class:`torch.nn.parallel.DistributedDataParallel`, ``torch.compile`` and
+            other wrappers it is the module inside, also in the names. One that
+            ``fully_shard`` has sharded is pruned in its shards: no rank holds it or its
+            scores, and afterwards its weights are 0 where they are pruned, and held
+            there, as :func:`force_plugin.make_permanent` holds them.
         loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
             Each step takes the next ones, from the beginning again when it ends. Their
             tensors are moved to the device of the model's first prunable weight.
@@ -102,7 +102,10 @@ def force_prune(
             ``(inputs, targets)`` pair; replaces ``loss_fn``.
         parameters: ``[(module, "weight"), ...]`` as in
             :func:`torch.nn.utils.prune.global_unstructured`; default: the weight of
-            every convolution and linear layer. A shared weight counts once.
+            every convolution and linear layer, and of what behaves as a linear layer
+            (transformers' ``Conv1D``, a class of one's own that multiplies by its
+            two-dimensional ``weight``), but for one that an embedding shares. A shared
+            weight counts once.
         open_gates: Score with closed gates opened: what multiplies a branch by 0 or
             nearly 0 (``zero_init_last``, LayerScale, ReZero, skip-init gains) and hides
             its weights from the gradient, and weights that are all (nearly) 0. See
@@ -136,23 +139,29 @@ def force_prune(
         progress: Show a progress bar with step and density on standard error.
 
     Returns:
-        The sparsity of every prunable layer. Its ``warnings`` name gates that were
-        opened, layers that were emptied (and since which step), and what makes the
-        mask doubtful: layers without any saliency, the step at which the network
-        collapsed (far fewer of the weights that stay have a saliency other than 0 than
-        of the dense network's), and more idle weights than others, whose channels
-        nothing reaches or nothing leads on from.
+        The sparsity of every prunable layer, and what was passed over of the model's
+        matrices and kernels. Its ``warnings`` name gates that were opened, layers that
+        were emptied (and since which step), and what makes the mask doubtful: layers
+        without any saliency, the step at which the network collapsed (far fewer of the
+        weights that stay have a saliency other than 0 than of the dense network's),
+        more idle weights than others, whose channels nothing reaches or nothing leads
+        on from, and less than one half of the matrices and kernels that is prunable.
 
     Raises:
-        TypeError, ValueError: An argument, a batch or the loss is not as expected; the
-            message says what was, what came and what to do.
-        RuntimeError: A weight got no gradient, a loss or score is not finite, or the
-            mask disconnects the network; the message names the layer and the step. Or
-            another rank has failed, which the message quotes, or the ranks' arguments
-            or weights differ.
+        TypeError, ValueError: An argument is not as expected. All that follow are
+            ValueErrors or RuntimeErrors too, see :class:`force_plugin.PruningError`.
+        NothingToPruneError: The model has no weight that is to be pruned.
+        BatchError: The loader, a batch or the loss is not as expected.
+        MethodError: The ``method`` is one's own, and its scores are not as expected.
+        NoGradientError: The loss does not use a weight.
+        NotFiniteError: A loss or a score is NaN or infinite.
+        CollapseError: The mask disconnects the network.
+        RankError: Another rank has failed, which the message quotes, or the ranks'
+            arguments or weights differ.
 
     Warns:
-        UserWarning: The mask is doubtful, as above, or layers lost every weight.
+        UserWarning: The mask is doubtful, as above, layers lost every weight, or less
+            than one half of the model's matrix and kernel weights is prunable.
     """
     model = unwrap(model)
     with Ranks(model) as ranks:
@@ -282,15 +291,16 @@ def saliency(
 
     Args:
         model: Any module, pruned before or not, wrapped in
-            :class:`torch.nn.parallel.DistributedDataParallel` or not.
+            :class:`torch.nn.parallel.DistributedDataParallel`, ``torch.compile`` and
+            others or not.
         loader: Batches, as in :func:`force_plugin.force_prune`.
         method: A name of ``force_plugin.METHODS``, or a class.
         batches: Number of batches; ``None``: the whole loader.
         loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
         forward: ``forward(model, batch)``, a scalar loss, for batches that are no
             ``(inputs, targets)`` pair.
-        parameters: ``[(module, "weight"), ...]``; default: the weight of every
-            convolution and linear layer.
+        parameters: ``[(module, "weight"), ...]``; default as in
+            :func:`force_plugin.force_prune`.
         open_gates: Score with closed gates opened, as :mod:`force_plugin.gates` says.
         microbatch: The most samples to pass through the network at once, as in
             :func:`force_plugin.force_prune`; ``None``: a batch.
@@ -308,9 +318,9 @@ def saliency(
         UserWarning: GraSP's temperature was not used.
 
     Raises:
-        TypeError, ValueError: An argument, a batch or the loss is not as expected.
-        RuntimeError: A weight got no gradient, a score is not finite, another rank has
-            failed, or the ranks' arguments or weights differ.
+        TypeError, ValueError: An argument is not as expected.
+        NothingToPruneError, BatchError, MethodError, NoGradientError, NotFiniteError,
+            RankError: As in :func:`force_plugin.force_prune`.
     """
     model = unwrap(model)
     with Ranks(model) as ranks:
