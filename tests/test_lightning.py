@@ -322,8 +322,7 @@ class CombinedUnequally(Combined):
 
 class NoBatch(Small):
     def train_dataloader(self) -> Any:
-        one, two, three = rows()
-        return [None, one, two, three]
+        return DataLoader([None, *rows()], batch_size=None)
 
 
 class Streamed(Small):
