@@ -64,7 +64,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from force_plugin import force_prune, get_masks
 from force_plugin.allocation import freed_memory_kept
 from force_plugin.files import write_whole
-from force_plugin.methods import SaliencyMethod
+from force_plugin.methods import SaliencyMethod, scores_of
 from force_plugin.notes import Notes
 from force_plugin.scoring import Probe, _Sums
 from force_plugin.selection import top_k_masks
@@ -672,7 +672,7 @@ def measure_profile(args: argparse.Namespace) -> Iterator[Row]:
     ours = {
         "forward": spent(Probe._loss, Probe.gradients),
         "backward": spent(_Sums.add_gradients, Probe.gradients),
-        "scores": spent(SaliencyMethod.scores, force_prune) - gradients,
+        "scores": spent(scores_of, force_prune) - gradients,
         "selection": spent(top_k_masks, force_prune),
         "masks on stand-ins": spent(Probe.prune, force_prune),
         "notes": spent(Notes.on_selection, force_prune)

@@ -1226,20 +1226,26 @@ def test_a_network_whose_loss_fails_once_its_gates_are_open_stays_as_it_is(
     assert len(calls) == 2
 
 
-def test_a_loss_fn_that_fails_once_the_gates_are_open_is_named() -> None:
+@pytest.mark.parametrize(
+    ("own", "error", "message"),
+    [
+        (IndexError, ValueError, "loss_fn failed on .*the second pass"),
+        (ArithmeticError, ArithmeticError, "^the second pass$"),
+    ],
+)
+def test_a_loss_fn_that_fails_once_the_gates_are_open_is_named(
+    own: type[Exception], error: type[Exception], message: str
+) -> None:
     model = residual()
     calls = []
 
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
         calls.append(1)
         if len(calls) == 2:
-            raise ArithmeticError("the second pass")
+            raise own("the second pass")
         return cross_entropy(outputs, targets)
 
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=r"loss_fn failed on .*second"),
-    ):
+    with unchanged(model), pytest.raises(error, match=message):
         scored(model, loss_fn=loss_fn)
 
 

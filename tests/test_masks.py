@@ -699,7 +699,8 @@ def test_saving_replaces_an_earlier_file(tmp_path: Path) -> None:
 
 def test_saving_into_a_folder_that_does_not_exist_says_so(tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "masks"
-    with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{path}'"):
+    message = f"existing folder, got '{path}'; create the folder first"
+    with pytest.raises(FileNotFoundError, match=message):
         save_masks(GOOD, path)
 
 
