@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import io
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ from force_plugin import (
     save_masks,
 )
 from force_plugin.distributed import Ranks
+from force_plugin.files import write_whole
 from force_plugin.hold import save_pruned
 from force_plugin.methods import METHODS
 from force_plugin.schedules import SCHEDULES
@@ -422,16 +424,17 @@ def _made_by(options: dict[str, Any]) -> dict[str, Any]:
 
 def _write_json(report: SparsityReport, path: Path, options: dict[str, Any]) -> None:
     text = json.dumps({"options": options, **report.to_dict()}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, f"{text}\n".encode())
 
 
 def _write_csv(report: SparsityReport, path: Path) -> None:
     layers = report.to_dict()["layers"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(layers[0]))
-        writer.writeheader()
-        for layer in layers:
-            writer.writerow({**layer, "shape": "x".join(map(str, layer["shape"]))})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(layers[0]))
+    writer.writeheader()
+    for layer in layers:
+        writer.writerow({**layer, "shape": "x".join(map(str, layer["shape"]))})
+    write_whole(path, text.getvalue().encode())
 
 
 # Types of arguments. argparse turns an ArgumentTypeError into an error of the argument.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from force_plugin.files import write_whole
 from force_plugin.masks import apply_masks
 from force_plugin.parameters import Weight, mask_of, name_some, named_parameters
 from force_plugin.permanent import make_permanent
@@ -31,11 +32,13 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     Args:
         model: What :func:`force_plugin.compact` or :func:`force_plugin.snap_prune`
             returned, trained or not; any other model will do, too.
-        path: File to write; its folder must exist.
+        path: File to write; its folder must exist. A file that is there is replaced
+            at once, by a whole one.
 
     Raises:
         TypeError: ``model`` is no module.
-        OSError: The file cannot be written, because the folder does not exist, say.
+        OSError: The file cannot be written, because the folder does not exist, say. A
+            file that was there is as it was.
     """
     weights = named_parameters(model)
     values = {name: weight.dense.detach() for name, weight in weights.items()}
@@ -52,8 +55,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         "permanent": json.dumps(bool(masks) and not masked),
     }
     header["sha256"] = _checksum(header, tensors)
-    # save_file makes files that only their owner may read.
-    Path(path).write_bytes(save(tensors, header))
+    write_whole(path, save(tensors, header))
 
 
 def load_compact(model: nn.Module, path: str | Path) -> nn.Module:

@@ -39,6 +39,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from force_plugin.files import write_whole
 from force_plugin.masks import apply_masks, get_masks
 from force_plugin.parameters import name_some
 from force_plugin.permanent import make_permanent
@@ -73,12 +74,13 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: Any module that was pruned with :mod:`torch.nn.utils.prune`.
-        path: Safetensors file to write; its folder must exist.
+        path: Safetensors file to write; its folder must exist. A file that is there is
+            replaced at once, by a whole one.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: Nothing is pruned in it.
-        OSError: The file cannot be written.
+        OSError: The file cannot be written. A file that was there is as it was.
     """
     masks = get_masks(model)
     plain = deepcopy(model)
@@ -92,10 +94,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
             weight.masked_fill_(zeros, _least(weight.dtype))
     # Safetensors takes no tensors that share memory, as tied weights do.
     state = {key: value.clone() for key, value in plain.state_dict().items()}
-    # save_file makes files that only their owner may read.
-    Path(path).write_bytes(
-        save({key: value.contiguous() for key, value in state.items()})
-    )
+    write_whole(path, save({key: value.contiguous() for key, value in state.items()}))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from force_plugin.files import write_whole
 from force_plugin.methods import SaliencyMethod
 from force_plugin.parameters import (
     Weight,
@@ -165,7 +166,8 @@ def save_masks(
 
     Args:
         masks: As :func:`get_masks` returns them.
-        path: File to write; its folder must exist.
+        path: File to write; its folder must exist. A file that is there is replaced
+            at once, by a whole one.
         metadata: What :func:`load_metadata` is to give back, e.g.
             ``{"method": "force", "sparsity": 0.99, "seed": 0}``, of types that
             :func:`json.dumps` takes. ``created`` (date and time, UTC) and ``versions``
@@ -177,7 +179,8 @@ def save_masks(
             names to what JSON holds.
         ValueError: ``masks`` is empty, a mask is called ``__metadata__``, is sparse,
             has no values, or others than 0 and 1.
-        OSError: The file cannot be written, because the folder does not exist, say.
+        OSError: The file cannot be written, because the folder does not exist, say. A
+            file that was there is as it was.
     """
     checked = checked_masks(masks)
     if "__metadata__" in checked:
@@ -197,8 +200,7 @@ def save_masks(
         "metadata": _as_json(metadata or {}),
     }
     header["sha256"] = _checksum(header, bits)
-    # save_file makes files that only their owner may read.
-    Path(path).write_bytes(save(bits, header))
+    write_whole(path, save(bits, header))
 
 
 def _as_json(metadata: Mapping[str, Any]) -> str:

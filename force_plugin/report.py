@@ -7,12 +7,14 @@ import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from force_plugin.files import write_whole
 from force_plugin.parameters import Weight, named_parameters, whole_of
 
 if TYPE_CHECKING:
@@ -255,7 +257,13 @@ class SparsityReport:
             title_fontsize="large",
         )
         if path is not None:
-            figure.savefig(path, dpi=200, bbox_inches="tight")
+            file, kind = os.fspath(path), Path(path).suffix[1:]
+            if not kind:  # as matplotlib has it
+                kind = figure.canvas.get_default_filetype()
+                file = f"{file.rstrip('.')}.{kind}"
+            drawn = BytesIO()
+            figure.savefig(drawn, format=kind, dpi=200, bbox_inches="tight")
+            write_whole(file, drawn.getvalue())
         return figure
 
 
