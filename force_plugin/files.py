@@ -59,8 +59,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         if isinstance(error, OSError) and error.errno:
             problem = "nothing was written"
             if error.errno in _REFUSED:
-                folder = f"a folder in which a new file may be made, got {target.parent}"
-                problem = f"expected {folder}"
+                folder = str(target.parent)
+                problem = f"expected a folder that takes new files, got {folder!r}"
             raise _error(path, error.errno, f"{problem}; ") from error
         raise
     _flush_folder(target.parent)

@@ -324,7 +324,7 @@ def test_what_may_not_be_written_is_not_replaced(tmp_path: Path) -> None:
         write_whole(path, b"new")
     path.chmod(0o644)
     tmp_path.chmod(0o555)
-    message = f"a folder in which a new file may be made, got {tmp_path}; .*'{path}'"
+    message = f"a folder that takes new files, got '{tmp_path}'; .*'{path}'"
     try:
         with pytest.raises(PermissionError, match=message):
             write_whole(path, b"new")
