@@ -65,23 +65,14 @@ def cut(batch: Any, samples: int, part: slice) -> Any:
     Raises:
         BatchError: Something holds as many samples and is no container.
     """
-    if isinstance(batch, Tensor) and count_samples(batch) != samples:
+    if range(samples)[part] == range(samples):
         return batch
-    if isinstance(batch, Tensor) and batch.is_nested:
-        return torch.nested.as_nested_tensor(
-            [*batch.unbind()[part]], layout=batch.layout
-        )
-    if isinstance(batch, Tensor):
-        return batch[part]
-    if isinstance(batch, PackedSequence):
-        if count_samples(batch) != samples:
-            return batch
-        sequences = unpack_sequence(batch)[part]
-        return pack_sequence(sequences, enforce_sorted=batch.sorted_indices is None)
+    if isinstance(batch, Tensor | PackedSequence):
+        return _cut_one(batch, part) if count_samples(batch) == samples else batch
     result = rebuilt(batch, lambda value: cut(value, samples, part))
     if result is batch and not isinstance(batch, nn.Module):
-        hidden = attributes(batch).values()
-        if samples in map(count_samples, hidden):
+        hidden = [*attributes(batch).values()]
+        if _holds(hidden, samples):
             raise BatchError(
                 "microbatch: expected batches of tensors in tuples, lists, mappings or "
                 f"dataclasses, got {describe(batch)} that holds {samples} samples and "
@@ -89,6 +80,22 @@ def cut(batch: Any, samples: int, part: slice) -> Any:
                 "make it one of these, or leave microbatch out",
             )
     return result
+
+
+def _cut_one(batch: Tensor | PackedSequence, part: slice) -> Tensor | PackedSequence:
+    if isinstance(batch, PackedSequence):
+        sequences = unpack_sequence(batch)[part]
+        return pack_sequence(sequences, enforce_sorted=batch.sorted_indices is None)
+    if batch.is_nested:
+        sequences = [*batch.unbind()[part]]
+        return torch.nested.as_nested_tensor(sequences, layout=batch.layout)
+    return batch[part]
+
+
+def _holds(value: Any, samples: int) -> bool:
+    if isinstance(value, Tensor | PackedSequence):
+        return count_samples(value) == samples
+    return any(_holds(item, samples) for item in items(value))
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -32,7 +32,8 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     Args:
         model: What :func:`force_plugin.compact` or :func:`force_plugin.snap_prune`
             returned, trained or not; any other model will do, too.
-        path: File to write; its folder must exist.
+        path: File to write; its folder must exist. A file that is there is replaced
+            at once, by a whole one.
 
     Raises:
         TypeError: ``model`` is no module.

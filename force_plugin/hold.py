@@ -75,7 +75,8 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: Any module that was pruned with :mod:`torch.nn.utils.prune`.
-        path: Safetensors file to write; its folder must exist.
+        path: Safetensors file to write; its folder must exist. A file that is there is
+            replaced at once, by a whole one.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -164,7 +164,8 @@ def save_masks(
 
     Args:
         masks: As :func:`get_masks` returns them.
-        path: File to write; its folder must exist.
+        path: File to write; its folder must exist. A file that is there is replaced
+            at once, by a whole one.
         metadata: What :func:`load_metadata` is to give back, e.g.
             ``{"method": "force", "sparsity": 0.99, "seed": 0}``, of types that
             :func:`json.dumps` takes. ``created`` (date and time, UTC) and ``versions``

@@ -113,12 +113,13 @@ def force_prune(
             model keeps its own values.
         microbatch: Pass each batch through the network in equal parts of at most this
             many samples, so that no more than one of them has to fit into memory;
-            ``None``: as a whole. The tensors of a batch, in tuples, lists and mappings,
-            are split if their first dimension is that of the first of them; the rest
-            goes with each part. A part's loss counts by its share of the samples, so of
-            a loss that is a mean over samples the gradient is that of the whole batch,
-            but for what looks at several samples: batch normalisation in training mode
-            normalises over a part, and a contrastive loss compares within it.
+            ``None``: as a whole. The tensors of a batch, in tuples, lists, mappings and
+            dataclasses, are split if their first dimension is that of the first of
+            them; the rest goes with each part, which has the types of the batch. A
+            part's loss counts by its share of the samples, so of a loss that is a mean
+            over samples the gradient is that of the whole batch, but for what looks at
+            several samples: batch normalisation in training mode normalises over a
+            part, and a contrastive loss compares within it.
             ``"synflow"`` passes one sample anyway.
         autocast: ``torch.bfloat16``: run the network and the loss under
             :func:`torch.autocast`; ``None``: as the caller does. ``"synflow"``, which

@@ -460,6 +460,7 @@ def test_a_module_in_a_batch_is_the_same_one() -> None:
     [
         lambda x: Moves(x, torch.ones(4)),
         lambda x: MovesInPlace(x, torch.ones(4)),
+        lambda x: MovesInPlace({"edges": torch.ones(9), "x": [x]}, torch.ones(7)),  # type: ignore[arg-type]
         lambda x: type("Own", (), {"__init__": lambda s: setattr(s, "d", {"x": x})})(),
     ],
 )
@@ -468,6 +469,7 @@ def test_what_cannot_be_cut_is_an_error(hides: Callable[[Tensor], Any]) -> None:
     message = r"microbatch: expected .* got a \w+ that holds 4 samples .* leave micro"
     with pytest.raises(BatchError, match=message):
         saliency(nn.Linear(6, 4), [batch], "snip", microbatch=2)
+    assert cut(batch, 4, slice(0, 4)) is batch  # nothing is to be cut
 
 
 def test_a_mapping_that_cannot_be_made_again_is_an_error() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from force_plugin import compact, compact_report
+from force_plugin.size import CompactReport, LayerSize
 
 
 def without_rows(layer: nn.Module, *rows: int) -> None:
@@ -160,6 +161,15 @@ class Deep(nn.Module):
         while isinstance(module, nn.ModuleDict):
             module = module["a_long_name"]
         return module(x)
+
+
+def test_no_two_rows_look_alike() -> None:
+    names = [f"{'x' * 90}.{i}.{'y' * 90}" for i in range(12)] + ["a", "b.c"]
+    layers = tuple(LayerSize(name, (3, 2), (10**9, 10**8)) for name in names)
+    lines = str(CompactReport(layers, (1, 1), (1, 1), (1, 1))).splitlines()
+    rows = [line.split()[0] for line in lines[2 : 2 + len(names)]]
+    assert len({*rows}) == len(names) and max(map(len, lines)) <= 80
+    assert rows[-2:] == ["a", "b.c"]
 
 
 def test_numbers_of_many_digits_fit_the_table() -> None:
