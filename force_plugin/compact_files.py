@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from force_plugin.errors import FileFormatError
 from force_plugin.files import read_safetensors, write_whole
 from force_plugin.masks import apply_masks
 from force_plugin.parameters import Weight, mask_of, name_some, named_parameters
@@ -72,8 +73,9 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: There is no such file.
         TypeError: ``model`` is no module.
-        ValueError: The file is no such file or cut short, or was written of another
-            network, or the model is pruned; the model is unchanged.
+        FileFormatError: The file is no such file or cut short; the model is unchanged.
+        ValueError: It was written of another network, or the model is pruned; the model
+            is unchanged.
     """
     header, tensors = _read(path)
     modules = json.loads(header["modules"])
@@ -146,16 +148,16 @@ def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
     try:
         header, tensors = read_safetensors(path)
     except SafetensorError as error:
-        raise ValueError(
+        raise FileFormatError(
             f"{path}: no safetensors file, or one that is cut short ({error})"
         ) from error
     if header.get("format") != _FORMAT:
-        raise ValueError(
+        raise FileFormatError(
             f"{path}: a safetensors file, but not one that save_compact wrote"
         )
     if header.get("sha256") != _checksum(header, tensors):
-        raise ValueError(
-            f"{path}: its checksum is another one; write it anew with save_compact"
+        raise FileFormatError(
+            f"{path}: its checksum is another one", "write it anew with save_compact"
         )
     return header, tensors
 
