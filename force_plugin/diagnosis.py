@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from force_plugin import gates, silence
 from force_plugin.distributed import ALONE, Ranks, unwrap
 from force_plugin.errors import NoGradientError
+from force_plugin.labels import COLUMNS, table_rows
 from force_plugin.methods import SaliencyMethod, find_method, scores_of
 from force_plugin.notes import find_small, sizes
 from force_plugin.parameters import (
@@ -25,7 +26,7 @@ from force_plugin.parameters import (
     name_some,
     passed_over,
 )
-from force_plugin.report import COLUMNS, stage_of
+from force_plugin.report import stage_of
 from force_plugin.schedules import count_kept
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
@@ -164,7 +165,6 @@ class Diagnosis:
     def _table(self) -> list[str]:
         rows = [
             (
-                stage.name,
                 str(stage.layers),
                 f"{stage.weights:,}",
                 f"{100 * stage.weights / self.prunable:.2f} %",
@@ -173,20 +173,16 @@ class Diagnosis:
             )
             for stage in self.stages
         ]
-        header = ("stage", "layers", "weights", "share", "saliency", "gates closed")
+        header = ("layers", "weights", "share", "saliency", "gates closed")
         table = [row[: None if self.gates else -1] for row in (header, *rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        room = COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], room)
-        lines = [
-            "  ".join(
-                cell[:width].ljust(width) if not number else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
-        rule = "-" * len(lines[0])
-        return [lines[0], rule, *lines[1:], rule]
+        first, *rests = ("  ".join(map(str.rjust, row, widths)) for row in table)
+        names = [stage.name for stage in self.stages]
+        longest = max(map(len, ["stage", *names]))
+        width = min(longest, COLUMNS - 2 * len(widths) - sum(widths))
+        lines, note = table_rows(names, rests, width)
+        rule = "-" * (width + 2 + len(first))
+        return [f"{'stage':<{width}}  {first}", rule, *lines, rule, *note]
 
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as plain types that :func:`json.dumps` takes."""

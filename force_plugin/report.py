@@ -16,6 +16,7 @@ from torch import nn
 
 from force_plugin.errors import NothingToPruneError
 from force_plugin.files import write_whole
+from force_plugin.labels import COLUMNS, numbered_names, shorten, table_rows
 from force_plugin.parameters import (
     Coverage,
     Weight,
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped, unused-ignore]
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COLUMNS = 80
-"""Width of a terminal that nobody has resized: no line of a table is longer."""
 
 
 @dataclass(frozen=True)
@@ -303,28 +301,14 @@ def _percent(report: LayerReport | SparsityReport) -> str:
     return text
 
 
-def shorten(text: str, width: int) -> str:
-    """``text`` in at most ``width`` characters.
-
-    A third of them for the head and the rest for the tail: in "layers.2…5.mlp.fc1" the
-    head names the stage, the tail the block and the layer.
-    """
-    if len(text) <= width:
-        return text
-    head = (width - 1) // 3
-    tail = width - 1 - head
-    return f"{text[:head].rstrip('.')}…{text[len(text) - tail :].lstrip('.')}"
-
-
 def _table(report: SparsityReport) -> list[str]:
-    """Lines of the table: header, layers, total."""
+    """Lines of the table: header, layers, total, and what a short name stands for."""
     kept_width, total_width = len(f"{report.kept:,}"), len(f"{report.total:,}")
 
     def cells(
-        name: str, shape: Sequence[int], counts: LayerReport | SparsityReport
+        shape: Sequence[int], counts: LayerReport | SparsityReport
     ) -> tuple[str, ...]:
         return (
-            name,
             shorten("x".join(map(str, shape)), 18),
             f"{counts.kept:>{kept_width},} / {counts.total:>{total_width},}",
             _percent(counts),
@@ -332,20 +316,28 @@ def _table(report: SparsityReport) -> list[str]:
         )
 
     rows = [
-        ("layer", "shape", "kept / total", "sparsity", ""),
-        *(cells(layer.name, layer.shape, layer) for layer in report.layers),
-        cells("total", (), report),
+        ("shape", "kept / total", "sparsity", ""),
+        *(cells(layer.shape, layer) for layer in report.layers),
+        cells((), report),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    gaps = 3 * 2
-    widths[0] = min(widths[0], COLUMNS - gaps - sum(widths[1:]))
     header, *layers, total = (
-        f"{shorten(name, widths[0]):<{widths[0]}}  {shape:<{widths[1]}}  "
-        f"{counts:>{widths[2]}}  {percent:>{widths[3]}}{mark}"
-        for name, shape, counts, percent, mark in rows
+        f"{shape:<{widths[0]}}  {counts:>{widths[1]}}  {percent:>{widths[2]}}{mark}"
+        for shape, counts, percent, mark in rows
     )
-    rule = "-" * (gaps + sum(widths[:4]))
-    return [header, rule, *layers, rule, total]
+    names = [layer.name for layer in report.layers]
+    room = COLUMNS - 3 * 2 - sum(widths)
+    width = max(len("total"), min(max(map(len, names)), room))
+    lines, note = table_rows(names, layers, width)
+    rule = "-" * (width + 3 * 2 + sum(widths[:3]))
+    return [
+        f"{'layer':<{width}}  {header}",
+        rule,
+        *lines,
+        rule,
+        f"{'total':<{width}}  {total}",
+        *note,
+    ]
 
 
 def _check_same_layers(
@@ -445,7 +437,9 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
     main, bottom = axes[0], axes[-1]
     main.set_xlim(-0.8, len(names) - 0.2)
     if len(names) <= 20:
-        labels = [shorten(name.removesuffix(".weight"), 20) for name in names]
+        plain = [name.removesuffix(".weight") for name in names]
+        # A layer may be called as its parent's weight is.
+        labels = numbered_names(plain if len({*plain}) == len({*names}) else names, 20)
         bottom.set_xticks(range(len(names)), labels, rotation=45, ha="right")
         bottom.tick_params(axis="x", labelsize=8)
         return

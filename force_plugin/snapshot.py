@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from force_plugin.reparametrisation import PrunedTensor
 
 
-def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
+def snapshot(modules: Iterable[Any]) -> Callable[[], None]:
     """Remember the attributes of modules.
 
     They hold a module's parameters, buffers, hooks and mode, and whatever its forward
@@ -29,7 +29,8 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     module, whose attributes cannot be replaced, it is the mode and all values.
 
     Args:
-        modules: The modules themselves; their children are not followed.
+        modules: The modules themselves, or other objects that have attributes; their
+            children are not followed.
 
     Returns:
         A function that gives the modules their attributes back. It writes nothing
@@ -43,10 +44,10 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
             kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             undo += [tensor_as_it_is(tensor) for tensor in kept]
             continue
-        own = ("_parameters", "_buffers", "_modules")
         state = vars(module)
+        own = [k for k in ("_parameters", "_buffers", "_modules") if k in state]
         containers = {id(state[key]): state[key] for key in own}
-        others = {id(tensor) for key in own[:2] for tensor in state[key].values()}
+        others = {id(tensor) for key in own for tensor in state[key].values()}
         ahead = [value for key, value in state.items() if key not in own]
         tensors: dict[int, Tensor] = {}
         while ahead:
@@ -128,7 +129,7 @@ def tensor_as_it_is(tensor: Tensor) -> Callable[[], None]:
 
 @contextmanager
 def restored(
-    modules: Iterable[nn.Module], *, only_on_error: bool = False
+    modules: Iterable[Any], *, only_on_error: bool = False
 ) -> Iterator[None]:
     """Give modules their attributes back at the end, as :func:`snapshot` does.
 

@@ -2021,7 +2021,7 @@ def test_a_path_that_cannot_be_written_is_named_by_the_system(tmp_path: Path) ->
     (tmp_path / "file").touch()
     for path, error in (
         (tmp_path, IsADirectoryError),
-        (tmp_path / "file" / "masks", NotADirectoryError),
+        (tmp_path / "file" / "masks", FileNotFoundError),
         (tmp_path / ("long" * 99), OSError),
     ):
         with pytest.raises(error, match=f"'{path}'"):

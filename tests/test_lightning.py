@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from networks import tiny_resnet
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from force_plugin import FORCE, Magnitude, force_prune, get_masks, saliency
 from force_plugin.zoo import digits
@@ -17,6 +18,7 @@ from force_plugin.zoo import digits
 lightning = pytest.importorskip("lightning", reason="needs pip install lightning")
 
 from lightning.pytorch.callbacks import ModelPruning  # noqa: E402
+from lightning.pytorch.utilities.combined_loader import CombinedLoader  # noqa: E402
 
 from force_plugin.lightning import ForcePruning, SaliencyPruning  # noqa: E402
 
@@ -197,3 +199,286 @@ def test_lightnings_own_pruning_with_the_scores_that_a_method_needs(
         assert int(kept.sum()) == left - round(left / 2)
         assert ranked[kept].min() >= ranked[~kept].max()
         before = masks
+
+
+# ---- What training_step gets, in each way that Lightning has of handing it over. ----
+
+# Outside of every module, so that what was noted while scoring is still there.
+SEEN: list[list[Any]] = []
+
+
+class Small(lightning.LightningModule):
+    """Notes what comes, in the order in which it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def train_dataloader(self) -> Any:
+        return rows()
+
+    def loss(self, *seen: Any) -> Tensor:
+        outputs = self.net(seen[0])
+        SEEN.append([copy.deepcopy(value) for value in (*seen, outputs.dtype)])
+        return outputs.float().square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch, batch_idx, self.training, self.trainer.training)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def rows(seed: int = 0, count: int = 12, **options: Any) -> DataLoader:
+    numbers = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(numbers, **{"batch_size": 4, **options})
+
+
+class BeforeTransfer(Small):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[:2]
+
+
+class AfterTransfer(Small):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch * 3 - 1 if self.trainer.training else batch
+
+
+class Records:
+    def __init__(self, rows: list[Tensor]) -> None:
+        self.rows = torch.stack(rows)
+        self.moved = False
+
+
+class Transfer(Small):
+    def train_dataloader(self) -> Any:
+        return rows(collate_fn=Records)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, index: int) -> Any:
+        batch.moved = True
+        return batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch.rows, batch.moved)
+
+
+class WithoutIndex(Small):
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        return self.loss(batch)
+
+
+class IndexOfAnotherName(Small):
+    def training_step(self, data: Any, i: int, more: str = "x") -> Any:
+        return self.loss(data, i, more)
+
+
+class AnyArguments(Small):
+    def training_step(self, *arguments: Any) -> Any:
+        return self.loss(*arguments)
+
+
+class FetchesItself(Small):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        batch, index, loader = next(dataloader_iter)
+        return self.loss(batch, index, loader)
+
+
+class FetchesTwo(Small):
+    def train_dataloader(self) -> Any:
+        return rows(count=24)
+
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        (one, _, _), (two, index, _) = next(dataloader_iter), next(dataloader_iter)
+        return self.loss(torch.cat([one, two]), index, dataloader_iter.length)
+
+
+class NamedLoaders(Small):
+    def train_dataloader(self) -> Any:
+        return {"a": rows(1), "b": [rows(2), rows(3, batch_size=2)]}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        a, (b, c) = batch["a"], batch["b"]
+        return self.loss(torch.cat([a, b, c]), batch_idx, type(batch))
+
+
+class Combined(Small):
+    mode = "min_size"
+
+    def train_dataloader(self) -> Any:
+        loaders = [rows(1, count=20), rows(2), rows(3, batch_size=6, count=6)]
+        if self.mode == "min_size":
+            loaders = [rows(1, count=20), rows(2)]
+        return CombinedLoader(loaders, self.mode)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        given = [part for part in batch if part is not None]
+        return self.loss(torch.cat(given), batch_idx, len(given))
+
+
+class CombinedUnequally(Combined):
+    mode = "max_size"
+
+
+class NoBatch(Small):
+    def train_dataloader(self) -> Any:
+        return DataLoader([None, *rows()], batch_size=None)
+
+
+class Streamed(Small):
+    def train_dataloader(self) -> Any:
+        class Stream(IterableDataset):
+            def __iter__(self) -> Any:
+                return iter(torch.cat(list(rows())))
+
+        return DataLoader(Stream(), batch_size=4)
+
+
+class StateOfTheHooks(Small):
+    def setup(self, stage: str) -> None:
+        self.made = {stage}
+
+    def on_fit_start(self) -> None:
+        self.made.add("fit")
+
+    def on_train_start(self) -> None:
+        self.made.add("train")
+
+    def on_train_epoch_start(self) -> None:
+        self.scale = 0.5
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.made_for = len(batch), batch_idx
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch, self.made, self.made_for) * self.scale
+
+
+class LossAmongOthers(Small):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return {"loss": loss, "predictions": batch, "name": "x"}
+
+
+class PathsOfTheLogger(Small):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        folder = Path(self.logger.save_dir), self.logger.name, self.trainer.log_dir
+        self.logger.experiment.log_metrics({"rows": len(batch)}, batch_idx)
+        return self.loss(batch, bool(folder))
+
+
+class Data(lightning.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return rows(5)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch + 1
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch.half().float()
+
+
+def run(
+    module: lightning.LightningModule,
+    *callbacks: Any,
+    data: Any = None,
+    resume: Any = None,
+    **options: Any,
+) -> lightning.Trainer:
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_train_batches": 3,
+        "max_epochs": 1,
+    }
+    trainer = lightning.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    SEEN.clear()
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    return trainer
+
+
+def both(**scoring: Any) -> list[Any]:
+    """A callback of each kind that prunes half of the 160 weights of a Small module."""
+    return [
+        ForcePruning(0.5, steps=2, progress=False, **scoring),
+        SaliencyPruning(
+            "force",
+            parameter_names=["weight"],
+            scoring=scoring,
+            use_lottery_ticket_hypothesis=False,
+        ),
+    ]
+
+
+def pruned(module: nn.Module) -> int:
+    weights = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
+    return sum(int((weight == 0).sum()) for weight in weights)
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)
+
+
+KINDS = pytest.mark.parametrize("kind", [0, 1], ids=["Force", "Saliency"])
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        *(
+            (made, {})
+            for made in (
+                Small,
+                BeforeTransfer,
+                AfterTransfer,
+                Transfer,
+                WithoutIndex,
+                IndexOfAnotherName,
+                AnyArguments,
+                FetchesItself,
+                FetchesTwo,
+                NamedLoaders,
+                Combined,
+                CombinedUnequally,
+                Streamed,
+                StateOfTheHooks,
+                LossAmongOthers,
+            )
+        ),
+        (NoBatch, {"limit_train_batches": 4}),
+        (Small, {"precision": "bf16-mixed"}),
+        (Small, {"precision": "bf16-true"}),
+        (Small, {"precision": "64-true"}),
+        (Small, {"overfit_batches": 1}),
+        (Small, {"fast_dev_run": True}),
+        (Small, {"accumulate_grad_batches": 3}),
+        (Small, {"data": Data()}),
+        (PathsOfTheLogger, {"logger": True}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else ", ".join(value),
+)
+def test_it_scores_what_training_step_gets(
+    tmp_path: Path, made: Any, options: dict[str, Any], kind: int
+) -> None:
+    module, callback = made(), both(batches=None)[kind]
+    # Without a callback, for what training alone hands over.
+    run(made(), default_root_dir=tmp_path, **options)
+    expected = list(SEEN)
+    run(module, callback, default_root_dir=tmp_path, **options)
+    steps, passes = len(expected), len(SEEN) - len(expected)
+    training, scoring = SEEN[passes:], SEEN[:passes]
+    if kind == 1:
+        training, scoring = SEEN[:steps], SEEN[steps:]
+    assert equal(training, expected)
+    assert scoring
+    assert all(any(equal(one, other) for other in expected) for one in scoring)
+    assert all(any(equal(one, other) for other in scoring) for one in expected)
+    assert pruned(module) == 80
