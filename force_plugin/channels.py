@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from force_plugin.copies import number_values, places, slots_in
+from force_plugin.errors import CompactionError
 from force_plugin.layers import LAYERS, channel_axis, channels_of, layers_of
 from force_plugin.modes import Behaviour, Mode
 from force_plugin.parameters import named_parameters
@@ -171,7 +172,7 @@ class Graph:
         sets: Its sets of channels by name.
 
     Raises:
-        RuntimeError: torch-pruning cannot trace the model.
+        CompactionError: torch-pruning cannot trace the model.
     """
 
     def __init__(  # noqa: D107
@@ -185,7 +186,7 @@ class Graph:
         self._names = {module: name for name, module in model.named_modules()}
         for module, name in self._names.items():
             if isinstance(module, nn.RNNBase):  # it may never come back
-                raise RuntimeError(
+                raise CompactionError(
                     f"torch-pruning cannot trace {type(model).__name__}, as {name} is "
                     f"a {type(module).__name__}. The model is as it was"
                 )
@@ -198,7 +199,7 @@ class Graph:
                 groups = self._graph.get_all_groups() if sets is None else ()
                 groups = list(map(self._patience.renew, groups))
         except Exception as error:
-            raise RuntimeError(
+            raise CompactionError(
                 f"torch-pruning cannot trace {type(model).__name__}: "
                 f"{type(error).__name__}: {error}. The model is as it was"
             ) from error
@@ -407,7 +408,7 @@ class Surgery:
         sets: Its sets of channels by name.
 
     Raises:
-        RuntimeError: torch-pruning cannot trace it.
+        CompactionError: torch-pruning cannot trace it.
     """
 
     def __init__(self, plain: nn.Module, behaviour: Behaviour) -> None:  # noqa: D107
@@ -425,7 +426,7 @@ class Surgery:
             removed: By set, bool tensors of shape ``[size]``, True = taken out.
 
         Raises:
-            RuntimeError: Others would go with them.
+            CompactionError: Others would go with them.
         """
         graph = Graph(copy.deepcopy(self._plain), self._inputs, self._modes, self.sets)
         number_values(graph.model)
@@ -439,7 +440,7 @@ class Surgery:
             slots = slots_in(graph.model, self._plain, weight)
             first, *others = [places(*slot) for slot in slots]
             if any(not torch.equal(first, places) for places in others):
-                raise RuntimeError(
+                raise CompactionError(
                     f"{weight.name} belongs to several modules, of which each would "
                     "lose other channels"
                 )

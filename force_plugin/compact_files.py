@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from force_plugin.errors import FileFormatError
 from force_plugin.files import read_safetensors, write_whole
 from force_plugin.masks import apply_masks
+from force_plugin.names import named_buffers, named_modules
 from force_plugin.parameters import Weight, mask_of, name_some, named_parameters
 from force_plugin.permanent import make_permanent
 
@@ -41,17 +43,16 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
             file that was there is what it was.
     """
     weights = named_parameters(model)
-    values = {name: weight.dense.detach() for name, weight in weights.items()}
     masks = {n: w.mask for n, w in weights.items() if w.mask is not None}
-    values |= _buffers(model)
-    tensors = {name: value.cpu().contiguous() for name, value in values.items()}
+    values = _values(model).items()
+    tensors = {name: value.cpu().contiguous() for name, value in values}
     for name, mask in masks.items():
         bits = np.packbits(mask.flatten().cpu().numpy())
         tensors[_MASK + name] = torch.from_numpy(bits)
     masked = any(map(_reparametrised, weights.values()))
     header = {
         "format": _FORMAT,
-        "modules": json.dumps({name: _sizes(m) for name, m in model.named_modules()}),
+        "modules": json.dumps({name: _sizes(m) for name, m in named_modules(model)}),
         "permanent": json.dumps(bool(masks) and not masked),
     }
     header["sha256"] = _checksum(header, tensors)
@@ -73,14 +74,15 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: There is no such file.
         TypeError: ``model`` is no module.
-        ValueError: The file is no such file or cut short, or was written of another
-            network, or the model is pruned; the model is unchanged.
+        FileFormatError: The file is no such file or cut short; the model is unchanged.
+        ValueError: It was written of another network, or the model is pruned; the model
+            is unchanged.
     """
     header, tensors = _read(path)
     modules = json.loads(header["modules"])
     weights = named_parameters(model)
     _check(model, modules, weights, tensors, path)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for key, value in modules[name][1].items():
             setattr(module, key, type(getattr(module, key))(value))
     masks = {}
@@ -93,9 +95,8 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
             bits = tensors[_MASK + name].numpy()
             flat = np.unpackbits(bits, count=new.numel()).astype(bool)
             masks[name] = torch.from_numpy(flat).view(new.shape)
-    for name, buffer in _buffers(model).items():
-        module, key = _owner(model, name)
-        module._buffers[key] = tensors[name].to(buffer)
+    for name, (module, key) in _buffers(model).items():
+        module._buffers[key] = tensors[name].to(getattr(module, key))
     if masks:
         apply_masks(model, masks)
         if json.loads(header["permanent"]):
@@ -121,22 +122,22 @@ def _reparametrised(weight: Weight) -> bool:
     return any(mask_of(*owner) is not None for owner in weight.owners)
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
+def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where the buffers that belong to a state dict are, but for those of masks."""
+    return {
+        name: (module, key)
+        for name, (module, key) in named_buffers(model).items()
+        if key not in module._non_persistent_buffers_set
+        and not (key.endswith("_mask") and mask_of(module, key[:-5]) is not None)
+    }
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a state dict, but for those of masks."""
-
-    def found() -> Iterator[tuple[str, Tensor]]:
-        for name, buffer in model.named_buffers():
-            module, key = _owner(model, name)
-            mask = key.endswith("_mask") and mask_of(module, key[:-5]) is not None
-            if key not in module._non_persistent_buffers_set and not mask:
-                yield name, buffer
-
-    return dict(found())
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters without masks, and the buffers that belong to a state dict."""
+    values = {name: w.dense.detach() for name, w in named_parameters(model).items()}
+    for name, (module, key) in _buffers(model).items():
+        values[name] = getattr(module, key)
+    return values
 
 
 def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
@@ -147,16 +148,16 @@ def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
     try:
         header, tensors = read_safetensors(path)
     except SafetensorError as error:
-        raise ValueError(
+        raise FileFormatError(
             f"{path}: no safetensors file, or one that is cut short ({error})"
         ) from error
     if header.get("format") != _FORMAT:
-        raise ValueError(
+        raise FileFormatError(
             f"{path}: a safetensors file, but not one that save_compact wrote"
         )
     if header.get("sha256") != _checksum(header, tensors):
-        raise ValueError(
-            f"{path}: its checksum is another one; write it anew with save_compact"
+        raise FileFormatError(
+            f"{path}: its checksum is another one", "write it anew with save_compact"
         )
     return header, tensors
 
@@ -188,7 +189,7 @@ def _check(
             f"model: expected one that is not pruned, but {name_some(pruned)} is; make "
             "it anew, the masks are in the file"
         )
-    own = {name: _sizes(module) for name, module in model.named_modules()}
+    own = {name: _sizes(module) for name, module in named_modules(model)}
     kinds = {name: kind for name, (kind, _) in own.items()}
     if kinds != {name: kind for name, (kind, _) in modules.items()}:
         theirs = {name: kind for name, (kind, _) in modules.items()}
@@ -205,7 +206,7 @@ def _check(
         for key, value in sizes.items()
         if not _is_part(value, own[name][1].get(key))
     ]
-    here = {**{n: w.dense for n, w in weights.items()}, **_buffers(model)}
+    here = _values(model)
     there = {name for name in tensors if not name.startswith(_MASK)}
     misfits += [
         f"{name} is only in one of them" for name in sorted(here.keys() ^ there)

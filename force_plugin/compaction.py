@@ -28,7 +28,7 @@ from force_plugin.channels import Channels, Surgery
 from force_plugin.connection import find_flow, tensors
 from force_plugin.copies import plain_copy, rebuilt, tell_features
 from force_plugin.distributed import unwrap
-from force_plugin.errors import CompactionError
+from force_plugin.errors import CompactionError, NotPrunedError
 from force_plugin.example_inputs import (
     call,
     checked_inputs,
@@ -88,9 +88,10 @@ def compact(
 
     Raises:
         TypeError: ``model`` is no module, or there is no tensor in ``example_inputs``.
-        ValueError: Nothing is pruned in the model, a mask holds other values than 0 and
-            1, or the model is sharded.
-        RuntimeError: It cannot be run or traced, its outputs are NaN, or whatever is
+        NotPrunedError: Nothing is pruned in the model.
+        MaskMismatchError: A mask holds other values than 0 and 1.
+        ValueError: The model is sharded.
+        CompactionError: It cannot be run or traced, its outputs are NaN, or whatever is
             taken out changes them; the message says why.
 
     Warns:
@@ -108,7 +109,7 @@ def compact(
         prunable = {n: w.part != 0 for n, w in weights.items() if w.prunable}
         masks = {n: m for n, m in prunable.items() if m.any() and not m.all()}
     if not masks:
-        raise ValueError(
+        raise NotPrunedError(
             "compact: expected a model pruned with torch.nn.utils.prune, or one whose "
             "convolutions and linear layers hold zeros among their weights, got one "
             "without any mask or zero"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from force_plugin.errors import CompactionError
+from force_plugin.errors import CompactionError, MaskMismatchError
 from force_plugin.masks import prune_with
 from force_plugin.parameters import (
     HELD,
@@ -34,7 +34,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         CompactionError: A part of the model is TorchScript.
-        ValueError: The model is sharded, or a mask holds other values than 0 and 1.
+        MaskMismatchError: A mask holds other values than 0 and 1.
+        ValueError: The model is sharded.
     """
     for name, module in model.named_modules():
         if is_scripted(module):
@@ -53,7 +54,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
         for owner in weight.owners:
             mask = mask_of(*owner)
             if mask is not None and not ((mask == 0) | (mask == 1)).all():
-                raise ValueError(f"mask of {weight.name}: expected 0 and 1, got others")
+                raise MaskMismatchError(
+                    f"mask of {weight.name}: expected 0 and 1, got others"
+                )
     with restored(model.modules()), torch.no_grad():
         for module in model.modules():
             # Results of a forward pass, as prune leaves them, cannot be copied.

@@ -39,10 +39,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from force_plugin.distributed import unwrap
 from force_plugin.errors import FileFormatError, NotPrunedError
 from force_plugin.files import write_whole
 from force_plugin.masks import apply_masks, get_masks
-from force_plugin.parameters import name_some
+from force_plugin.names import unwrapped
+from force_plugin.parameters import name_some, named_parameters
 from force_plugin.permanent import make_permanent
 
 USAGE = """\
@@ -83,12 +85,17 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
         ValueError: Nothing is pruned in it.
         OSError: The file cannot be written; one that was there is what it was.
     """
+    model = unwrap(model)
     masks = get_masks(model)
     plain = deepcopy(model)
+    for module in list(plain.modules()):  # without wrappers around parts of it
+        for key, child in module._modules.items():
+            module._modules[key] = None if child is None else unwrapped(child)
     if not masks or prune.is_pruned(plain):  # else it is permanent already
         make_permanent(plain, hold_zeros=False)
     with torch.no_grad():
-        for name, weight in _weights(plain.named_parameters()).items():
+        dense = {name: w.dense for name, w in named_parameters(plain).items()}
+        for name, weight in _weights(dense.items()).items():
             zeros = weight.abs() < torch.finfo(weight.dtype).tiny
             if name in masks:
                 zeros &= masks[name]

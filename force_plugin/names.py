@@ -64,6 +64,21 @@ def named_modules(
             yield from named_modules(child, f"{prefix}.{key}".lstrip("."), seen)
 
 
+def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where each buffer of a model is, a shared one once: its module, and its key.
+
+    The names are those of a model without wrappers, as of :func:`named_modules`.
+    """
+    found: dict[str, tuple[nn.Module, str]] = {}
+    seen = set()
+    for path, module in named_modules(model):
+        for key, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in seen:
+                seen.add(id(buffer))
+                found[f"{path}.{key}".lstrip(".")] = module, key
+    return found
+
+
 def plain(name: str) -> str:
     """A name without all that wrappers may have added to it."""
     return ".".join(part for part in name.split(".") if part not in _SEGMENTS)

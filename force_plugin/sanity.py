@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from force_plugin.distributed import unwrap
 from force_plugin.errors import NotPrunedError
 from force_plugin.masks import checked_masks
+from force_plugin.names import named_buffers
 from force_plugin.parameters import (
     is_scripted,
     is_sharded,
@@ -157,13 +158,17 @@ def _scripted(model: nn.Module) -> dict[str, Tensor]:
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """All buffers but masks."""
+    slots = named_buffers(model)
     masks = {
         id(module._buffers[f"{name}_mask"])
         for weight in named_parameters(model).values()
         for module, name in weight.owners
         if find_hook(module, name) is not None
     }
-    return {name: b for name, b in model.named_buffers() if id(b) not in masks}
+    found = {name: module._buffers[key] for name, (module, key) in slots.items()}
+    return {
+        name: b for name, b in found.items() if b is not None and id(b) not in masks
+    }
 
 
 def _matched(

@@ -18,7 +18,12 @@ from force_plugin.batches import mapped
 from force_plugin.channels import Channels, Surgery, without_reading
 from force_plugin.copies import plain_copy, rebuilt, tell_features
 from force_plugin.distributed import Ranks, unwrap
-from force_plugin.errors import CompactionError
+from force_plugin.errors import (
+    CollapseError,
+    CompactionError,
+    NotFiniteError,
+    NothingToPruneError,
+)
 from force_plugin.example_inputs import checked_inputs, in_float64, many_samples
 from force_plugin.layers import LAYERS, channel_sums, channels_of, layers_of
 from force_plugin.methods import SaliencyMethod, find_method
@@ -212,10 +217,12 @@ def snap_prune(
         device. Optimizers are to be made of it.
 
     Raises:
-        TypeError, ValueError: An argument, a batch or the loss is not as expected.
-        RuntimeError: torch-pruning cannot trace the model, nothing can be taken out of
-            it, the smaller one fails or gives out something else, or a gradient is not
-            finite or missing.
+        TypeError, ValueError: An argument is not as expected.
+        NothingToPruneError, BatchError, NoGradientError, NotFiniteError: As in
+            :func:`force_plugin.force_prune`.
+        CollapseError: No gradient passes, so that there is nothing to rank by.
+        CompactionError: torch-pruning cannot trace the model, nothing can be taken out
+            of it, or the smaller one fails or gives out something else.
 
     Warns:
         UserWarning: Some channels stay, as more would go with them or the model would
@@ -225,7 +232,7 @@ def snap_prune(
     model = unwrap(model)
     inputs = checked_inputs(model, example_inputs, "example_inputs")
     if not any(True for _ in layers_of(model)):
-        raise ValueError(
+        raise NothingToPruneError(
             "snap_prune: expected a model with convolutions or linear layers, got a "
             f"{type(model).__name__} without any"
         )
@@ -475,7 +482,7 @@ def _sensitivities(
                 sums[f"{names[layer]}.{key}"] = found.double().cpu()
     broken = [name for name, one in sums.items() if not one.isfinite().all()]
     if broken:
-        raise RuntimeError(
+        raise NotFiniteError(
             f"the sensitivity of {name_some(broken)} is not finite: its gradient (or "
             "the weight itself) is NaN or inf. Look at the data and the initialisation"
         )
@@ -489,7 +496,7 @@ def _sensitivities(
                     gates.index_add_(0, use.channels, gradient)
         scores[name] = gates[one.choices].sum(1).abs()
     if not any(score.any() for score in scores.values()):
-        raise RuntimeError(
+        raise CollapseError(
             "the sensitivity of every channel is exactly 0: no gradient passes. Look "
             "at the data and the initialisation, or take out fewer channels"
         )

@@ -569,6 +569,7 @@ def holding(**parameters: tuple[int, ...]) -> nn.Module:
         ({"projection": (4, 3)}, {"Module.projection": 12}),
         ({"kernel": (4, 1, 3, 3)}, {"Module.kernel": 36}),
         ({"pos_embed": (1, 9, 4)}, {}),
+        ({"latents": (1, 9, 4)}, {}),
         ({"pos_embed": (9, 4)}, {}),
         ({"positional_embedding": (9, 4)}, {}),
         ({"relative_position_bias_table": (9, 4)}, {}),

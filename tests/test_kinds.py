@@ -29,15 +29,18 @@ from force_plugin import (
     RankError,
     Remark,
     apply_masks,
+    compact,
     diagnose,
     force_prune,
     get_masks,
+    load_compact,
     load_masks,
     load_pruned_state_dict,
     reinitialise,
     saliency,
     save_masks,
     shuffle_masks,
+    snap_prune,
     sparsity_report,
 )
 from force_plugin.hold import InitialWeights, save_pruned
@@ -201,6 +204,22 @@ CASES: dict[str, Case] = {
         FileFormatError,
         network,
         lambda m, path: InitialWeights(str(file(path))),
+    ),
+    "dense_to_compact": (
+        NotPrunedError,
+        network,
+        lambda m, _: compact(m, torch.ones(1, 6), progress=False),
+    ),
+    "compact_file": (FileFormatError, network, lambda m, p: load_compact(m, file(p))),
+    "masks_for_a_compact_file": (
+        FileFormatError,
+        pruned,
+        lambda m, p: load_compact(m, save_masks(get_masks(m), p) or p),
+    ),
+    "no_channels": (
+        NothingToPruneError,
+        nn.ReLU,
+        lambda m, _: snap_prune(m, [], torch.ones(1, 6), 0.5, progress=False),
     ),
     "no_folder_of_classes": (
         BatchError,

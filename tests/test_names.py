@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -23,14 +24,17 @@ from force_plugin import (
     diagnose,
     force_prune,
     get_masks,
+    load_compact,
     load_masks,
     load_pruned_state_dict,
     make_permanent,
     reinitialise,
     saliency,
+    save_compact,
     save_masks,
     sparsity_report,
 )
+from force_plugin.hold import save_pruned
 from force_plugin.names import fitted
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -198,14 +202,6 @@ def test_a_compiled_model_notices_its_masks(wrap: str, called_before: bool) -> N
     assert sparsity_report(model).sparsity == pytest.approx(0.9, abs=1e-4)
 
 
-def test_new_values_come_from_a_plain_model_into_a_compiled_one() -> None:
-    model, fresh = compiled(network()), network(seed=1)
-    force_prune(model, [], 0.9, method="random", progress=False)
-    reinitialise(model, fresh)
-    conv: Any = model.conv1[0]
-    assert torch.equal(conv.weight_orig, fresh.conv1[0].weight)
-
-
 class Own(nn.Module):
     """Calls a part ``module``, and is no wrapper."""
 
@@ -229,6 +225,45 @@ def test_a_part_that_is_called_module_keeps_its_name(wrap: str) -> None:
     other = WRAPS[wrap](Own())
     load_pruned_state_dict(other, plain.state_dict())
     assert_same(get_masks(other), get_masks(model))
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_new_values_come_from_one_into_the_other(wrap: str) -> None:
+    for model, fresh in (
+        (WRAPS[wrap](network()), network(seed=1)),
+        (network(), WRAPS[wrap](network(seed=1))),
+    ):
+        force_prune(model, [], 0.9, method="random", progress=False)
+        reinitialise(model, fresh)
+        images, _ = batch()
+        plain = network(seed=1)
+        apply_masks(plain, get_masks(model))
+        inner = model.module if isinstance(model, ModelEmaV3) else model
+        torch.testing.assert_close(inner.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("permanent", [False, True])
+def test_files_of_weights_have_plain_names(
+    wrap: str, permanent: bool, tmp_path: Path
+) -> None:
+    model, plain = WRAPS[wrap](network()), network(seed=1)
+    force_prune(model, [], 0.9, method="random", progress=False)
+    masks = get_masks(model)
+    if permanent:
+        make_permanent(model)
+    save_pruned(model, tmp_path / "pruned")
+    state = load_file(tmp_path / "pruned")
+    plain.load_state_dict(state)
+    for name, mask in masks.items():
+        assert torch.equal(state[name] != 0, mask)
+    small = network(seed=1)
+    save_compact(model, tmp_path / "small")
+    load_compact(small, tmp_path / "small")
+    assert_same(get_masks(small), masks)
+    other = WRAPS[wrap](network(seed=1))
+    load_compact(other, tmp_path / "small")
+    assert_same(get_masks(other), masks)
 
 
 def test_an_error_has_plain_names() -> None:
