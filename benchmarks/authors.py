@@ -49,6 +49,7 @@ import torch
 from torch import Tensor, nn
 
 from force_plugin import force_prune, get_masks
+from force_plugin.files import write_whole
 
 CLASSES = 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -420,7 +421,7 @@ def main() -> None:
         stored = {"machine": machine, "date": str(date.today()), **setting}
         args.store.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**stored, "rows": rows}, indent=1) + "\n"
-        args.store.write_text(text, encoding="utf-8")
+        write_whole(args.store, text.encode())
 
 
 if __name__ == "__main__":

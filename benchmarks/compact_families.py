@@ -44,6 +44,7 @@ from force_plugin import (
     load_compact,
     save_compact,
 )
+from force_plugin.files import write_whole
 from force_plugin.gates import CLOSED
 
 HERE = Path(__file__).parent
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="only write a table of the results")
     args = parser.parse_args()
     if args.table:
-        args.table.write_text(table(read(args.out)))
+        write_whole(args.table, table(read(args.out)).encode())
         return
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -63,6 +63,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from force_plugin import force_prune, get_masks
 from force_plugin.allocation import freed_memory_kept
+from force_plugin.files import write_whole
 from force_plugin.methods import SaliencyMethod
 from force_plugin.notes import Notes
 from force_plugin.scoring import Probe, _Sums
@@ -997,7 +998,7 @@ def main() -> None:
             if args.store:  # after each section: the next may be interrupted
                 args.store.parent.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(record | {"rows": others + done}, indent=1)
-                args.store.write_text(text + "\n", encoding="utf-8")
+                write_whole(args.store, f"{text}\n".encode())
     if args.plot:
         plot(done, args.plot)
     worse = [

@@ -46,6 +46,7 @@ from force_plugin import (
     make_permanent,
     save_masks,
 )
+from force_plugin.files import write_whole
 from force_plugin.zoo import digits, load_data, load_model
 
 CLASSICS = {
@@ -328,7 +329,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="only write a table of the results")
     args = parser.parse_args()
     if args.table:
-        args.table.write_text(table(read(args.out)))
+        write_whole(args.table, table(read(args.out)).encode())
         return
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -48,6 +48,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm import tqdm
 
 from force_plugin import SparsityReport, force_prune
+from force_plugin.files import write_whole
 from force_plugin.zoo import digits
 
 FASHION, DIGITS = "Fashion-MNIST", "scikit-learn's digits"
@@ -301,7 +302,7 @@ def main() -> None:
         rows = [titles, ["---"] + ["--:"] * (len(titles) - 1), *rows]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         text = textwrap.fill(caption(results, len(runs)), 88)
-        args.table.write_text("\n".join([*lines, "", text, ""]))
+        write_whole(args.table, "\n".join([*lines, "", text, ""]).encode())
         return
 
     todo = [run for run in runs if run not in results]

@@ -39,6 +39,8 @@ import timm
 import torch
 from cost import begin, fresh, make_batch, make_model, peak, prunable, take_turns
 
+from force_plugin.files import write_whole
+
 Row = dict[str, Any]
 Fit = dict[str, Any]
 
@@ -434,7 +436,7 @@ def main() -> None:
     if args.store:
         args.store.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record | {"fit": fitted}, indent=1)
-        args.store.write_text(text + "\n", encoding="utf-8")
+        write_whole(args.store, f"{text}\n".encode())
     if args.plot:
         plot(record, fitted, args.plot)
 

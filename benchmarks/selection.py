@@ -31,6 +31,7 @@ import timm
 import torch
 from torch import Tensor
 
+from force_plugin.files import write_whole
 from force_plugin.selection import top_k_masks
 
 Method = Callable[[list[Tensor], int], float]
@@ -168,7 +169,7 @@ def main() -> None:
     if args.store:
         record = {"machine": machine, "date": str(date.today()), "rows": stored}
         args.store.parent.mkdir(exist_ok=True)
-        args.store.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.store, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 if __name__ == "__main__":

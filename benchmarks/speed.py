@@ -54,6 +54,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from force_plugin import compact, force_prune, make_permanent
+from force_plugin.files import write_whole
 from force_plugin.size import multiplications
 from force_plugin.zoo import digits, load_data, load_model
 
@@ -246,7 +247,7 @@ def read(file: Path) -> list[Row]:
 
 def write(file: Path, rows: list[Row]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_whole(file, f"{json.dumps(rows, indent=1)}\n".encode())
 
 
 def show_machines(rows: Iterable[Row]) -> None:

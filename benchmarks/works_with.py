@@ -55,6 +55,7 @@ from force_plugin import (
     load_pruned_state_dict,
     make_permanent,
 )
+from force_plugin.files import write_whole
 from force_plugin.zoo import digits, load_data
 
 Batch = tuple[Tensor, Tensor]
@@ -544,6 +545,36 @@ def exports(case: Case) -> None:
     torch.testing.assert_close(exported.module()(case.inputs), model(case.inputs))
 
 
+@row("`torch.jit.trace`")
+def is_traced(case: Case) -> None:
+    model = case.build().eval()
+    traced = torch.jit.trace(model, case.inputs)
+    torch.testing.assert_close(traced(case.inputs), model(case.inputs))
+
+
+def scripted(model: nn.Module, inputs: Tensor) -> None:
+    model.eval()
+    script = torch.jit.script(model)
+    torch.testing.assert_close(script(inputs), model(inputs))
+
+
+@row("`torch.jit.script`")
+def is_scripted(case: Case) -> None:
+    with timm.layers.set_scriptable(True):
+        model = case.build()
+    scripted(model, case.inputs)
+
+
+@row("`torch.jit.script` after `prune.remove`")
+def is_scripted_once_removed(case: Case) -> None:
+    with timm.layers.set_scriptable(True):
+        model = case.build()
+    for module in model.modules():
+        if isinstance(module, nn.Module) and hasattr(module, "weight_mask"):
+            prune.remove(module, "weight")
+    scripted(model, case.inputs)
+
+
 @row("ONNX export")
 def exports_onnx(case: Case) -> None:
     from onnx.reference import ReferenceEvaluator
@@ -946,7 +977,7 @@ def main() -> None:
     table = in_markdown(list(forms(masks, batch)), results)
     print(table)
     if args.table:
-        args.table.write_text(table)
+        write_whole(args.table, table.encode())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,23 @@
-"""Batches as loaders give them: tensors, and tuples, lists and mappings of them."""
+"""Batches as loaders give them: tensors, and containers, which keep their types.
+
+A container is a tuple, list, set, deque or mapping, or a record: a dataclass, say.
+Anything else is one thing: only its own ``to`` knows how it is moved.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from argparse import Namespace
+from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy, deepcopy
+from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+
+from force_plugin.errors import BatchError
 
 # By number of dimensions.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -21,54 +32,253 @@ def to_device(
     batch: Any, device: torch.device, formats: Mapping[int, torch.memory_format]
 ) -> Any:
     """Copies of a batch's tensors on a device: a network may work on them in place."""
+
+    def format_of(tensor: Tensor) -> torch.memory_format:
+        known = formats if tensor.is_floating_point() else {}
+        return known.get(tensor.dim(), torch.preserve_format)
+
     if isinstance(batch, Tensor):
-        known = formats if batch.is_floating_point() else {}
-        memory_format = known.get(batch.dim(), torch.preserve_format)
-        return batch.to(device, copy=True, memory_format=memory_format)
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    return _rebuilt(batch, lambda value: to_device(value, device, formats))
+        return batch.to(device, copy=True, memory_format=format_of(batch))
+    if _moves_itself(batch):
+        # It knows what has to stay where it is, as lengths do. BatchEncoding changes
+        # itself, and others that do so return nothing.
+        own = _copied(batch)
+        moved = own.to(device)
+        return mapped(
+            lambda t: t.to(memory_format=format_of(t)), own if moved is None else moved
+        )
+    return rebuilt(batch, lambda value: to_device(value, device, formats))
 
 
 def count_samples(batch: Any) -> int:
     """The first dimension of the first tensor that has one; 0 if there is none."""
-    found: list[int] = []
-
-    def look(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.extend(value.shape[:1])
-        else:
-            _rebuilt(value, look)
-
-    look(batch)
-    return found[0] if found else 0
+    if isinstance(batch, Tensor):
+        return batch.size(0) if batch.dim() else 0
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    return next(filter(None, map(count_samples, items(batch))), 0)
 
 
 def cut(batch: Any, samples: int, part: slice) -> Any:
-    """Some of a batch's samples, with all that does not belong to one of them."""
+    """Some of a batch's samples, with all that does not belong to one of them.
+
+    Raises:
+        BatchError: Something holds as many samples and is no container.
+    """
+    if isinstance(batch, Tensor) and count_samples(batch) != samples:
+        return batch
+    if isinstance(batch, Tensor) and batch.is_nested:
+        return torch.nested.as_nested_tensor(
+            [*batch.unbind()[part]], layout=batch.layout
+        )
     if isinstance(batch, Tensor):
-        return batch[part] if batch.shape[:1] == (samples,) else batch
-    return _rebuilt(batch, lambda value: cut(value, samples, part))
+        return batch[part]
+    if isinstance(batch, PackedSequence):
+        if count_samples(batch) != samples:
+            return batch
+        sequences = unpack_sequence(batch)[part]
+        return pack_sequence(sequences, enforce_sorted=batch.sorted_indices is None)
+    result = rebuilt(batch, lambda value: cut(value, samples, part))
+    if result is batch and not isinstance(batch, nn.Module):
+        hidden = attributes(batch).values()
+        if samples in map(count_samples, hidden):
+            raise BatchError(
+                "microbatch: expected batches of tensors in tuples, lists, mappings or "
+                f"dataclasses, got {describe(batch)} that holds {samples} samples and "
+                "that nobody but its class can cut",
+                "make it one of these, or leave microbatch out",
+            )
+    return result
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same tuples, lists and mappings with other tensors."""
+    """The same containers with other tensors."""
     if isinstance(value, Tensor):
         return function(value)
-    return _rebuilt(value, lambda item: mapped(function, item))
+    return rebuilt(value, lambda item: mapped(function, item))
 
 
-def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """A mapping, tuple or list with changed items; anything else as it is."""
+def items(batch: Any) -> Iterable[Any]:
+    """What a container holds, in its order; nothing of anything else."""
+    if isinstance(batch, PackedSequence):
+        return (batch.data,)
     if isinstance(batch, Mapping):
-        return {key: change(value) for key, value in batch.items()}
-    if hasattr(batch, "to"):  # a PackedSequence is a tuple of what belongs together
+        return batch.values()
+    if isinstance(batch, _PLAIN):
         return batch
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(change(value) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(change(value) for value in batch)
+    return attributes(batch).values() if _is_record(batch) else ()
+
+
+_PLAIN = (tuple, list, set, frozenset, deque)
+
+
+def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """A container of the same type with changed items; anything else as it is.
+
+    Its attributes are changed, too: some dictionaries keep their items in both places.
+    No method of its class is called, since it may refuse, or do more.
+
+    Args:
+        batch: Any value. It stays as it is.
+        change: Gets each item, and returns what takes its place.
+
+    Raises:
+        BatchError: It is a mapping that cannot be made again with other items.
+    """
+    if isinstance(batch, PackedSequence):  # a tuple of what belongs together
+        return type(batch)(change(batch.data), *batch[1:])
+    if _is_tensordict(batch):
+        result = batch.apply(change, batch_size=[])
+        return result.auto_batch_size_(len(batch.batch_size))
+    if isinstance(batch, dict) and dict.__len__(batch) == len(batch):
+        base = OrderedDict if isinstance(batch, OrderedDict) else dict
+        known = {key: (item, change(item)) for key, item in base.items(batch)}
+        clone = _bare(batch)
+        for key, (_, item) in known.items():
+            base.__setitem__(clone, key, item)
+        return _with_attributes(clone, batch, change, known.values())
+    if isinstance(batch, _PLAIN):
+        return _sequence(batch, change)
+    if _is_record(batch):
+        return _with_attributes(_bare(batch), batch, change)
+    if isinstance(batch, Mapping):
+        return _mapping(batch, change)
     return batch
+
+
+def _sequence(batch: Any, change: Callable[[Any], Any]) -> Any:
+    base: Any = next(kind for kind in _PLAIN if isinstance(batch, kind))
+    pairs = [(item, change(item)) for item in base.__iter__(batch)]
+    changed = [new for _, new in pairs]
+    if base not in (tuple, frozenset):
+        clone = base.__new__(type(batch))
+        rest = (batch.maxlen,) if isinstance(batch, deque) else ()
+        base.__init__(clone, changed, *rest)
+    elif all(new is old for old, new in pairs):
+        return batch
+    else:
+        try:
+            clone = base.__new__(type(batch), changed)
+        except TypeError:  # torch.return_types are tuples of C's making
+            return type(batch)(changed)
+    return _with_attributes(clone, batch, change, pairs)
+
+
+def _mapping(batch: Mapping[Any, Any], change: Callable[[Any], Any]) -> Any:
+    """A mapping that is no dictionary: with another one inside, or made from one."""
+    own = dict(batch.items())
+    for value in attributes(batch).values():
+        if isinstance(value, Mapping) and _same(dict(value.items()), own):
+            return _with_attributes(_bare(batch), batch, change)
+    changed = {key: change(item) for key, item in own.items()}
+    kind: Callable[..., Any] = type(batch)
+    try:
+        clone = kind(changed)
+        if type(clone) is type(batch) and _same(dict(clone.items()), changed):
+            return clone
+        reason = "its class makes something else of a dictionary"
+    except Exception as error:
+        reason = f"its class takes no dictionary ({type(error).__name__}: {error})"
+    raise BatchError(
+        "batch: expected mappings that can be made again with other tensors, got "
+        f"{describe(batch)}: {reason}",
+        "put a dict or a dataclass in its place",
+    )
+
+
+def _bare(value: Any) -> Any:
+    """Another of its type, which no code of its class has seen."""
+    base = next(b for b in (dict, SimpleNamespace, object) if isinstance(value, b))
+    return base.__new__(type(value))
+
+
+def _same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return one.keys() == other.keys() and all(one[k] is other[k] for k in one)
+
+
+def _with_attributes(
+    clone: Any,
+    batch: Any,
+    change: Callable[[Any], Any],
+    known: Iterable[tuple[Any, Any]] = (),
+) -> Any:
+    """Give a new container the changed attributes of the old one."""
+    done = {id(old): new for old, new in known}
+
+    def changed(value: Any) -> Any:
+        return done[id(value)] if id(value) in done else change(value)
+
+    for member, value in _slots(batch):
+        member.__set__(clone, changed(value))
+    state = _state(batch)
+    if state is batch:  # as in many a dictionary with attributes
+        object.__setattr__(clone, "__dict__", clone)
+    else:
+        values = {name: changed(value) for name, value in state.items()}
+        _state(clone).update(values)
+    return clone
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """What an object itself holds, by name, in slots as well."""
+    return {slot.__name__: item for slot, item in _slots(value)} | _state(value)
+
+
+def _slots(value: Any) -> Iterator[tuple[MemberDescriptorType, Any]]:
+    """The slots of an object that were set, and what is in them."""
+    for kind in type(value).__mro__:
+        for name, member in vars(kind).items():
+            if isinstance(member, MemberDescriptorType) and name != "__dict__":
+                try:
+                    item = member.__get__(value)
+                except AttributeError:
+                    continue
+                yield member, item
+
+
+def _state(value: Any) -> dict[str, Any]:
+    try:
+        # A __getattr__ of its own may raise anything.
+        state: dict[str, Any] = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        state = {}
+    return state
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it has attributes for its items, and says so."""
+    declared = ("__dataclass_fields__", "__attrs_attrs__", "__pydantic_fields__")
+    if isinstance(value, nn.Module):
+        return False
+    return isinstance(value, SimpleNamespace | Namespace | UserDict | UserList) or any(
+        hasattr(type(value), name) for name in declared
+    )
+
+
+def _is_tensordict(value: Any) -> bool:
+    """Whether it is one of the tensordict package, which cannot be asked for."""
+    return all(
+        hasattr(type(value), name) for name in ("batch_size", "auto_batch_size_")
+    )
+
+
+def _moves_itself(value: Any) -> bool:
+    """Whether its class has a method ``to``; a dictionary may have such a key."""
+    own = callable(getattr(type(value), "to", None))
+    return own and not isinstance(value, nn.Module)
+
+
+def _copied(value: Any) -> Any:
+    """A container with copies of its tensors, or a copy of anything that can move."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    other = rebuilt(value, _copied)
+    if other is not value or not _moves_itself(value):
+        return other
+    try:
+        return deepcopy(value)
+    except Exception:  # of a lock in it, say
+        return copy(value)
 
 
 def describe(value: Any) -> str:

@@ -25,6 +25,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from force_plugin.copies import number_values, places, slots_in
 from force_plugin.layers import LAYERS, channel_axis, channels_of, layers_of
+from force_plugin.modes import Behaviour, Mode
 from force_plugin.parameters import named_parameters
 from force_plugin.snapshot import restored
 from force_plugin.tracing import Patience, layers_next_to, sizes_after, sizes_of, trace
@@ -161,6 +162,7 @@ class Graph:
     Args:
         model: A model that may be changed, as :func:`plain_copy` makes it.
         inputs: What it is called with.
+        modes: In which modes.
         sets: The sets of another copy, which it takes a while to find. Default: they
             are looked for.
 
@@ -176,6 +178,7 @@ class Graph:
         self,
         model: nn.Module,
         inputs: Any,
+        modes: Iterable[Mode],
         sets: Mapping[str, Channels] | None = None,
     ) -> None:
         self.model = model
@@ -190,7 +193,7 @@ class Graph:
             # Some modules keep what they have computed for the next time.
             with warnings.catch_warnings(), restored(model.modules()):
                 warnings.simplefilter("ignore")
-                self._graph = trace(model, inputs)
+                self._graph = trace(model, inputs, modes)
                 self._patience = Patience(self._graph)
                 groups = self._graph.get_all_groups() if sets is None else ()
                 groups = list(map(self._patience.renew, groups))
@@ -398,7 +401,7 @@ class Surgery:
 
     Args:
         plain: A model as :func:`plain_copy` makes it; it stays as it is.
-        inputs: What it is called with.
+        behaviour: Its modes, and with what it is called.
 
     Attributes:
         sets: Its sets of channels by name.
@@ -407,10 +410,11 @@ class Surgery:
         RuntimeError: torch-pruning cannot trace it.
     """
 
-    def __init__(self, plain: nn.Module, inputs: Any) -> None:  # noqa: D107
+    def __init__(self, plain: nn.Module, behaviour: Behaviour) -> None:  # noqa: D107
         self._plain = plain
-        self._inputs = inputs
-        graph = Graph(copy.deepcopy(plain), inputs)
+        self._inputs = behaviour.few
+        self._modes = behaviour.traced
+        graph = Graph(copy.deepcopy(plain), self._inputs, self._modes)
         self.sets = graph.sets
         graph.close()
 
@@ -423,7 +427,7 @@ class Surgery:
         Raises:
             RuntimeError: Others would go with them.
         """
-        graph = Graph(copy.deepcopy(self._plain), self._inputs, self.sets)
+        graph = Graph(copy.deepcopy(self._plain), self._inputs, self._modes, self.sets)
         number_values(graph.model)
         try:
             graph.cut(removed)

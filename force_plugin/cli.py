@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import io
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +36,15 @@ from force_plugin import (
     save_masks,
 )
 from force_plugin.distributed import Ranks
+from force_plugin.errors import (
+    BatchError,
+    CollapseError,
+    NoGradientError,
+    NotFiniteError,
+    NothingToPruneError,
+    PruningError,
+)
+from force_plugin.files import write_whole
 from force_plugin.hold import save_pruned
 from force_plugin.methods import METHODS
 from force_plugin.schedules import SCHEDULES
@@ -66,6 +77,20 @@ with the masks; load_metadata(...) of the same file tells how they were made. Th
 --seed makes the same model, so a model made in Python after
 timm.utils.random_seed(seed) has the weights that these masks were chosen for."""
 
+# What errors and reports advise is for Python. Of an error without a line here, its
+# problem is all there is to say.
+_ADVICE: dict[type[Exception], str] = {
+    BatchError: "look at --data, --num-classes and --batch-size",
+    CollapseError: (
+        "take {steps}more --batches, a lower --sparsity or another --method, or "
+        "--on-collapse warn to write it all the same"
+    ),
+    NoGradientError: "take another model, or --method magnitude or random",
+    NotFiniteError: "look at the data and initial weights, or leave --autocast out",
+    NothingToPruneError: "take another model",
+    torch.cuda.OutOfMemoryError: "take a smaller --microbatch or --batch-size",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser that leaves it to ``main`` to say what is wrong, in one line."""
@@ -91,16 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             where the pruning failed (memory, gradients that are not finite, another
             process, ...); with status 0 after ``--help``.
     """
-    parser = _make_parser()
+    parser, args = _make_parser(), argparse.Namespace()
     with _process_group() as ranks:
         try:
-            _prune(parser, argv, ranks)
+            _prune(parser, argv, args, ranks)
             return 0
         except (ValueError, OSError) as error:
-            status, said = 2, f"error: {error}"
+            status, said = 2, f"error: {_told(error, args)}"
         except RuntimeError as error:
-            advice = str(error).replace('on_collapse="warn"', "--on-collapse warn")
-            status, said = 1, f"error: {advice}"
+            status, said = 1, f"error: {_told(error, args)}"
         except KeyboardInterrupt:
             status, said = 130, "interrupted"
         if ranks.rank == 0:
@@ -109,6 +133,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status == 130:
         return status
     raise SystemExit(status)
+
+
+def _told(error: Exception, args: argparse.Namespace) -> str:
+    """An error, and what to do about it by options."""
+    problem = error.problem if isinstance(error, PruningError) else str(error)
+    advice = next((a for kind, a in _ADVICE.items() if isinstance(error, kind)), "")
+    fixed = "method" in args and METHODS[args.method].steps is not None
+    steps = "" if fixed else "another number of --steps, "
+    return "; ".join(filter(None, (problem, advice.format(steps=steps))))
 
 
 @contextmanager
@@ -310,10 +343,15 @@ def _make_parser() -> _Parser:
     return parser
 
 
-def _prune(parser: _Parser, argv: Sequence[str] | None, ranks: Ranks) -> None:
+def _prune(
+    parser: _Parser,
+    argv: Sequence[str] | None,
+    args: argparse.Namespace,
+    ranks: Ranks,
+) -> None:
     """Do what the arguments say, the cheap checks before the pruning."""
     with ranks:
-        args = parser.parse_args(argv)
+        parser.parse_args(argv, args)
         random_seed(args.seed)
         # One process of each machine downloads, and the others wait.
         waits = os.environ.get("LOCAL_RANK", "0") != "0"
@@ -362,6 +400,8 @@ def _prune(parser: _Parser, argv: Sequence[str] | None, ranks: Ranks) -> None:
         )
     with ranks:
         if ranks.rank == 0:
+            problems = tuple(getattr(w, "problem", w) for w in report.warnings)
+            report = replace(report, warnings=problems)
             options = {**vars(args), "processes": ranks.size}
             _write(model, report, out, options)
             _print(report, out, args.quiet)
@@ -422,16 +462,17 @@ def _made_by(options: dict[str, Any]) -> dict[str, Any]:
 
 def _write_json(report: SparsityReport, path: Path, options: dict[str, Any]) -> None:
     text = json.dumps({"options": options, **report.to_dict()}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, f"{text}\n".encode())
 
 
 def _write_csv(report: SparsityReport, path: Path) -> None:
     layers = report.to_dict()["layers"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(layers[0]))
-        writer.writeheader()
-        for layer in layers:
-            writer.writerow({**layer, "shape": "x".join(map(str, layer["shape"]))})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(layers[0]))
+    writer.writeheader()
+    for layer in layers:
+        writer.writerow({**layer, "shape": "x".join(map(str, layer["shape"]))})
+    write_whole(path, text.getvalue().encode())
 
 
 # Types of arguments. argparse turns an ArgumentTypeError into an error of the argument.

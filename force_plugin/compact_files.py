@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from force_plugin.files import read_safetensors, write_whole
 from force_plugin.masks import apply_masks
 from force_plugin.parameters import Weight, mask_of, name_some, named_parameters
 from force_plugin.permanent import make_permanent
@@ -35,7 +36,8 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         TypeError: ``model`` is no module.
-        OSError: The file cannot be written, because the folder does not exist, say.
+        OSError: The file cannot be written, because the folder does not exist, say; a
+            file that was there is what it was.
     """
     weights = named_parameters(model)
     values = {name: weight.dense.detach() for name, weight in weights.items()}
@@ -52,8 +54,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         "permanent": json.dumps(bool(masks) and not masked),
     }
     header["sha256"] = _checksum(header, tensors)
-    # save_file makes files that only their owner may read.
-    Path(path).write_bytes(save(tensors, header))
+    write_whole(path, save(tensors, header))
 
 
 def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
@@ -143,9 +144,7 @@ def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
             f"{path}: no such file; pass the path of one that save_compact wrote"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header, tensors = read_safetensors(path)
     except SafetensorError as error:
         raise ValueError(
             f"{path}: no safetensors file, or one that is cut short ({error})"

@@ -3,8 +3,8 @@
 Which channels these are is measured, not derived from the names of operations: in
 copies with random values where no mask is, a channel is cut off from the inputs if it
 is the same for all of them, and from the outputs if no gradient comes back to it. What
-is taken out is checked: in float64, the outputs must stay what they were, else the
-channels concerned stay.
+is taken out is checked: in float64 and in both modes, the outputs must stay what they
+were, else the channels concerned stay.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,21 +26,18 @@ from tqdm import tqdm
 from force_plugin.batches import count_samples, mapped
 from force_plugin.channels import Channels, Surgery
 from force_plugin.connection import find_flow, tensors
-from force_plugin.copies import fill, plain_copy, rebuilt, tell_features
+from force_plugin.copies import plain_copy, rebuilt, tell_features
 from force_plugin.distributed import unwrap
+from force_plugin.errors import CompactionError
 from force_plugin.example_inputs import (
-    TOLERANCE,
     call,
     checked_inputs,
-    distance,
     in_float64,
-    jittered,
     many_samples,
-    outputs_of,
     shuffled,
 )
-from force_plugin.gates import CLOSED
-from force_plugin.layers import channel_axis, channels_of, layers_of
+from force_plugin.layers import channel_axis, layers_of
+from force_plugin.modes import Behaviour, Mode, in_mode, is_bias
 from force_plugin.parameters import named_parameters
 from force_plugin.schedules import check_count
 from force_plugin.snapshot import restored, undisturbed
@@ -64,8 +62,10 @@ def compact(
     and columns of all layers that write and read it, through residual sums,
     concatenations, groups and batch normalisations. What remains is an ordinary model
     with the values, masks and modes that it had, and the same outputs in evaluation
-    mode. Which channels depend on each other is found by torch-pruning's dependency
-    graph (Fang et al. 2023, arXiv 2301.12900).
+    mode; in training mode too, but for what is random and for the statistics of a
+    batch. Which channels depend on each other is found by torch-pruning's dependency
+    graph (Fang et al. 2023, arXiv 2301.12900), in both modes where training uses other
+    layers, such as auxiliary heads.
 
     These stay: one channel of each set at least, those that carry a constant (the bias
     of a normalisation that was trained), the inputs and outputs of the model, channels
@@ -95,8 +95,10 @@ def compact(
 
     Warns:
         UserWarning: Some channels stay although masks have cut them off, as without
-            them the outputs would be others; or the masks have disconnected the
-            network, so that next to nothing is left of it.
+            them the outputs would be others in one of the modes; training mode cannot
+            be run with ``example_inputs``; layers take part in neither mode, and stay
+            as they are; or the masks have disconnected the network, so that next to
+            nothing is left of it.
     """
     check_count("round_to", round_to)
     model = unwrap(model)
@@ -141,63 +143,48 @@ class _Compaction:
         self._masks = masks
         self._plain = plain_copy(model)
         _mask(self._plain, masks)
-        # Behind a gate that is closed at initialisation, nothing is seen of a mistake.
-        self._variants = [self._plain, _opened(self._plain, masks)]
-        self._trial = mapped(jittered, self._inputs)
-        self._expected: list[list[Tensor]] = []
-        self._carried: dict[str, Tensor] = {}
+        self._behaviour = Behaviour(self._plain, masks, self._inputs)
         self._connected = False  # whether random values lead to the outputs
-        try:
-            for one in self._variants:
-                watched, outputs = _watch(one, self._trial, graded=False)
-                self._expected.append(outputs)
-                for name, seen in watched.items():
-                    before = self._carried.get(name, torch.zeros(()))
-                    self._carried[name] = torch.maximum(seen.largest, before)
-        except Exception as error:
-            raise RuntimeError(
-                f"{type(model).__name__} cannot be run with example_inputs in float64: "
-                f"{type(error).__name__}: {error}. The model is as it was"
-            ) from error
-
-        if any(output.isnan().any() for output in self._expected[0]):
-            raise RuntimeError(
-                f"{type(model).__name__}: its outputs are NaN, so that they cannot be "
-                "compared; look at the weights. The model is as it was"
-            )
 
     def result(self, round_to: int) -> nn.Module:
         self._advance()
-        surgery = Surgery(self._plain, many_samples(self._inputs, 2))
+        behaviour = self._behaviour
+        surgery = Surgery(self._plain, behaviour)
         layers = self._cut_off()
-        # Layers that are called in training only read channels that no graph shows.
-        unseen = {
-            channels_of(one)[0] for n, one in layers_of(self._plain) if n not in layers
-        }
         wanted = {
             name: removable
             for name, one in surgery.sets.items()
-            if one.size not in unseen
             if (removable := _removable(one, layers, round_to)).any()
         }
-        removed, problems = surgery.possible(wanted, self._problem)
+        unfollowed = {
+            name: behaviour.unfollowed
+            for name, one in surgery.sets.items()
+            if behaviour.unfollowed and one.fixed
+            if _removable(replace(one, fixed=""), layers, round_to).any()
+        }
+        removed, problems = surgery.possible(
+            wanted, lambda cut, _: behaviour.problem(cut)
+        )
         if problems and not removed:
-            raise RuntimeError(
+            raise CompactionError(
                 f"{type(self._model).__name__}: none of the channels that masks have "
                 f"cut off can be taken out: {next(iter(problems.values()))}. The model "
                 "is as it was"
             )
-        if problems:
+        if problems := problems | unfollowed:
             name, reason = next(iter(problems.items()))
+            total = len(wanted) + len(unfollowed)
             warnings.warn(
-                f"{len(problems)} of {len(wanted)} sets of channels stay although "
-                f"masks have cut some off (that of {name}, for one): {reason}",
+                f"{len(problems)} of {total} sets of channels stay although masks have "
+                f"cut some off (that of {name}, for one): {reason}",
                 stacklevel=4,
             )
+        for complaint in behaviour.complaints(bool(removed)):
+            warnings.warn(complaint, stacklevel=4)
         self._advance()
-        opened = self._variants[1]
+        opened = behaviour.variants[1]
         if not self._connected and (
-            find_flow(opened, lambda: call(opened, self._trial)).connected is False
+            find_flow(opened, lambda: call(opened, behaviour.trial)).connected is False
         ):
             warnings.warn(
                 "the masks have disconnected the network: its outputs no longer depend "
@@ -209,41 +196,37 @@ class _Compaction:
         self._advance()
         return small
 
-    def _problem(self, cut: nn.Module, removed: object) -> str | None:
-        """Whether other outputs come from a cut copy, or outputs of another shape."""
-        for variant, expected in zip(self._variants, self._expected, strict=True):
-            fill(cut, variant)
-            found = outputs_of(cut, self._trial)
-            if [o.shape for o in found] != [o.shape for o in expected]:
-                return "the outputs would have other shapes"
-            for one, other in zip(found, expected, strict=True):
-                if not (off := distance(one, other)) <= TOLERANCE:
-                    return f"an output would change by {off:.3g} of the largest"
-        return None
-
     def _cut_off(self) -> dict[str, Tensor]:
         """Which input channels of each layer are cut off, by its name."""
+        modes = self._behaviour.traced
+        carried: dict[str, Tensor] = {}
+        for mode, one in product(modes, self._behaviour.variants):
+            watched = _watch(one, self._behaviour.trial, mode, graded=False)
+            for name, seen in watched.items():
+                before = carried.get(name, torch.zeros(()))
+                carried[name] = torch.maximum(seen.largest, before)
         layers: dict[str, _Seen] = {}
         for positive in _DRAWS:
             self._advance()
             model = copy.deepcopy(self._plain).requires_grad_(False)
             _randomise(model, self._masks, positive)
-            inputs = mapped(partial(_random_like, positive=positive), self._inputs)
-            for name, seen in _watch(model, inputs, graded=True)[0].items():
-                known = layers.setdefault(name, _Seen())
-                known.join(seen.differs, seen.read, seen.largest)
-            self._connected |= any(
-                bool(tensor.grad.any())
-                for tensor in tensors(inputs)
-                if tensor.grad is not None
-            )
+            for mode in modes:
+                inputs = mapped(partial(_random_like, positive=positive), self._inputs)
+                for name, seen in _watch(model, inputs, mode, graded=True).items():
+                    known = layers.setdefault(name, _Seen())
+                    known.join(seen.differs, seen.read, seen.largest)
+                self._connected |= mode == "evaluation" and any(
+                    bool(tensor.grad.any())
+                    for tensor in tensors(inputs)
+                    if tensor.grad is not None
+                )
         varied = any(_varies(tensor) for tensor in tensors(self._inputs))
         for seen in layers.values():
             seen.differs |= not varied
         return {
-            name: ~seen.read | (~seen.differs & (self._carried[name] == 0))
+            name: ~seen.read | (~seen.differs & (carried[name] == 0))
             for name, seen in layers.items()
-            if name in self._carried
+            if name in carried
         }
 
 
@@ -268,13 +251,14 @@ class _Seen:
 
 
 def _watch(
-    model: nn.Module, inputs: Any, *, graded: bool
-) -> tuple[dict[str, _Seen], list[Tensor]]:
+    model: nn.Module, inputs: Any, mode: Mode, *, graded: bool
+) -> dict[str, _Seen]:
     """Run a model and look at the inputs of its layers.
 
     Args:
         model: In float64, without parameters that require gradients if ``graded``.
         inputs: What it is called with.
+        mode: In which mode.
         graded: Look at the gradients too. Outputs of layers are then scaled to at most
             1, as no gradient passes a gate that is saturated, and what looks up rows
             in a table gives different ones.
@@ -316,6 +300,7 @@ def _watch(
         return output * _random_like(output, positive=True)
 
     with ExitStack() as hooks, torch.set_grad_enabled(graded):
+        hooks.enter_context(in_mode(model, mode))
         hooks.enter_context(restored(model.modules()))
         for name, module in layers_of(model):
             handle = module.register_forward_pre_hook(partial(look, name))
@@ -325,23 +310,19 @@ def _watch(
         for module in model.modules():
             if graded and isinstance(module, nn.Embedding):
                 hooks.callback(module.register_forward_hook(vary).remove)
-        outputs = [
-            output.clone()
-            for output in tensors(call(model, mapped(torch.clone, inputs)))
-            if output.is_floating_point()
-        ]
+        outputs = [*tensors(call(model, mapped(torch.clone, inputs)))]
     if ends := [output for output in outputs if output.requires_grad]:
         # A plain sum would have no gradient behind a softmax or a normalisation.
         weights = [torch.rand_like(output) for output in ends]
         torch.autograd.backward(ends, weights)
-    return found, [output.detach() for output in outputs]
+    return found
 
 
 def _removable(one: Channels, cut_off: Mapping[str, Tensor], round_to: int) -> Tensor:
     """Which channels of a set may go, bool ``[size]``."""
     free = torch.ones(one.size, dtype=torch.bool)
     for use in one.readers:
-        # Of layers that are never called, whose weights others take, nothing is known.
+        # Of layers whose weights others take, without a call, nothing is known.
         gone = cut_off.get(use.layer, torch.zeros(int(use.positions.max()) + 1) > 0)
         free[use.channels[~gone[use.positions]]] = False
     return one.removable(free, round_to)
@@ -366,10 +347,6 @@ def _varies(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or bool((tensor != tensor.flatten()[:1]).any())
 
 
-def _is_bias(name: str) -> bool:
-    return "bias" in name.rpartition(".")[2]
-
-
 @torch.no_grad()
 def _mask(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     for name, weight in named_parameters(model).items():
@@ -390,37 +367,9 @@ def _randomise(model: nn.Module, masks: Mapping[str, Tensor], positive: bool) ->
         values.uniform_(0.5, 1.5)
         if not positive and values.dim() > 1:
             values.mul_(torch.randn_like(values).sign())
-        if _is_bias(name):
+        if is_bias(name):
             values.mul_(1e-4)
     _mask(model, masks)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.reset_running_stats()
-
-
-@torch.no_grad()
-def _opened(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """What an initialisation has closed is open, wherever no mask is.
-
-    Returns:
-        A copy that shares all other parameters.
-    """
-    memo = {id(parameter): parameter for parameter in model.parameters()}
-    result = copy.deepcopy(model, memo)
-    for name, weight in named_parameters(result).items():
-        values = weight.dense
-        if not values.is_floating_point() or _is_bias(name) or not values.numel():
-            continue
-        closed = values == 0
-        if values.abs().max() <= CLOSED:
-            closed = torch.ones_like(closed)
-        if name in masks:
-            closed &= masks[name].to(closed.device)
-        if not closed.any():
-            continue
-        fan_in = values[0].numel() if values.dim() > 1 else 1
-        random = (torch.rand_like(values) + 0.5) / fan_in**0.5
-        opened = nn.Parameter(torch.where(closed, random, values))
-        for module, key in weight.slots():
-            module._parameters[key] = opened
-    return result

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from force_plugin.batches import items, mapped
+from force_plugin.parameters import is_scripted
 
 
 class Flow(NamedTuple):
@@ -93,6 +95,7 @@ class _Calls:
     ) -> list[Tensor]:
         """Run, and return the outputs of the last of these that no other one called."""
         outputs: list[Tensor] = []
+        modules = [module for module in modules if not is_scripted(module)]
         depth = 0
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -104,7 +107,7 @@ class _Calls:
                 return None
             first = not self.leaves
             enter = partial(self._enter, first=first)
-            return _map(enter, args), _map(enter, kwargs)
+            return mapped(enter, args), mapped(enter, kwargs)
 
         def end(module: nn.Module, args: Any, output: Any) -> None:
             nonlocal depth
@@ -117,7 +120,7 @@ class _Calls:
         leaves = [
             module
             for module in {m for top in modules for m in top.modules()}
-            if next(module.children(), None) is None
+            if next(module.children(), None) is None and not is_scripted(module)
         ]
         handles = []
         for module in modules:
@@ -177,7 +180,7 @@ def responds(model: nn.Module, run: Callable[[], object]) -> bool:
                 return tensor
             return torch.empty_like(tensor).copy_(tensor.roll(shift, 0))  # its strides
 
-        return _map(move, args), _map(move, kwargs)
+        return mapped(move, args), mapped(move, kwargs)
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         seen[-1].extend(tensors(output))
@@ -216,25 +219,9 @@ def _differentiable(value: Any) -> Iterator[Tensor]:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
+    """The tensors in nested containers."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
+    else:
+        for item in items(value):
             yield from tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors(item)
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        mapped = copy(value)  # of its own type: it may have more than a dictionary
-        for key, item in value.items():
-            mapped[key] = _map(function, item)
-        return mapped
-    if type(value) in (tuple, list):
-        return type(value)(_map(function, item) for item in value)
-    return value

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from force_plugin.errors import CompactionError
 from force_plugin.masks import prune_with
 from force_plugin.parameters import (
     HELD,
     Weight,
-    find_readers,
+    is_scripted,
     is_sharded,
     mask_of,
     named_parameters,
 )
 from force_plugin.permanent import make_permanent
-from force_plugin.reparametrisation import forget_readers, remove
+from force_plugin.reparametrisation import remove
 from force_plugin.snapshot import restored
 
 
@@ -32,8 +33,16 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """A copy without masks, its parameters dense, in float64 and evaluation mode.
 
     Raises:
+        CompactionError: A part of the model is TorchScript.
         ValueError: The model is sharded, or a mask holds other values than 0 and 1.
     """
+    for name, module in model.named_modules():
+        if is_scripted(module):
+            raise CompactionError(
+                f"model: expected one in Python, whose channels can be followed, but "
+                f"{name} is TorchScript",
+                "put what it was made of in its place",
+            )
     weights = named_parameters(model).values()
     for weight in weights:
         if is_sharded(weight.dense):
@@ -61,7 +70,6 @@ def plain_copy(model: nn.Module) -> nn.Module:
                 if mask_of(*owner) is not None:
                     remove(module, name)
                     getattr(module, name).data = weight.dense.detach().clone()
-    forget_readers(result)
     result = result.double().eval()
     for parameter in result.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -148,7 +156,7 @@ def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
                 module._buffers[key] = buffer.to(own.dtype)
     found = named_parameters(cut)
     pairs = [(found[name], mask) for name, mask, _ in masks]
-    prune_with(pairs, readers=find_readers([weight for weight, _ in pairs], cut))
+    prune_with(pairs)
     if masks and not any(pruned for *_, pruned in masks):
         make_permanent(cut)
     return cut

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -13,12 +14,21 @@ from torch import Tensor, nn
 
 from force_plugin import gates, silence
 from force_plugin.distributed import ALONE, Ranks, unwrap
-from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.errors import NoGradientError
+from force_plugin.labels import COLUMNS, table_rows
+from force_plugin.methods import SaliencyMethod, find_method, scores_of
 from force_plugin.notes import find_small, sizes
-from force_plugin.parameters import Weight, find_weights, name_layers, name_some
-from force_plugin.report import COLUMNS, stage_of
+from force_plugin.parameters import (
+    Coverage,
+    Weight,
+    find_weights,
+    name_layers,
+    name_some,
+    passed_over,
+)
+from force_plugin.report import stage_of
 from force_plugin.schedules import count_kept
-from force_plugin.scoring import Forward, Loader, LossFn, NoGradientError, Probe
+from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import Parts, sharded_modules
 
@@ -62,6 +72,9 @@ class Diagnosis:
         small: Of the layers that lose every weight at any of these sparsities with
             gates open, those that start with small weights, and their size in units of
             PyTorch's own initialisation.
+        passed_over: What is not prunable of the model's matrices and kernels, as
+            :class:`force_plugin.SparsityReport` counts it; unused layers are not here.
+        chosen: Whether ``parameters=`` has named what is to be pruned.
     """
 
     parameters: int
@@ -74,6 +87,16 @@ class Diagnosis:
     unused: tuple[str, ...]
     emptied: Mapping[float, tuple[int, int]]
     small: Mapping[str, float]
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
+    chosen: bool = field(default=False, compare=False)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's matrix and kernel weights that is prunable, in [0, 1].
+
+        ``passed_over`` has the rest.
+        """
+        return Coverage(self.prunable, self.passed_over).share
 
     @property
     def layers(self) -> int:
@@ -83,7 +106,10 @@ class Diagnosis:
     @property
     def findings(self) -> tuple[str, ...]:
         """What the user should know, a sentence each; empty where all is well."""
-        found = gates.describe({gate.name: gate for gate in self.gates})
+        found: list[str] = []
+        if not self.chosen:
+            found += Coverage(self.prunable, self.passed_over).doubts()
+        found += gates.describe({gate.name: gate for gate in self.gates})
         # What is silent with open gates too has a line of its own.
         if helped := [name for name in self.hidden if name not in self.silent]:
             found.append(
@@ -111,6 +137,7 @@ class Diagnosis:
                 f"{self.parameters:,} parameters, {self.prunable:,} of them "
                 f"({share:.1f} %) prunable in {self.layers} layers"
             ),
+            *self._left_out(),
             "",
             *self._table(),
             "",
@@ -130,10 +157,14 @@ class Diagnosis:
 
     __repr__ = __str__
 
+    def _left_out(self) -> list[str]:
+        if not self.passed_over:
+            return []
+        return _wrap(f"prunable: {Coverage(self.prunable, self.passed_over)}")
+
     def _table(self) -> list[str]:
         rows = [
             (
-                stage.name,
                 str(stage.layers),
                 f"{stage.weights:,}",
                 f"{100 * stage.weights / self.prunable:.2f} %",
@@ -142,28 +173,29 @@ class Diagnosis:
             )
             for stage in self.stages
         ]
-        header = ("stage", "layers", "weights", "share", "saliency", "gates closed")
+        header = ("layers", "weights", "share", "saliency", "gates closed")
         table = [row[: None if self.gates else -1] for row in (header, *rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        room = COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], room)
-        lines = [
-            "  ".join(
-                cell[:width].ljust(width) if not number else cell.rjust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
-        rule = "-" * len(lines[0])
-        return [lines[0], rule, *lines[1:], rule]
+        first, *rests = ("  ".join(map(str.rjust, row, widths)) for row in table)
+        names = [stage.name for stage in self.stages]
+        longest = max(map(len, ["stage", *names]))
+        width = min(longest, COLUMNS - 2 * len(widths) - sum(widths))
+        lines, note = table_rows(names, rests, width)
+        rule = "-" * (width + 2 + len(first))
+        return [f"{'stage':<{width}}  {first}", rule, *lines, rule, *note]
 
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as plain types that :func:`json.dumps` takes."""
         plain = asdict(self)
         plain["silent"] = dict(self.silent)
+        plain["passed_over"] = dict(self.passed_over)
         plain["small"] = dict(self.small)
         plain["emptied"] = {str(key): value for key, value in self.emptied.items()}
-        return plain | {"layers": self.layers, "findings": list(self.findings)}
+        return plain | {
+            "layers": self.layers,
+            "coverage": self.coverage,
+            "findings": [str(finding) for finding in self.findings],
+        }
 
 
 @torch.inference_mode(False)
@@ -191,8 +223,8 @@ def diagnose(
         loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
         forward: ``forward(model, batch)``, a scalar loss, for batches that are no
             ``(inputs, targets)`` pair.
-        parameters: ``[(module, "weight"), ...]``; default: the weight of every
-            convolution and linear layer.
+        parameters: ``[(module, "weight"), ...]``; default as in
+            :func:`force_plugin.force_prune`.
         sparsities: Fractions of all prunable weights removed, 0 ≤ sparsity < 1, for
             which the layers that would be emptied are counted.
 
@@ -203,8 +235,10 @@ def diagnose(
         The diagnosis.
 
     Raises:
-        TypeError, ValueError: An argument, a batch or the loss is not as expected.
-        RuntimeError: No weight gets a gradient, or a score is not finite.
+        TypeError, ValueError: An argument is not as expected.
+        NothingToPruneError, BatchError, MethodError, NoGradientError, NotFiniteError:
+            As in :func:`force_plugin.force_prune`; the loss may leave some weights out,
+            but not all.
     """
     model = unwrap(model)
     # The ranks of a sharded model can only look at it together.
@@ -214,6 +248,7 @@ def diagnose(
         weights = find_weights(model, parameters)
         parts.check(weights)
         fractions = _fractions(sparsities)
+        rest = passed_over(model, {weight.name for weight in weights})
 
         def score(
             chosen: Sequence[Weight], open_gates: bool
@@ -228,7 +263,7 @@ def diagnose(
                 open_gates=open_gates and criterion.looks,
                 parts=parts,
             ) as probe:
-                scores = criterion.scores(probe)
+                scores = scores_of(criterion, probe)
                 blind = parts.empty(scores) if open_gates else ()
                 return scores, probe, probe.explain_silence(blind)
 
@@ -241,6 +276,8 @@ def diagnose(
             if not weights:
                 raise
             scores, probe, silent = score(weights, True)
+        for problem in probe.problems if ranks.rank == 0 else ():
+            warnings.warn(problem, stacklevel=3)  # past inference_mode
         closed = score(weights, False)[0] if probe.gates else scores
         hidden = parts.empty(closed)
 
@@ -265,7 +302,7 @@ def diagnose(
         }
         lost = {name for opened, _ in emptied.values() for name in opened}
         small = find_small(
-            (name, parts.whole(name, weight))
+            (name, probe.parameters[name].rows(parts.whole(name, weight)))
             for name, weight in probe.weights.items()
             if name in lost
         )
@@ -294,6 +331,8 @@ def diagnose(
             for sparsity, (opened, closed) in emptied.items()
         },
         small=small,
+        passed_over=rest,
+        chosen=parameters is not None,
     )
 
 

@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from force_plugin.errors import PruningError, RankError
+from force_plugin.names import unwrapped
+
 _LETTERS = 2000
-
-
-class RankError(RuntimeError):
-    """What every rank is told: one of them has failed, or they do not fit together."""
 
 
 class Ranks:
@@ -134,7 +133,8 @@ class Ranks:
         if others:
             raise RankError(
                 f"{what}: expected the same on all {self.size} ranks, but rank "
-                f"{', '.join(map(str, others))} and rank 0 differ; {advice}"
+                f"{', '.join(map(str, others))} and rank 0 differ",
+                advice,
             )
 
     def vote(self, next_up: int = 0, error: BaseException | None = None) -> None:
@@ -156,17 +156,20 @@ class Ranks:
             raise RankError(
                 "the ranks do not use the same weights in the same order: expected a "
                 "forward pass that does not depend on the batch, as the ranks of a "
-                "sharded model score together; prune the model before it is sharded"
+                "sharded model score together",
+                "prune the model before it is sharded",
             )
-        text = f"{type(error).__name__}: {error}".encode()[:_LETTERS]
+        text = _said(error).encode()[:_LETTERS]
         letters = torch.frombuffer(bytearray(text.ljust(_LETTERS)), dtype=torch.uint8)
         letters = letters.to(self._device)
         dist.broadcast(letters, failed)
         if error is None:
-            text = bytes(letters.tolist())
+            said = bytes(letters.tolist()).decode(errors="ignore")
+            problem, _, advice = said.partition("\0")
             raise RankError(
                 f"rank {failed} of {self.size} failed, and rank {self.rank} cannot go "
-                f"on without it: {text.decode(errors='ignore').rstrip(' :')}"
+                f"on without it: {problem.rstrip(' :')}",
+                advice.rstrip(),
             )
 
 
@@ -175,21 +178,29 @@ ALONE = Ranks(None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside of :class:`torch.nn.parallel.DistributedDataParallel`.
+    """The network inside of ``DistributedDataParallel``, ``torch.compile`` and others.
 
     Raises:
-        ValueError: Only a part of the network is wrapped.
+        ValueError: Only a part of the network is distributed.
     """
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
-    if isinstance(model, nn.Module):
-        for name, module in model.named_modules():
-            if isinstance(module, DistributedDataParallel):
-                raise ValueError(
-                    f"{name} is a DistributedDataParallel within the model: expected "
-                    "one around all of it, or none; prune the model that it was made of"
-                )
+    if not isinstance(model, nn.Module):
+        return model
+    model = unwrapped(model)
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"{name} is a DistributedDataParallel within the model: expected "
+                "one around all of it, or none; prune the model that it was made of"
+            )
     return model
+
+
+def _said(error: BaseException | None) -> str:
+    """What the other ranks are told of an error, its advice behind a zero."""
+    problem, advice = str(error), ""
+    if isinstance(error, PruningError):
+        problem, advice = error.problem, error.advice
+    return f"{type(error).__name__}: {problem}\0{advice}"
 
 
 def _digest(things: Iterable[object]) -> int:

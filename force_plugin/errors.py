@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def _text(problem: str, advice: str) -> str:
+    return "; ".join(filter(None, (problem, advice)))
+
+
 class PruningError(Exception):
     """Base class of all errors of this package that have a kind.
 
@@ -29,7 +33,7 @@ class PruningError(Exception):
 
     def __str__(self) -> str:
         """Problem and advice in one sentence."""
-        return "; ".join(filter(None, (self.problem, self.advice)))
+        return _text(self.problem, self.advice)
 
 
 class NothingToPruneError(PruningError, ValueError):
@@ -76,6 +80,10 @@ class NotFiniteError(PruningError, RuntimeError):
     """A loss, a gradient or a score is NaN or infinite."""
 
 
+class MethodError(PruningError, ValueError):
+    """A method of one's own does not do what a method has to."""
+
+
 class CompactionError(PruningError, RuntimeError):
     """Channels cannot be taken out of the model."""
 
@@ -86,3 +94,26 @@ class FileFormatError(PruningError, ValueError):
 
 class RankError(PruningError, RuntimeError):
     """A process of a distributed job has failed, or the processes do not agree."""
+
+
+class Remark(str):
+    """A sentence of a report: a problem, and what to do about it.
+
+    Args:
+        problem: What the user should know.
+        advice: What to do about it, in Python. Default: nothing more to say.
+
+    Attributes:
+        problem: As given. The command line prints it alone.
+        advice: As given.
+    """
+
+    problem: str
+    advice: str
+
+    def __new__(cls, problem: str, advice: str = "") -> Remark:
+        """Problem and advice in one sentence."""
+        remark = super().__new__(cls, _text(problem, advice))
+        remark.problem = problem
+        remark.advice = advice
+        return remark

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from force_plugin.batches import count_samples, describe, mapped
 from force_plugin.connection import tensors
@@ -20,7 +21,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """Outputs of a model for a tensor, a tuple of arguments or a mapping of them."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    several = isinstance(inputs, tuple | list) and not isinstance(
+        inputs, PackedSequence
+    )
+    return model(*inputs) if several else model(inputs)
 
 
 def checked_inputs(model: nn.Module, inputs: Any, argument: str) -> Any:

@@ -55,7 +55,8 @@ def closed_weights(
     """Weights of more than one dimension that are closed, whatever surrounds them.
 
     Args:
-        weights: Shapes of the weights of layers, by parameter name.
+        weights: Shapes of the weights of layers, the output channels first, by
+            parameter name.
         small: What :func:`small` found.
 
     Returns:
@@ -281,6 +282,7 @@ def open_values(
     gates: Mapping[str, Gate],
     parameters: Mapping[str, Tensor],
     parts: Parts = WHOLE,
+    transposed: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """What to score with instead: 1, or for weights a fresh random initialisation.
 
@@ -292,6 +294,7 @@ def open_values(
         gates: By parameter name.
         parameters: The closed values, by parameter name.
         parts: Which part of them these are.
+        transposed: The matrices whose output channels are not the rows.
 
     Returns:
         New tensors of the same shapes, dtypes and devices, by parameter name.
@@ -302,7 +305,8 @@ def open_values(
         values = parameters[name].detach()
         if gate.kind == WEIGHT:
             fresh = torch.empty(parts.shape(name, values), dtype=torch.float32)
-            nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=generator)
+            rows = fresh.t() if name in transposed else fresh
+            nn.init.kaiming_uniform_(rows, a=5**0.5, generator=generator)
             opened[name] = parts.part(name, fresh.to(values))
         else:
             opened[name] = torch.ones_like(values)

@@ -39,6 +39,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from force_plugin.errors import FileFormatError, NotPrunedError
+from force_plugin.files import write_whole
 from force_plugin.masks import apply_masks, get_masks
 from force_plugin.parameters import name_some
 from force_plugin.permanent import make_permanent
@@ -78,7 +80,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: Nothing is pruned in it.
-        OSError: The file cannot be written.
+        OSError: The file cannot be written; one that was there is what it was.
     """
     masks = get_masks(model)
     plain = deepcopy(model)
@@ -86,16 +88,13 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
         make_permanent(plain, hold_zeros=False)
     with torch.no_grad():
         for name, weight in _weights(plain.named_parameters()).items():
-            zeros = weight == 0
+            zeros = weight.abs() < torch.finfo(weight.dtype).tiny
             if name in masks:
                 zeros &= masks[name]
             weight.masked_fill_(zeros, _least(weight.dtype))
     # Safetensors takes no tensors that share memory, as tied weights do.
     state = {key: value.clone() for key, value in plain.state_dict().items()}
-    # save_file makes files that only their owner may read.
-    Path(path).write_bytes(
-        save({key: value.contiguous() for key, value in state.items()})
-    )
+    write_whole(path, save({key: value.contiguous() for key, value in state.items()}))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,7 +172,8 @@ class InitialWeights:
         path: Safetensors file, as :func:`save_pruned` writes it.
 
     Raises:
-        ValueError: It cannot be read, or no zeros are among its weights.
+        FileFormatError: It cannot be read.
+        NotPrunedError: No zeros are among its weights.
     """
 
     def __init__(self, path: str) -> None:  # noqa: D107 (the class has it)
@@ -184,9 +184,9 @@ class InitialWeights:
         try:
             values = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{expected}: {error}") from None
+            raise FileFormatError(f"{expected}: {error}") from None
         if not any((weight == 0).any() for weight in _weights(values.items()).values()):
-            raise ValueError(f"{expected}, which has no zeros among its weights")
+            raise NotPrunedError(f"{expected}, which has no zeros among its weights")
         self._path = path
         self._values = {_plain(key): value for key, value in values.items()}
         self._shapes = {key: value.shape for key, value in self._values.items()}
@@ -375,10 +375,17 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # This step's gradients were there before.
         if weight.grad is not None:
             weight.grad.masked_fill_(~masks[name], 0)
+    empty = [tuple(w.shape) for name, w in weights.items() if not kept[name]]
     _say(
         f"{held:,} of {total:,} weights are 0 ({held / total:.2%}) and stay 0; "
-        f"{list(kept.values()).count(0)} of {len(kept)} tensors hold nothing else"
+        f"{len(empty)} of {len(kept)} tensors hold nothing else"
     )
+    if empty:
+        _say(
+            f"warning: tensors of shapes {name_some([*map(str, empty)])} are all 0. "
+            "They lost every weight, or start at 0 and will not train: then write the "
+            "file from the model that the script makes"
+        )
 
 
 if __name__ == "__main__":

@@ -13,21 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from force_plugin.errors import FileFormatError, MaskMismatchError
+from force_plugin.files import read_safetensors, write_whole
 from force_plugin.methods import SaliencyMethod
+from force_plugin.names import fitted
 from force_plugin.parameters import (
     Weight,
-    find_readers,
     is_sharded,
     name_some,
     named_parameters,
     pruned_so_far,
     whole_of,
 )
-from force_plugin.reparametrisation import read_by, reparametrise
+from force_plugin.reparametrisation import reparametrise
 from force_plugin.snapshot import restored
 
 _FORMAT = "force_plugin masks"
@@ -42,8 +44,9 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
         model: Any module.
 
     Returns:
-        Bool tensors by parameter name (``"layer1.0.conv1.weight"``), each of its
-        parameter's shape and on its device, True = kept. Parameters that are not
+        Bool tensors by parameter name (``"layer1.0.conv1.weight"``, whatever the model
+        or a part of it is wrapped in), each of its parameter's shape and on its device,
+        True = kept. Parameters that are not
         pruned are left out; a shared one comes once. Of a model that was sharded when
         it was pruned the masks are put together, for which every rank must call it.
 
@@ -68,16 +71,20 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         model: Any module.
         masks: By parameter name, tensors of the parameter's shape on any device: bool
             (True = kept), or of another type with values 0 and 1. What has none stays
-            as it is.
+            as it is. Names may have what ``torch.compile`` (``_orig_mod.``),
+            ``DataParallel`` (``module.``) and other wrappers add to them, or lack it.
 
     Raises:
         TypeError: ``masks`` is no mapping of tensors.
-        ValueError: Names or shapes do not fit the model (the message says which), the
-            model is sharded, or a mask is sparse, has no values, or others than 0 and
-            1; the model is unchanged.
+        MaskMismatchError: Names or shapes do not fit the model (the message says
+            which), or a mask is sparse, has no values, or others than 0 and 1; the
+            model is unchanged.
+        ValueError: The model is sharded; it is unchanged.
     """
     parameters = named_parameters(model)
     checked = checked_masks(masks)
+    own = fitted(checked, parameters)
+    checked = {own[name]: mask for name, mask in checked.items()}
     misfits = []
     unknown = [name for name in checked if name not in parameters]
     if unknown:
@@ -98,16 +105,14 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             f"model: {name_some(others)}"
         )
     if misfits:
-        raise ValueError(f"masks: {'; '.join(misfits)}")
+        raise MaskMismatchError(f"masks: {'; '.join(misfits)}")
     sharded = [name for name in checked if is_sharded(parameters[name].dense)]
     if sharded:
         raise ValueError(
             f"model: expected one that is not sharded, but {name_some(sharded)} is; "
             "apply the masks before fully_shard is called"
         )
-    pairs = [(parameters[name], mask) for name, mask in checked.items()]
-    readers = find_readers([weight for weight, _ in pairs], model)
-    prune_with(pairs, readers=readers)
+    prune_with((parameters[name], mask) for name, mask in checked.items())
 
 
 def _with_closest(name: str, known: Iterable[str]) -> str:
@@ -128,19 +133,15 @@ def _with_closest(name: str, known: Iterable[str]) -> str:
 def prune_with(
     masks: Iterable[tuple[Weight, Tensor]],
     method: type[SaliencyMethod] = SaliencyMethod,
-    readers: Iterable[tuple[nn.Module, str]] = (),
 ) -> None:
     """Prune weights with bool masks, all of them or, after an error, none.
 
     Args:
         masks: Weights and their masks, of the same shapes.
         method: Class of the hook that PyTorch's reparametrisation gets.
-        readers: Modules and the names of submodules of which they take weights without
-            calling them.
     """
-    pairs, readers = list(masks), list(readers)
+    pairs = list(masks)
     touched = [module for weight, _ in pairs for module, _ in weight.owners]
-    touched += [reader for reader, _ in readers]
     with restored(touched, only_on_error=True):
         for weight, mask in pairs:
             # One copy for all owners, none of them the caller's.
@@ -152,8 +153,6 @@ def prune_with(
                 hook = method(int(removed.count_nonzero()))
                 left = mask if earlier is None else mask & earlier
                 reparametrise(module, name, left, hook)
-        for reader, path in readers:
-            read_by(reader, path)
 
 
 def save_masks(
@@ -177,7 +176,8 @@ def save_masks(
             names to what JSON holds.
         ValueError: ``masks`` is empty, a mask is called ``__metadata__``, is sparse,
             has no values, or others than 0 and 1.
-        OSError: The file cannot be written, because the folder does not exist, say.
+        OSError: The file cannot be written, because the folder does not exist, say; a
+            file that was there is what it was.
     """
     checked = checked_masks(masks)
     if "__metadata__" in checked:
@@ -197,8 +197,7 @@ def save_masks(
         "metadata": _as_json(metadata or {}),
     }
     header["sha256"] = _checksum(header, bits)
-    # save_file makes files that only their owner may read.
-    Path(path).write_bytes(save(bits, header))
+    write_whole(path, save(bits, header))
 
 
 def _as_json(metadata: Mapping[str, Any]) -> str:
@@ -229,7 +228,7 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no masks file, or it is cut short.
+        FileFormatError: It is no masks file, or it is cut short.
     """
     return _read(path)[0]
 
@@ -247,7 +246,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no masks file, or it is cut short.
+        FileFormatError: It is no masks file, or it is cut short.
     """
     return _read(path)[1]
 
@@ -258,24 +257,23 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path}: no such file; pass the path of one that save_masks wrote"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            ours = header.get("format") == _FORMAT
-            shapes = dict(json.loads(header["shapes"])) if ours else {}
-            bits = {name: file.get_tensor(name) for name in shapes}
-            if ours and header["sha256"] != _checksum(header, bits):
-                raise ValueError("its checksum is another one")
-            metadata = dict(json.loads(header.get("metadata", "{}")))
-            masks = {
-                name: _unpack(bits[name], torch.Size(shape))
-                for name, shape in shapes.items()
-            }
+        header, tensors = read_safetensors(path)
+        ours = header.get("format") == _FORMAT
+        shapes = dict(json.loads(header["shapes"])) if ours else {}
+        bits = {name: tensors[name] for name in shapes}
+        if ours and header["sha256"] != _checksum(header, bits):
+            raise ValueError("its checksum is another one")
+        metadata = dict(json.loads(header.get("metadata", "{}")))
+        masks = {
+            name: _unpack(bits[name], torch.Size(shape))
+            for name, shape in shapes.items()
+        }
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise FileFormatError(
             f"{path}: not a masks file, or one that is cut short ({error})"
         ) from error
     if not ours:
-        raise ValueError(
+        raise FileFormatError(
             f"{path}: a safetensors file, but not one that save_masks wrote"
         )
     return masks, metadata
@@ -307,8 +305,8 @@ def checked_masks(
 
     Raises:
         TypeError: It is no mapping of names to tensors.
-        ValueError: It is empty, or a mask is sparse, has no values, or others than 0
-            and 1.
+        MaskMismatchError: It is empty, or a mask is sparse, has no values, or others
+            than 0 and 1.
     """
     if not isinstance(masks, Mapping):
         raise TypeError(
@@ -316,7 +314,7 @@ def checked_masks(
             f"{type(masks).__name__}"
         )
     if not masks:
-        raise ValueError(
+        raise MaskMismatchError(
             f"{argument}: expected at least one mask, got an empty mapping"
         )
     for name, mask in masks.items():
@@ -329,11 +327,13 @@ def checked_masks(
                 f"{argument}: expected a tensor for {name!r}, got {type(mask).__name__}"
             )
         if mask.layout != torch.strided or mask.is_meta:
-            raise ValueError(
+            raise MaskMismatchError(
                 f"{argument}: {name} has layout {mask.layout} on device {mask.device}; "
-                "expected a dense tensor with values, as .to_dense() makes of a sparse "
-                "one"
+                "expected a dense tensor with values",
+                "as .to_dense() makes of a sparse one",
             )
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"{argument}: {name} holds other values than 0 and 1")
+            raise MaskMismatchError(
+                f"{argument}: {name} holds other values than 0 and 1"
+            )
     return {name: mask.bool() for name, mask in masks.items()}

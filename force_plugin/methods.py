@@ -12,18 +12,34 @@ one is a class with a ``score``, and the attributes that differ from the base cl
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from force_plugin.parameters import name_some, parameter_key, pruned_so_far
+from force_plugin.batches import describe
+from force_plugin.connection import tensors
+from force_plugin.errors import MethodError, NotFiniteError
+from force_plugin.parameters import (
+    find_parameter,
+    name_some,
+    no_parameter,
+    pruned_so_far,
+)
 from force_plugin.reparametrisation import Reparametrisation, reparametrise
-from force_plugin.schedules import count_kept
-from force_plugin.scoring import Probe
+from force_plugin.schedules import (
+    arguments_of,
+    check_arguments,
+    check_count,
+    count_kept,
+    find_schedule,
+)
+from force_plugin.scoring import Probe, same_bits
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import WHOLE
 
@@ -114,7 +130,7 @@ class SaliencyMethod(Reparametrisation):
         """Score of each weight, higher = keep.
 
         Args:
-            weight: The dense weight θ, not to be changed.
+            weight: The dense weight θ, to be read: to write into it is an error.
             signal: What :meth:`measure` returned for this weight.
 
         Returns:
@@ -135,35 +151,44 @@ class SaliencyMethod(Reparametrisation):
 
         Raises:
             TypeError: The method has no :meth:`score`.
-            ValueError: A score is complex or has another shape than its weight.
-            RuntimeError: A weight got no gradient, or a score is not finite.
+            MethodError: A score is complex or has another shape than its weight, or
+                :meth:`score` or :meth:`measure` writes into the model's weights, which
+                are what they were.
+            NoGradientError: A weight got no gradient.
+            NotFiniteError: A score is not finite.
         """
         if cls.score is SaliencyMethod.score:
             raise TypeError(
                 f"{cls.__name__} has no score: expected a subclass of SaliencyMethod "
                 "with a static score(weight, signal) of its own"
             )
-        signal, parts = dict(cls.measure(probe)), probe.parts
-        alone = getattr(cls.score, "elementwise", False)
+        signal, parts = cls._measured(probe), probe.parts
+        trusted, alone = _is_ours(cls.score), getattr(cls.score, "elementwise", False)
         if alone:
             parts = WHOLE
-        scores, sums = {}, []
+        scores, sums, sound = {}, [], {}
         for name, part in probe.weights.items():
             weight, measured = parts.whole(name, part), signal.pop(name, None)
             if measured is not None:
                 measured = parts.whole(name, measured)
-            score = cls.score(weight, measured)
-            if isinstance(score, Tensor) and score.is_complex():
-                raise ValueError(
-                    f"{cls.__name__}.score: expected real scores for {name}, got "
-                    f"{score.dtype}"
-                )
-            if not isinstance(score, Tensor) or score.shape != weight.shape:
-                came = tuple(score.shape) if isinstance(score, Tensor) else score
-                raise ValueError(
-                    f"{cls.__name__}.score: expected a tensor of the weight's shape "
-                    f"{tuple(weight.shape)} for {name}, got {came}"
-                )
+            if trusted:
+                score = cls.score(weight, measured)
+            else:
+                sound[name] = [
+                    t.isfinite().all()
+                    for t in tensors(measured)
+                    if t.layout == torch.strided
+                ]
+                own = weight.clone()
+                score = cls.score(own, measured)
+                if not same_bits(own, weight):
+                    raise MethodError(
+                        f"{cls.__name__}.score has written into the weight {name}, "
+                        "which it is given to read",
+                        "work out of place, weight * signal instead of weight.mul_("
+                        "signal), or on weight.clone(); the signal may be overwritten",
+                    )
+            score = cls._checked(score, weight, name)
             if (
                 score.untyped_storage().data_ptr()
                 == weight.untyped_storage().data_ptr()
@@ -180,20 +205,102 @@ class SaliencyMethod(Reparametrisation):
         if not torch.stack([s.double().cpu() for s in sums]).isfinite().all():
             broken = [name for name, s in scores.items() if not s.isfinite().all()]
             if broken:
-                raise RuntimeError(
-                    f"the saliency of {name_some(broken)} is not finite at step "
-                    f"{probe.step}: its gradient (or the weight itself) is NaN or inf. "
-                    "Look at the data and the initialisation, or score in float32 "
-                    "instead of 16 bits"
-                )
+                blameless = [n for n in broken if n in sound and all(sound[n])]
+                raise cls._not_finite(probe, broken, blameless)
         return scores
+
+    @classmethod
+    def _measured(cls, probe: Probe) -> dict[str, Any]:
+        """What :meth:`measure` returns; if it writes elsewhere, that is taken back."""
+        if _is_ours(cls.measure):
+            return dict(cls.measure(probe))
+        by = f"{cls.__name__}.measure"
+        with probe.protected(by):
+            signal = cls.measure(probe)
+        if not isinstance(signal, Mapping):
+            raise TypeError(
+                f"{by}: expected a mapping of parameter names to signals, such as "
+                f"probe.gradients(), got {describe(signal)}"
+            )
+        return dict(signal)
+
+    @classmethod
+    def _checked(cls, score: object, weight: Tensor, name: str) -> Tensor:
+        """A score as it can be ranked."""
+        by = f"{cls.__name__}.score"
+        if not isinstance(score, Tensor) or score.shape != weight.shape:
+            came = tuple(score.shape) if isinstance(score, Tensor) else describe(score)
+            raise MethodError(
+                f"{by}: expected a tensor of the weight's shape {tuple(weight.shape)} "
+                f"for {name}, got {came}"
+            )
+        if score.is_complex():
+            raise MethodError(
+                f"{by}: expected real scores for {name}, got {score.dtype}",
+                "take their .abs() or .real",
+            )
+        if score.is_meta:
+            raise MethodError(
+                f"{by}: expected scores on {weight.device} for {name}, got a tensor on "
+                "the meta device, which has no values"
+            )
+        score = score.detach().to(weight.device).to_dense()
+        # There is no arithmetic in 8 bits.
+        narrow = score.is_floating_point() and score.itemsize < 2
+        return score.float() if narrow else score
+
+    @classmethod
+    def _not_finite(
+        cls, probe: Probe, names: Sequence[str], blameless: Sequence[str]
+    ) -> NotFiniteError:
+        """Say what has made scores NaN or infinite.
+
+        Args:
+            probe: The network.
+            names: Of the weights that have such scores.
+            blameless: Those of them whose signal is finite.
+        """
+        found = probe.broken()
+        guilty = [name for name in names if name not in blameless]
+        if found:
+            cause = f"there is a NaN or inf in {name_some(found)}"
+            advice = "look at the initialisation, or where these values come from"
+        elif not guilty:
+            cause = (
+                f"the weight and its signal are finite, and {cls.__name__}.score makes "
+                "NaN or inf of them"
+            )
+            advice = (
+                "mend this score, where it divides by 0 or takes a root or a logarithm "
+                "of what is not positive"
+            )
+        elif not _is_ours(cls.measure):
+            names = guilty
+            cause = f"what {cls.__name__}.measure returned for it is NaN or inf"
+            advice = "look at this method, at the data and the initialisation"
+            advice += probe.wider()
+        elif cls.measure == SynFlow.measure:
+            cause = (
+                "its gradient is NaN or inf, as a product over many layers without "
+                "signs overflows float64, or a narrower type that the forward casts to"
+            )
+            advice = "take another method"
+        else:
+            names = guilty
+            cause = f"its gradient is NaN or inf, or too large for {probe.precision}"
+            advice = f"look at the data and the initialisation{probe.wider()}"
+        return NotFiniteError(
+            f"the saliency of {name_some(names)} is not finite at step {probe.step}: "
+            f"{cause}",
+            advice,
+        )
 
     def ranking(self, t: Tensor) -> Tensor:
         """Scores to rank by, from what PyTorch hands over; default: ``t`` itself.
 
         Args:
             t: ``importance_scores``, or the weight itself where none were given; that
-                it requires a gradient tells the weight from scores.
+                it requires a gradient tells the weight from scores. A copy.
 
         Raises:
             ValueError: ``t`` is the weight, and this method needs scores.
@@ -279,25 +386,27 @@ class SaliencyMethod(Reparametrisation):
             ValueError: An argument does not fit; the module is unchanged.
         """
         method = cls(amount)
-        parameter = module._parameters.get(parameter_key(module, name))
+        parameter = find_parameter(module, name)
         if parameter is None:
-            raise ValueError(f"{type(module).__name__} has no parameter {name!r}")
-        scores = importance_scores
-        if scores is None:
-            scores = parameter.detach().requires_grad_()
-        if not isinstance(scores, Tensor):
+            raise ValueError(no_parameter(module, name))
+        given = parameter if importance_scores is None else importance_scores
+        if not isinstance(given, Tensor):
             raise TypeError(
-                f"importance_scores: expected a tensor, got {type(scores).__name__}"
+                f"importance_scores: expected a tensor, got {type(given).__name__}"
             )
-        if scores.shape != parameter.shape:
+        if given.shape != parameter.shape:
             raise ValueError(
                 f"importance_scores: expected the shape of {name}, "
-                f"{tuple(parameter.shape)}, got {tuple(scores.shape)}"
+                f"{tuple(parameter.shape)}, got {tuple(given.shape)}"
             )
+        # Copies: a method of one's own may work in place.
+        scores = given.detach().clone()
+        if importance_scores is None or given.requires_grad:
+            scores.requires_grad_()
         earlier = pruned_so_far(module, name)
         if earlier is None:
             earlier = torch.ones_like(parameter, dtype=torch.bool)
-        mask = method.compute_mask(scores, earlier)
+        mask = method.compute_mask(scores, earlier.clone())
         return reparametrise(module, name, mask, method)
 
 
@@ -343,8 +452,11 @@ class GraSP(SaliencyMethod):
     2020 (arXiv 2002.07376), equation 8.
 
     Attributes:
-        temperature: Divides the outputs before the loss. Default: 200. A loss that
-            comes from ``forward=`` is taken as it is.
+        temperature: Divides the outputs before the loss. Default: 200. Where the loss
+            comes from ``forward=``, they are divided where they leave the model, each
+            time that it is called, or the one module of it that is. A loss that is
+            computed within the model, from several modules, or from outputs that enter
+            it again, is taken as it is, with a warning.
     """
 
     steps = 1
@@ -463,19 +575,27 @@ METHODS: dict[str, type[SaliencyMethod]] = {
 }
 
 
+_OF_PYTORCH: dict[type, str] = {
+    prune.L1Unstructured: 'method="magnitude" does the same',
+    prune.RandomUnstructured: 'method="random" does the same',
+}
+
+
 def find_method(method: str | type[SaliencyMethod]) -> type[SaliencyMethod]:
     """The class of a method that is given by name or as a class.
 
     Raises:
-        TypeError: It is neither.
-        ValueError: No method has this name.
+        TypeError: It is neither, or a function of the class takes other arguments than
+            it will be given.
+        ValueError: No method has this name, or its steps or schedule are none.
     """
     if isinstance(method, type) and issubclass(method, SaliencyMethod):
+        _check(method)
         return method
     if not isinstance(method, str):
         raise TypeError(
             "method: expected a name or a subclass of SaliencyMethod, got "
-            + (method.__name__ if isinstance(method, type) else type(method).__name__)
+            + _what_came(method)
         )
     if method not in METHODS:
         close = difflib.get_close_matches(method.lower(), METHODS, n=1)
@@ -484,3 +604,64 @@ def find_method(method: str | type[SaliencyMethod]) -> type[SaliencyMethod]:
             + (f"; did you mean {close[0]!r}?" if close else "")
         )
     return METHODS[method]
+
+
+def scores_of(method: type[SaliencyMethod], probe: Probe) -> dict[str, Tensor]:
+    """:meth:`SaliencyMethod.scores`, or what a class has in its place."""
+    if _is_ours(method.scores):
+        return method.scores(probe)
+    with probe.protected(f"{method.__name__}.scores"):
+        return method.scores(probe)
+
+
+def _what_came(method: object) -> str:
+    """What is no method, and what to pass instead."""
+    kind = method if isinstance(method, type) else type(method)
+    name = kind.__name__
+    if issubclass(kind, SaliencyMethod):
+        return f"an instance of {name}; pass the class itself, method={name}"
+    if issubclass(kind, prune.BasePruningMethod):
+        instead = "derive it from SaliencyMethod and give it a score"
+        if kind.__module__.startswith("torch."):
+            instead = "it is for the calls of torch.nn.utils.prune"
+        return f"{name}; {_OF_PYTORCH.get(kind, instead)}"
+    if inspect.isroutine(method):
+        return (
+            f"a function; derive a class from SaliencyMethod, and make it its score, "
+            f"score = staticmethod({getattr(method, '__name__', 'function')})"
+        )
+    return f"{name}; leave it out for FORCE" if method is None else name
+
+
+def _check(method: type[SaliencyMethod]) -> None:
+    """Make sure that a class has what a method needs, before anything is measured."""
+    _check_function(method, "score", "@staticmethod score(weight, signal)", 2)
+    _check_function(method, "measure", "@classmethod measure(cls, probe)", 1)
+    if method.steps is not None:
+        check_count(f"{method.__name__}.steps", method.steps)
+    if method.schedule is not None:
+        find_schedule(method.schedule, f"{method.__name__}.schedule")
+
+
+def _check_function(
+    method: type[SaliencyMethod], name: str, expected: str, count: int
+) -> None:
+    """Make sure that a function can be called on the class, with so many arguments."""
+    written, function = inspect.getattr_static(method, name), getattr(method, name)
+    label = f"{method.__name__}.{name}"
+    if not callable(function):
+        raise TypeError(f"{label}: expected {expected}, got {type(written).__name__}")
+    if inspect.isfunction(written):
+        # Without a decorator nothing is given in the place of self.
+        signature = inspect.signature(written)
+        if next(iter(signature.parameters), "") in ("self", "cls"):
+            raise TypeError(
+                f"{label}: expected {expected}, got {name}{arguments_of(signature)} "
+                f"without {expected.split()[0]}"
+            )
+    check_arguments(label, function, expected, count)
+
+
+def _is_ours(function: object) -> bool:
+    """Whether a function stands in this module: what it is given it does not change."""
+    return getattr(function, "__globals__", None) is globals()

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
+from force_plugin.errors import NothingToPruneError, Remark
+from force_plugin.names import named_modules, unwrapped
+from force_plugin.products import looks_up, output_axis
 from force_plugin.reparametrisation import find_hook
 
 PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 """Modules whose ``weight`` is pruned unless the caller chooses: every
-convolution, transposed ones too, and every linear layer, subclasses included."""
+convolution, transposed ones too, and every linear layer, subclasses included.
+So is the matrix of what behaves as a linear layer."""
+
+_NO_WEIGHTS = re.compile(r"(^|_)(bias|pos)|tokens?\d*$")
+"""Parameters that are added to activations or put beside them, by their own names."""
 
 
 @dataclass(eq=False)
@@ -28,7 +32,8 @@ class Weight:
 
     Attributes:
         name: Name of the parameter as ``model.named_parameters()`` gives it before
-            any pruning, e.g. ``"layer1.0.conv1.weight"``.
+            any pruning, e.g. ``"layer1.0.conv1.weight"``, and before anything was
+            wrapped around the model or a part of it.
         owners: Every ``(module, tensor name)`` that holds this parameter. A weight
             that several modules share is one weight with several owners.
         dense: The parameter with all its values (``weight_orig`` where the model is
@@ -49,11 +54,62 @@ class Weight:
 
     @property
     def prunable(self) -> bool:
-        """Whether it is pruned unless the caller chooses."""
-        return any(
-            isinstance(module, PRUNABLE_MODULES) and tensor == "weight"
-            for module, tensor in self.owners
+        """Whether it is pruned unless the caller chooses.
+
+        It is the weight of a convolution or linear layer, or of a module that behaves
+        as a linear layer, and no embedding has it too.
+        """
+        if self._axis is None:
+            return False
+        shared = len(self.owners) > 1 and self.dense.dim() == 2
+        return not shared or not any(looks_up(*owner) for owner in self.owners)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it is one of the model's matrices and kernels.
+
+        These are all floating-point parameters of at least two dimensions that are
+        longer than 1, embeddings too, but none that is added to activations: biases,
+        positions and tokens, which are known by their names, and what has a first
+        dimension of 1.
+        """
+        if self._axis is not None:
+            return True
+        if is_lazy(self.dense) or not self.dense.is_floating_point():
+            return False
+        shape = self.dense.shape
+        return (
+            sum(size > 1 for size in shape) > 1
+            and shape[0] > 1
+            and not any(_NO_WEIGHTS.search(tensor) for _, tensor in self.owners)
         )
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a matrix ``[inputs, outputs]``, as transformers' ``Conv1D``."""
+        return self._axis == 1
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape, of a matrix with the outputs first."""
+        return self.dense.shape[::-1] if self.transposed else self.dense.shape
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Values of its shape, of a matrix with the outputs first."""
+        return values.t() if self.transposed else values
+
+    @property
+    def _axis(self) -> int | None:
+        """The axis of its output channels, if a layer has it."""
+        layers = [module for module, tensor in self.owners if tensor == "weight"]
+        if any(isinstance(module, PRUNABLE_MODULES) for module in layers):
+            return 0
+        if is_lazy(self.dense) or self.dense.dim() != 2:
+            return None
+        if not self.dense.is_floating_point():
+            return None
+        axes = (output_axis(module, "weight") for module in layers)
+        return next((axis for axis in axes if axis is not None), None)
 
     def slots(self) -> list[tuple[nn.Module, str]]:
         """Where the parameter is registered: ``(module, key in its _parameters)``."""
@@ -65,7 +121,14 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
 
     It is the hook that tells: other modules have buffers called ``weight_mask`` too.
     """
-    return None if find_hook(module, name) is None else module._buffers[f"{name}_mask"]
+    if find_hook(module, name) is None:
+        return None
+    return module._buffers.get(f"{name}_mask")
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether it is TorchScript, which can be run, but not be given other weights."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -115,7 +178,8 @@ def find_weights(
         model: Any module, pruned before or not.
         parameters: ``(module, tensor name)`` pairs as
             :func:`torch.nn.utils.prune.global_unstructured` takes them. Default:
-            the weight of every convolution and linear layer.
+            the weight of every convolution and linear layer, and of what behaves as a
+            linear layer, but none that is an embedding's too.
 
     Returns:
         The weights; one that several modules share is listed once, with all its
@@ -124,8 +188,9 @@ def find_weights(
     Raises:
         TypeError: ``model`` is no module, or ``parameters`` holds something else
             than pairs.
-        ValueError: Nothing is left to prune, a pair names no parameter of the
-            model, or a weight has no values yet (lazy modules).
+        NothingToPruneError: Nothing is left to prune.
+        ValueError: A pair names no parameter of the model, or a weight has no values
+            yet (lazy modules).
     """
     known = _parameters(model)
     for weight in known.values():
@@ -150,16 +215,106 @@ def find_weights(
     weights = {weight.name: weight for weight in chosen if weight.dense.numel()}
     if not weights:
         problem = "parameters= is empty"
+        advice = 'name what to prune with parameters=[(module, "weight"), ...]'
         if chosen:
             empty = name_some([weight.name for weight in chosen])
             problem = f"the weights ({empty}) have no elements"
         elif parameters is None:
             problem = "the model has no convolution or linear weight"
-        raise ValueError(
-            f"nothing to prune: {problem}; name what to prune with "
-            'parameters=[(module, "weight"), ...]'
-        )
+            usual = (m for m in model.modules() if isinstance(m, PRUNABLE_MODULES))
+            computed = [m for m in usual if computed_from(m, "weight")]
+            if computed:
+                problem, advice = no_parameter(computed[0], "weight"), ""
+            elif any(map(is_scripted, model.modules())):
+                problem += " outside of its TorchScript parts"
+            if advice and (passed := passed_over(model, ())):
+                advice += f" among what was passed over: {_listed(passed)}"
+        raise NothingToPruneError(f"nothing to prune: {problem}", advice)
     return list(weights.values())
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model's matrices and kernels some of its weights are.
+
+    Attributes:
+        covered: Number of values of these weights.
+        passed_over: Number of values of the others, by the type of their module.
+    """
+
+    covered: int
+    passed_over: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Number of values of all of them."""
+        return self.covered + sum(self.passed_over.values())
+
+    @property
+    def share(self) -> float:
+        """The covered part of them, in [0, 1]."""
+        return self.covered / self.total
+
+    def __str__(self) -> str:
+        """How much is covered, and what was passed over."""
+        return (
+            f"{100 * self.share:.1f} % of the model's matrix and kernel weights "
+            f"({self.covered:,} of {self.total:,})"
+        ) + (f"; passed over: {_listed(self.passed_over)}" if self.passed_over else "")
+
+    def doubts(self) -> list[Remark]:
+        """What a user has to know who has not chosen the weights."""
+        if self.share >= 0.5:
+            return []
+        return [
+            Remark(
+                f"the sparsity is that of only {self}",
+                'to prune more, name all of it with parameters=[(module, "weight"), '
+                "...]",
+            )
+        ]
+
+
+def passed_over(model: nn.Module, names: Collection[str]) -> dict[str, int]:
+    """Count the matrices and kernels of a model that have none of these names.
+
+    Args:
+        model: Any module.
+        names: Names of parameters.
+
+    Returns:
+        Number of values by type of module, the largest first; with the name of the
+        parameter where that is not ``weight`` and the only one.
+    """
+    passed: dict[str, dict[str, int]] = {}
+    modules = dict(named_modules(model))
+    for name, weight in named_parameters(model).items():
+        if name not in names and weight.weighs:
+            kinds, tensor = _kind_of(weight, modules)
+            counts = passed.setdefault(kinds, {})
+            counts[tensor] = counts.get(tensor, 0) + weight.dense.numel()
+    labels = {}
+    for kind, counts in passed.items():
+        first, *others = counts
+        alone = not others and first != "weight"
+        labels[f"{kind}.{first}" if alone else kind] = sum(counts.values())
+    return dict(sorted(labels.items(), key=lambda item: -item[1]))
+
+
+def _kind_of(weight: Weight, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """The types of the modules that have a weight, and its name in the first."""
+    path, _, computed = weight.name.partition(".parametrizations.")
+    if computed:
+        return type(modules[path]).__name__, "weight"
+    kinds = dict.fromkeys(type(module).__name__ for module, _ in weight.owners)
+    return " tied to ".join(kinds), weight.owners[0][1]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """The largest of some counts, and how many more there are."""
+    said = [f"{name} {count:,}" for name, count in counts.items()]
+    more = f" and {len(said) - 5} more types" if len(said) > 5 else ""
+    return ", ".join(said[:5]) + more
 
 
 def named_parameters(model: nn.Module) -> dict[str, Weight]:
@@ -173,19 +328,20 @@ def named_parameters(model: nn.Module) -> dict[str, Weight]:
 
 def _parameters(model: nn.Module) -> dict[int, Weight]:
     """Every parameter of a model by its identity, in the order of the modules."""
-    while isinstance(model, DistributedDataParallel):
-        model = model.module  # names are those of the module inside
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}"
         )
-    if isinstance(model, torch.jit.ScriptModule):
+    model = unwrapped(model)
+    if is_scripted(model):
         raise TypeError(
             "model: expected a torch.nn.Module in Python, got a TorchScript module; "
             "prune it before torch.jit.script or torch.jit.trace"
         )
     found: dict[int, Weight] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
+        if is_scripted(module):
+            continue  # its parameters are TorchScript's, and stay as they are
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -205,52 +361,6 @@ def _parameters(model: nn.Module) -> dict[int, Weight]:
     return found
 
 
-def find_readers(
-    weights: Iterable[Weight], model: nn.Module
-) -> list[tuple[nn.Module, str]]:
-    """Modules that take the weight of a submodule without calling it.
-
-    It is their code that tells: a ``self.qkv.weight`` in a method that does not
-    initialise anything.
-
-    Args:
-        weights: Weights of the model.
-        model: The network.
-
-    Returns:
-        Each module, and the name that its submodule has in it.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    readers = []
-    for weight in weights:
-        for owner, tensor in weight.owners:
-            around, _, child = names[owner].rpartition(".")
-            if child and _reads(model.get_submodule(around), f"{child}.{tensor}"):
-                readers.append((model.get_submodule(around), child))
-    return readers
-
-
-def _reads(module: nn.Module, expression: str) -> bool:
-    return any(
-        re.search(rf"self\.{re.escape(expression)}\b", code)
-        for kind in type(module).__mro__
-        if kind is not nn.Module and issubclass(kind, nn.Module)
-        for code in _code(kind)  # type: ignore[arg-type]
-    )
-
-
-@cache
-def _code(kind: type) -> list[str]:
-    """The source of a class's methods, without those that initialise."""
-    sources = []
-    for name, method in vars(kind).items():
-        if inspect.isfunction(method) and "init" not in name and "reset" not in name:
-            # There is none in an interactive session.
-            with suppress(OSError, TypeError):
-                sources.append(inspect.getsource(method))
-    return sources
-
-
 def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
     if not (
         isinstance(pair, tuple | list)
@@ -263,19 +373,62 @@ def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
             f"takes them, got {type(pair).__name__}: {str(pair)[:60]}"
         )
     module, name = pair
-    parameter = module._parameters.get(parameter_key(module, name))
+    parameter = find_parameter(module, name)
     if parameter is None:
-        own = ", ".join(key for key, p in module._parameters.items() if p is not None)
-        raise ValueError(
-            f"parameters: {type(module).__name__} has no parameter {name!r}; "
-            f"it has {own or 'none'}"
-        )
+        raise ValueError(f"parameters: {no_parameter(module, name)}")
     if id(parameter) not in known:
         raise ValueError(
             f"parameters: a {type(module).__name__} given with {name!r} is not part "
             "of the model; take the pair from model.named_modules()"
         )
     return known[id(parameter)]
+
+
+def find_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter of a module, pruned or not; ``None`` if it has none of that name."""
+    if is_scripted(module):
+        return None
+    return module._parameters.get(parameter_key(module, name))
+
+
+def no_parameter(module: nn.Module, name: str) -> str:
+    """Say that a module has no parameter of a name, and what it has instead."""
+    if is_scripted(module):
+        return (
+            f"{name!r} belongs to a {module.original_name} that is TorchScript, whose "
+            "weights cannot be replaced; leave it out, or prune the model before "
+            "torch.jit.script or torch.jit.trace"
+        )
+    missing = f"{type(module).__name__} has no parameter {name!r}"
+    if source := computed_from(module, name):
+        holder, key = source
+        where = "" if holder is module else f".parametrizations.{name}"
+        return (
+            f"{missing}: it is computed from others whenever the module is called; "
+            f'name what it is computed from, as a rule (module{where}, "{key}")'
+        )
+    own = ", ".join(key for key, p in module._parameters.items() if p is not None)
+    what = f", and {name!r} is a buffer" if name in module._buffers else ""
+    return f"{missing}; it has {own or 'none'}{what}"
+
+
+def computed_from(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """Where the values of a tensor lie that its module computes, if it does.
+
+    That is weight normalisation, spectral normalisation and their like, as
+    parametrisations or as the forward pre-hooks of old.
+
+    Returns:
+        The module that holds the parameter, and its key there.
+    """
+    if parametrize.is_parametrized(module, name):
+        holder: nn.Module = module.parametrizations[name]  # type: ignore[index, assignment]
+        # Of a weight normalisation the first are the lengths, the second the weight.
+        return holder, max(holder._parameters, default="original")
+    for key in (f"{name}_v", f"{name}_orig"):
+        if mask_of(module, name) is None and module._parameters.get(key) is not None:
+            return module, key
+    return None
 
 
 def _check(weight: Weight) -> None:

@@ -1,32 +1,44 @@
-"""Make a pruning permanent: plain parameters again, whose zeros stay 0 in training."""
+"""Make a pruning permanent: plain parameters again, whose zeros stay 0 in training.
+
+What is held is a parameter: its zeros are 0 after every step of an optimizer, whichever
+modules own it by then. Modules note the zeros of their parameters too, so that copies
+and pickles hold them, and what a state dict puts in the place of a parameter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from force_plugin.distributed import Ranks
+from force_plugin.errors import NotPrunedError
 from force_plugin.parameters import (
     HELD,
     Weight,
     is_sharded,
     mask_of,
+    name_some,
     named_parameters,
     parameter_key,
     part_of,
 )
-from force_plugin.reparametrisation import forget_readers, remove
+from force_plugin.reparametrisation import remove
 from force_plugin.sharding import Parts, shard_like
 from force_plugin.snapshot import snapshot
 
@@ -43,7 +55,9 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     meanwhile.
 
     Training goes on from a checkpoint of such a model in a dense one, with this call
-    once more: where no mask is found, the zeros of the weights are the masks.
+    once more: where no mask is found, the zeros of the weights are the masks. So a
+    convolution or linear weight that is 0 and was not pruned, as in a head that starts
+    at 0, gets the smallest number that there is (1.4e-45 in float32).
 
         model.load_state_dict(checkpoint)
         make_permanent(model)
@@ -57,17 +71,22 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
         hold_zeros: Keep the pruned weights at 0, at the cost of one byte a weight:
             their gradients are 0, as under a mask, and whatever an optimizer makes of
             them (momentum from before, Muon) is undone after every step of any
-            :class:`torch.optim.Optimizer`. A copy or an unpickled model holds its own,
-            of its gradients from the first step on. ``False``: they are trained as all
-            others, but for those that an earlier call holds.
+            :class:`torch.optim.Optimizer`. What is held is the parameter, also in the
+            modules of ``prepare_qat`` or others that take it over. A copy or an
+            unpickled model holds its own. ``False``: they are trained as all others,
+            but for those that an earlier call holds.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: Nothing is pruned in it, or it was pruned and then sharded; it is
-            unchanged.
+        NotPrunedError, ValueError: Nothing is pruned in it, or it was pruned and then
+            sharded; it is unchanged.
+
+    Warns:
+        UserWarning: There is no mask, and some layers hold nothing but zeros: they are
+            held at 0, as layers that lost every weight.
     """
     parts = Parts(model, Ranks(model))
-    parameters = named_parameters(model).values()
+    parameters = list(named_parameters(model).values())
     weights = [weight for weight in parameters if weight.mask is not None]
     if not hold_zeros:
         # Others with a mask are held by an earlier call.
@@ -77,7 +96,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     elif not weights:
         weights = _with_zeros(parameters, parts)
     if not weights:
-        raise ValueError(
+        raise NotPrunedError(
             "make_permanent: expected a model pruned with torch.nn.utils.prune, or one "
             "whose convolutions and linear layers hold zeros among their weights, got "
             "one without any mask or zero"
@@ -99,16 +118,29 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                     undo.callback(setattr, weight.dense, "data", values)
                     remove(module, name)
                     weight.dense.data = values.copy_(weight.dense.data)
-                held = vars(module).get(HELD, {}).get(name)
-                if held is not None and held.kept.shape == weight.dense.shape:
-                    kept = parts.part(weight.name, held.kept)
-                    pruned |= kept.to(pruned.device) == 0
+            for zeros in _zeros_of(weight):
+                kept = parts.part(weight.name, zeros.kept)
+                pruned |= kept.to(pruned.device) == 0
+            values.masked_fill_((values == 0) & ~pruned, _least(values))
             # The products are -0 where a weight was negative, NaN where it was inf.
             values.masked_fill_(pruned, 0)
             if hold_zeros:
                 _hold(weight, ~pruned, parts, undo)
-        forget_readers(model)
+        for weight in parameters:
+            dense = weight.prunable and weight not in weights
+            if dense and weight.dense.is_floating_point() and not is_lazy(weight.dense):
+                values = weight.part
+                zero = values == 0
+                if zero.any():
+                    undo.callback(values.masked_fill_, zero, 0)
+                    values.masked_fill_(zero, _least(values))
         undo.pop_all()
+
+
+def _least(values: Tensor) -> float:
+    """What stands for the 0 of a weight that was not pruned."""
+    kind = torch.finfo(values.dtype)
+    return kind.smallest_normal * kind.eps
 
 
 @torch.no_grad()
@@ -141,65 +173,32 @@ def _with_zeros(parameters: Iterable[Weight], parts: Parts) -> list[Weight]:
     zeros = parts.count({weight.name: weight.part == 0 for weight in prunable})
     if not any(0 < zeros[w.name] < w.dense.numel() for w in prunable):
         return []
+    if empty := [w.name for w in prunable if zeros[w.name] == w.dense.numel()]:
+        warnings.warn(
+            f"make_permanent: {name_some(empty)} hold nothing but zeros, and there is "
+            "no mask: they are held at 0, as layers that lost every weight. A layer "
+            "that starts at 0 would not train; apply_masks(model, masks) before says "
+            "what was pruned",
+            stacklevel=4,
+        )
     return [weight for weight in prunable if zeros[weight.name]]
 
 
 class _Zeros:
-    """Pruned entries of a module's parameter; they are 0 after any optimizer's step.
-
-    A module keeps it among its attributes, so that it lives, is copied and pickled with
-    the module. The parameter is whichever the module has: others may take its place
-    (``load_state_dict(assign=True)``).
+    """Which entries of a parameter were pruned; they are 0 after any optimizer's step.
 
     Args:
-        module: Owner of the parameter.
-        name: Its name in the module.
         kept: Tensor of 0 and 1 of its shape, in bytes; 0 = pruned. It is whole, or
-            sharded as the parameter is.
+            sharded as the parameter is. It is not written to.
     """
 
-    def __init__(self, module: nn.Module, name: str, kept: Tensor) -> None:
-        self._module = ref(module)  # a cycle would keep both till the next collection
-        self._name = name
+    def __init__(self, kept: Tensor) -> None:
         self.kept = kept
-        # The parameter whose gradient is masked.
-        self._attached: Callable[[], nn.Parameter | None] = lambda: None
         # Of a sharded parameter, this rank's part of the mask.
         self._part: Tensor | None = None
 
-    def __getstate__(self) -> tuple[nn.Module | None, str, Tensor]:
-        return self._module(), self._name, self.kept
-
-    def __setstate__(self, state: tuple[nn.Module, str, Tensor]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
-        _holding.add(self)
-
-    def find_parameter(self) -> nn.Parameter | None:
-        """The parameter, if the module has one that the mask fits."""
-        module = self._module()
-        found = None
-        if module is not None:  # another pruning may have been put on it
-            found = module._parameters.get(parameter_key(module, self._name))
-        return found if found is None or found.shape == self.kept.shape else None
-
-    def attached_to(self, parameter: nn.Parameter) -> bool:
-        return self._attached() is parameter
-
-    def attach(self, parameter: nn.Parameter) -> Callable[[], None]:
-        """Mask the gradients of a parameter from now on; returns what undoes it."""
-        itself = ref(self)
-
-        def clear(parameter: nn.Parameter) -> None:
-            zeros = itself()
-            if zeros is not None:
-                zeros.clear_gradient(parameter)
-
-        self._attached, self._part = ref(parameter), None
-        # Not register_hook: this one runs for gradients that other ranks send too, as
-        # in FSDP2, and needs no copy.
-        handle: RemovableHandle
-        handle = parameter.register_post_accumulate_grad_hook(clear)  # type: ignore[no-untyped-call]
-        return handle.remove
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Zeros:
+        return _Zeros(self.kept)
 
     def clear_gradient(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
@@ -219,72 +218,211 @@ class _Zeros:
             self.clear(slow)
 
     def clear(self, values: Tensor) -> None:
-        """Write zeros where the parameter is pruned."""
+        """Write zeros where the parameter is pruned, over a NaN too."""
         values, kept = self._beside(values.detach())
-        integer = _INTEGERS.get(values.dtype)
-        if integer is None:
-            values.masked_fill_(kept == 0, 0)
-        else:
-            values.view(integer).mul_(kept)
+        torch.where(kept.view(torch.bool), values, values.new_zeros(()), out=values)
 
     def _beside(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Values and their mask; of sharded ones, this rank's part of both."""
         if not is_sharded(values):
             self.kept = self.kept.to(values.device)
             return values, self.kept
-        if self._part is None:
+        part = part_of(values)
+        if self._part is None or self._part.shape != part.shape:
             self._part = shard_like(values, self.kept.to(values.device))
-        return part_of(values), self._part
+        return part, self._part
 
 
-# A NaN or a negative number, taken for an integer, is 0 too if it is multiplied by 0,
-# and on a CPU that takes an eighth of the time of masked_fill_.
-_INTEGERS = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
+_held: Any = WeakIdKeyDictionary()
+"""By parameter, its zeros and the handles of what masks its gradient with them, where
+it has one."""
 
 
-_holding: WeakSet[_Zeros] = WeakSet()
+class _Note:
+    """What a module notes of the zeros of one of its parameters.
+
+    It lives, is copied and pickled with the module. Others may take the parameter's
+    place (``load_state_dict(assign=True)``), and are held then.
+
+    Args:
+        module: Owner of the parameter. It is not kept alive.
+        name: Name of the pruned tensor in the module.
+        zeros: As the parameter has them.
+    """
+
+    def __init__(self, module: nn.Module, name: str, zeros: _Zeros) -> None:
+        self._module = ref(module)  # a cycle would keep both till the next collection
+        self._name = name
+        self.zeros = zeros
+        _notes.add(self)
+
+    @property
+    def kept(self) -> Tensor:
+        return self.zeros.kept
+
+    def find_parameter(self) -> nn.Parameter | None:
+        """The parameter, if the module has this note, and one that the mask fits."""
+        module = self._module()
+        found = None
+        if module is not None and vars(module).get(HELD, {}).get(self._name) is self:
+            # Another pruning may have been put on it.
+            found = module._parameters.get(parameter_key(module, self._name))
+        return found if found is None or found.shape == self.kept.shape else None
+
+    def follow(self) -> None:
+        """Hold the parameter, whichever it is now."""
+        parameter = self.find_parameter()
+        if parameter is not None and _hold_parameter(parameter, self.zeros):
+            self.zeros.clear_gradient(parameter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
+        module, parameter = memo.get(id(self._module())), self.find_parameter()
+        if not isinstance(module, nn.Module):  # copied without the module
+            return self
+        zeros = copy.deepcopy(self.zeros, memo)
+        if parameter is not None:
+            # The module may lose it before the first step, as in prepare_qat.
+            _hold_parameter(copy.deepcopy(parameter, memo), zeros)
+        return _Note(module, self._name, zeros)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        parameter = self.find_parameter()
+        return _note, (self._module(), self._name, self.zeros.kept, parameter)
+
+
+def _note(
+    module: nn.Module, name: str, kept: Tensor, parameter: nn.Parameter | None
+) -> _Note:
+    """A note from a pickle."""
+    shared = [] if parameter is None else [*_held.get(parameter, ())]
+    note = _Note(module, name, shared[0] if shared else _Zeros(kept))
+    if parameter is not None:
+        _hold_parameter(parameter, note.zeros)
+    return note
+
+
+_notes: WeakSet[_Note] = WeakSet()
+
+
+def _zeros_of(weight: Weight) -> set[_Zeros]:
+    """What is held of a parameter, and will be where it has taken another's place."""
+    found = set(_held.get(weight.dense, ()))
+    for module, name in weight.owners:
+        note = vars(module).get(HELD, {}).get(name)
+        if note is not None and note.find_parameter() is weight.dense:
+            found.add(note.zeros)
+    return found
 
 
 def _hold(weight: Weight, mask: Tensor, parts: Parts, undo: ExitStack) -> None:
-    """Hold what a mask prunes of a weight from now on."""
-    kept = parts.joined(weight.name, mask.view(torch.uint8))
+    """Hold what a mask prunes of a weight from now on, and nothing else."""
+    zeros = _Zeros(parts.joined(weight.name, mask.view(torch.uint8)))
+    earlier = [*_held.get(weight.dense, ())]
+    undo.callback(_hold_instead, weight.dense, earlier)
+    _hold_instead(weight.dense, [zeros])
     for module, name in weight.owners:
-        zeros = _Zeros(module, name, kept)
-        undo.callback(_holding.discard, zeros)
-        _holding.add(zeros)
-        vars(module).setdefault(HELD, {})[name] = zeros
-        if weight.dense.requires_grad:
-            undo.callback(zeros.attach(weight.dense))
+        vars(module).setdefault(HELD, {})[name] = _Note(module, name, zeros)
 
 
-def _held_by(optimizer: Optimizer) -> Iterator[tuple[_Zeros, nn.Parameter]]:
-    if _holding:
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for zeros in _holding:
-            parameter = zeros.find_parameter()
-            if parameter is not None and id(parameter) in own:
-                yield zeros, parameter
+def _hold_instead(parameter: nn.Parameter, several: Iterable[_Zeros]) -> None:
+    """Hold these zeros of a parameter, and no others."""
+    for handle in _held.pop(parameter, {}).values():
+        if handle is not None:
+            handle.remove()
+    for zeros in several:
+        _hold_parameter(parameter, zeros)
+
+
+def _hold_parameter(parameter: nn.Parameter, zeros: _Zeros) -> bool:
+    """Hold zeros of a parameter, besides those that are held already.
+
+    Returns:
+        Whether its gradients are masked by them from now on, and were not before.
+    """
+    _watch()
+    own = _held.setdefault(parameter, {})
+    if own.setdefault(zeros) is not None or not parameter.requires_grad:
+        return False
+    # Not register_hook: this one runs for gradients that other ranks send too, as in
+    # FSDP2, and needs no copy.
+    handle: RemovableHandle
+    handle = parameter.register_post_accumulate_grad_hook(zeros.clear_gradient)  # type: ignore[no-untyped-call]
+    own[zeros] = handle
+    return True
+
+
+def _held_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
+    if _held:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if own := _held.get(parameter):
+                    yield parameter, own
 
 
 @torch.no_grad()
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for zeros, parameter in _held_by(optimizer):
-        # A copy's, one that has taken another's place, one that was frozen.
-        if not zeros.attached_to(parameter) and parameter.requires_grad:
-            zeros.attach(parameter)
-            zeros.clear_gradient(parameter)
+    for note in _notes:
+        note.follow()
+    for parameter, own in _held_by(optimizer):
+        for zeros in [*own]:
+            if _hold_parameter(parameter, zeros):  # it was frozen till now
+                zeros.clear_gradient(parameter)
 
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for zeros, parameter in _held_by(optimizer):
-        zeros.restore(parameter, optimizer.state.get(parameter, {}))
+    for parameter, own in _held_by(optimizer):
+        for zeros in own:
+            zeros.restore(parameter, optimizer.state.get(parameter, {}))
 
 
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+def _take_over(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Note in a module what is held of a parameter that it is given.
+
+    ``torch.nn.utils.weight_norm`` makes another parameter of the same memory.
+    """
+    if parameter is None or isinstance(module, torch.jit.ScriptModule) or not _held:
+        return
+    found = [*_held.get(parameter, ())] or _held_in(parameter)
+    if not found:
+        return
+    notes = vars(module).setdefault(HELD, {})
+    for other in [key for key, note in notes.items() if note.find_parameter() is None]:
+        del notes[other]
+    for zeros in found:
+        _hold_parameter(parameter, zeros)
+        notes[name] = _Note(module, name, zeros)
+
+
+def _held_in(parameter: nn.Parameter) -> list[_Zeros]:
+    """What is held of another parameter that has the same memory."""
+    place = _place(parameter)
+    for other, own in _held.items():
+        if place is not None and _place(other) == place:
+            return [*own]
+    return []
+
+
+def _place(parameter: nn.Parameter) -> tuple[object, ...] | None:
+    try:
+        storage = parameter.untyped_storage()
+        begin = storage.data_ptr() if storage.nbytes() else 0
+    except (NotImplementedError, RuntimeError):  # fake tensors, lazy parameters
+        return None
+    layout = parameter.shape, parameter.stride(), parameter.storage_offset()
+    return (begin, parameter.dtype, *layout) if begin else None
+
+
+def _watch() -> None:
+    """Have optimizers and modules say what they do, from the first zeros on."""
+    if not _handles:
+        _handles.extend(
+            (
+                register_optimizer_step_pre_hook(_before_step),
+                register_optimizer_step_post_hook(_after_step),
+                register_module_parameter_registration_hook(_take_over),
+            )
+        )
+
+
+_handles: list[RemovableHandle] = []

@@ -13,17 +13,23 @@ from tqdm import tqdm
 from force_plugin import gates
 from force_plugin.distributed import Ranks, unwrap
 from force_plugin.masks import prune_with
-from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.methods import SaliencyMethod, find_method, scores_of
 from force_plugin.notes import Notes
 from force_plugin.parameters import (
+    Coverage,
     Weight,
-    find_readers,
     find_weights,
     named_parameters,
+    passed_over,
 )
 from force_plugin.permanent import prune_in_place
 from force_plugin.report import SparsityReport, report_of
-from force_plugin.schedules import Schedule, check_count, kept_per_step
+from force_plugin.schedules import (
+    Schedule,
+    check_count,
+    find_schedule,
+    kept_per_step,
+)
 from force_plugin.scoring import Forward, Loader, LossFn, Probe
 from force_plugin.selection import top_k_masks
 from force_plugin.sharding import Parts
@@ -71,11 +77,11 @@ def force_prune(
 
     Args:
         model: Any module. On one that is pruned already, only more is removed. Of
-            :class:`torch.nn.parallel.DistributedDataParallel` it is the module inside,
-            also in the names. One that ``fully_shard`` has sharded is pruned in its
-            shards: no rank holds it or its scores, and afterwards its weights are 0
-            where they are pruned, and held there, as
-            :func:`force_plugin.make_permanent` holds them.
+            :class:`torch.nn.parallel.DistributedDataParallel`, ``torch.compile`` and
+            other wrappers it is the module inside, also in the names. One that
+            ``fully_shard`` has sharded is pruned in its shards: no rank holds it or its
+            scores, and afterwards its weights are 0 where they are pruned, and held
+            there, as :func:`force_plugin.make_permanent` holds them.
         loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
             Each step takes the next ones, from the beginning again when it ends. Their
             tensors are moved to the device of the model's first prunable weight.
@@ -88,7 +94,7 @@ def force_prune(
             ``"random"`` take 1 step, ``"snip_it"`` takes 7.
         schedule: Density after each step: ``"exponential"``, ``"linear"``,
             ``"snip_it"`` or a callable ``(step, steps, density) -> density``.
-            ``"snip_it"`` keeps its own as a method.
+            ``"snip_it"`` keeps its own as a method, which the report says.
         batches: Batches a step, over which the gradient is averaged; ``None``: one
             whole pass of the loader a step.
         loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
@@ -96,7 +102,10 @@ def force_prune(
             ``(inputs, targets)`` pair; replaces ``loss_fn``.
         parameters: ``[(module, "weight"), ...]`` as in
             :func:`torch.nn.utils.prune.global_unstructured`; default: the weight of
-            every convolution and linear layer. A shared weight counts once.
+            every convolution and linear layer, and of what behaves as a linear layer
+            (transformers' ``Conv1D``, a class of one's own that multiplies by its
+            two-dimensional ``weight``), but for one that an embedding shares. A shared
+            weight counts once.
         open_gates: Score with closed gates opened: what multiplies a branch by 0 or
             nearly 0 (``zero_init_last``, LayerScale, ReZero, skip-init gains) and hides
             its weights from the gradient, and weights that are all (nearly) 0. See
@@ -130,22 +139,29 @@ def force_prune(
         progress: Show a progress bar with step and density on standard error.
 
     Returns:
-        The sparsity of every prunable layer. Its ``warnings`` name gates that were
-        opened, layers that were emptied (and since which step), and what makes the
-        mask doubtful: layers without any saliency, the step at which the network
-        collapsed (fewer non-zero saliencies than weights to keep), and more idle
-        weights than others, whose channels nothing reaches or nothing leads on from.
+        The sparsity of every prunable layer, and what was passed over of the model's
+        matrices and kernels. Its ``warnings`` name gates that were opened, layers that
+        were emptied (and since which step), and what makes the mask doubtful: layers
+        without any saliency, the step at which the network collapsed (far fewer of the
+        weights that stay have a saliency other than 0 than of the dense network's),
+        more idle weights than others, whose channels nothing reaches or nothing leads
+        on from, and less than one half of the matrices and kernels that is prunable.
 
     Raises:
-        TypeError, ValueError: An argument, a batch or the loss is not as expected; the
-            message says what was, what came and what to do.
-        RuntimeError: A weight got no gradient, a loss or score is not finite, or the
-            mask disconnects the network; the message names the layer and the step. Or
-            another rank has failed, which the message quotes, or the ranks' arguments
-            or weights differ.
+        TypeError, ValueError: An argument is not as expected. All that follow are
+            ValueErrors or RuntimeErrors too, see :class:`force_plugin.PruningError`.
+        NothingToPruneError: The model has no weight that is to be pruned.
+        BatchError: The loader, a batch or the loss is not as expected.
+        MethodError: The ``method`` is one's own, and its scores are not as expected.
+        NoGradientError: The loss does not use a weight.
+        NotFiniteError: A loss or a score is NaN or infinite.
+        CollapseError: The mask disconnects the network.
+        RankError: Another rank has failed, which the message quotes, or the ranks'
+            arguments or weights differ.
 
     Warns:
-        UserWarning: The mask is doubtful, as above.
+        UserWarning: The mask is doubtful, as above, layers lost every weight, or less
+            than one half of the model's matrix and kernel weights is prunable.
     """
     model = unwrap(model)
     with Ranks(model) as ranks:
@@ -155,6 +171,7 @@ def force_prune(
         weights = find_weights(model, parameters)
         parts.check(weights)
         check_count("steps", steps)
+        find_schedule(schedule)  # also where the method has its own
         if on_collapse not in ("raise", "warn"):
             raise ValueError(
                 f'on_collapse: expected "raise" or "warn", got {on_collapse!r}'
@@ -179,7 +196,10 @@ def force_prune(
             )
         agree(parts, model, weights, method_name, open_gates, kept_after)
 
-        notes = Notes(kept_after, on_collapse, criterion.regrows, parts)
+        notes = Notes(kept_after, on_collapse, criterion, parts)
+        if parameters is None:
+            rest = passed_over(model, {weight.name for weight in weights})
+            notes.problems += Coverage(total, rest).doubts()
         masks: dict[str, Tensor] = {}
         probe = Probe(
             model,
@@ -206,9 +226,9 @@ def force_prune(
         )
         with bar, probe:
             for step, kept in enumerate(kept_after, start=1):
-                scores = criterion.scores(probe)
+                scores = scores_of(criterion, probe)
                 if step == 1:
-                    notes.on_first_scores(scores, probe)
+                    notes.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
                 selected, threshold = top_k_masks(
                     [*scores.values()], min(kept, available), parts, [*among.values()]
@@ -223,21 +243,27 @@ def force_prune(
             if kept_after[-1] < total:
                 notes.on_flow(*probe.flow())
 
-        for problem in notes.problems if ranks.rank == 0 else ():
-            # Before the model is touched: a filter may make errors of warnings.
-            warnings.warn(problem, stacklevel=3)  # past inference_mode
-        kept_in = parts.count(masks)
-        remarks = [*gates.describe(probe.gates), *notes.problems, *notes.emptied()]
+        kept_in, emptied = parts.count(masks), notes.emptied()
+        # Before the model is touched: a filter may make errors of warnings.
+        said = [*notes.problems, *(["; ".join(emptied)] if emptied else [])]
+        _warn(said, ranks)
+        remarks = [*gates.describe(probe.gates), *notes.problems, *emptied]
     pairs = [(weight, masks[weight.name]) for weight in weights]
     if parts.sharded:
         prune_in_place(pairs, parts)
     else:
-        readers = [*probe.readers, *find_readers(weights, model)]
-        prune_with(pairs, criterion, readers)
-    # 60 is what a caller passes who passes nothing.
+        prune_with(pairs, criterion)
+    # 60 and "exponential" are what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
-    return report_of(weights, kept_in, remarks, method_name)
+    if schedule not in (criterion.schedule, "exponential") and (
+        criterion.schedule or criterion.steps == 1
+    ):
+        own = "its own" if criterion.schedule else "a single step"
+        remarks.append(
+            f"schedule={_name(schedule)} was not used: {method_name} has {own}"
+        )
+    return report_of(model, weights, kept_in, remarks, method_name)
 
 
 @torch.inference_mode(False)
@@ -265,15 +291,16 @@ def saliency(
 
     Args:
         model: Any module, pruned before or not, wrapped in
-            :class:`torch.nn.parallel.DistributedDataParallel` or not.
+            :class:`torch.nn.parallel.DistributedDataParallel`, ``torch.compile`` and
+            others or not.
         loader: Batches, as in :func:`force_plugin.force_prune`.
         method: A name of ``force_plugin.METHODS``, or a class.
         batches: Number of batches; ``None``: the whole loader.
         loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
         forward: ``forward(model, batch)``, a scalar loss, for batches that are no
             ``(inputs, targets)`` pair.
-        parameters: ``[(module, "weight"), ...]``; default: the weight of every
-            convolution and linear layer.
+        parameters: ``[(module, "weight"), ...]``; default as in
+            :func:`force_plugin.force_prune`.
         open_gates: Score with closed gates opened, as :mod:`force_plugin.gates` says.
         microbatch: The most samples to pass through the network at once, as in
             :func:`force_plugin.force_prune`; ``None``: a batch.
@@ -287,10 +314,13 @@ def saliency(
         on its device, sharded if the weight is; higher = keep. ``float64`` for SynFlow,
         at least ``float32`` for the methods that need gradients.
 
+    Warns:
+        UserWarning: GraSP's temperature was not used.
+
     Raises:
-        TypeError, ValueError: An argument, a batch or the loss is not as expected.
-        RuntimeError: A weight got no gradient, a score is not finite, another rank has
-            failed, or the ranks' arguments or weights differ.
+        TypeError, ValueError: An argument is not as expected.
+        NothingToPruneError, BatchError, MethodError, NoGradientError, NotFiniteError,
+            RankError: As in :func:`force_plugin.force_prune`.
     """
     model = unwrap(model)
     with Ranks(model) as ranks:
@@ -313,8 +343,20 @@ def saliency(
             compile=compile,
             parts=parts,
         ) as probe:
-            scores = criterion.scores(probe)
+            scores = scores_of(criterion, probe)
+            _warn(probe.problems, ranks)
             return {name: parts.joined(name, part) for name, part in scores.items()}
+
+
+def _warn(problems: Iterable[str], ranks: Ranks) -> None:
+    """Say what makes a result doubtful, to whoever has called the function."""
+    for problem in problems if ranks.rank == 0 else ():
+        warnings.warn(problem, stacklevel=4)  # past inference_mode
+
+
+def _name(schedule: str | Schedule) -> str:
+    name = schedule if isinstance(schedule, str) else None
+    return repr(name) if name else getattr(schedule, "__name__", "a callable")
 
 
 def agree(

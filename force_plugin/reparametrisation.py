@@ -2,48 +2,137 @@
 
 A pruned module has ``weight_orig`` (the parameter), ``weight_mask`` (a buffer) and a
 forward pre-hook that computes ``weight`` from the two, as any that
-:mod:`torch.nn.utils.prune` has pruned. There, ``weight`` keeps its autograd graph, and
-:func:`copy.deepcopy` refuses such a tensor, so a model that was pruned has no EMA and
-does not go through a trainer that copies it. Here the graph lasts as long as the
-forward does: a forward hook puts the same values without it in its place.
+:mod:`torch.nn.utils.prune` has pruned. There, ``weight`` keeps the values and the
+autograd graph of the last forward: :func:`copy.deepcopy` refuses such a tensor, and who
+reads it without calling its module trains nothing. Here, outside of the forward,
+``weight`` is a :class:`PrunedTensor`, which is computed whenever it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._pytree import tree_map_only
+
+
+class PrunedTensor(Tensor):
+    """A pruned tensor of a module that is not running: mask ⊙ parameter, as they are.
+
+    Every function of PyTorch that is given one is called with the product of that
+    moment, which has its graph. So it does not matter who reads it (a hook of whatever
+    order, another module, a loss), nor whether its owner is called. The tensor itself
+    has no graph, and a single number in memory.
+
+    Args:
+        module: Owner of the tensor. It is not kept alive.
+        name: Name of the tensor within the module, e.g. ``"weight"``.
+        shape: Its shape.
+    """
+
+    _owner: ref[nn.Module]
+    _name: str
+
+    @staticmethod
+    def __new__(cls, module: nn.Module, name: str, shape: torch.Size) -> PrunedTensor:
+        """Make one that refers to its module."""
+        # NaN is what code would read that passes __torch_function__ by.
+        made = torch.full((), math.nan).expand(shape).as_subclass(cls)
+        made._owner, made._name = ref(module), name
+        return made
+
+    def read(self, whole: bool = True) -> Tensor:
+        """What it is at this moment; the parameter alone unless ``whole``.
+
+        Raises:
+            RuntimeError: The module is gone, or not pruned any more.
+        """
+        module = self._owner()
+        if module is None or f"{self._name}_orig" not in module._parameters:
+            raise RuntimeError(
+                f"the pruned tensor {self._name!r} belongs to a module that is gone, "
+                f"or is not pruned any more; read module.{self._name} anew"
+            )
+        if whole:
+            return masked(module, self._name)
+        return getattr(module, f"{self._name}_orig")  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function with what such tensors among its arguments are now."""
+        if function in _OF_ITSELF:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        whole = function not in _OF_THE_PARAMETER
+        args, kwargs = tree_map_only(
+            PrunedTensor, lambda tensor: tensor.read(whole), (args, kwargs or {})
+        )
+        return function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """That of the copied module, where this one is copied; else its values."""
+        copied = memo.get(id(self._owner()))
+        if isinstance(copied, nn.Module):
+            return PrunedTensor(copied, self._name, self.shape)
+        return self.read().detach()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A pickle has it with its module."""
+        return PrunedTensor, (self._owner(), self._name, self.shape)
+
+
+def _getters(*names: str) -> set[Callable[..., Any]]:
+    return {getattr(Tensor, name).__get__ for name in names}
+
+
+_OF_ITSELF = _getters("is_leaf", "requires_grad", "grad_fn", "grad") | {Tensor.stride}
+"""What there is no graph for, and the strides, by which torch.compile knows it."""
+
+_OF_THE_PARAMETER = _getters("shape", "dtype", "device", "ndim") | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+}
+"""What needs no product."""
+
+
+def masked(module: nn.Module, name: str) -> Tensor:
+    """A pruned tensor of a module: the product of its mask and its parameter."""
+    original: Tensor = getattr(module, f"{name}_orig")
+    mask: Tensor = getattr(module, f"{name}_mask")
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if mask.dtype == torch.bool and not (traced or torch.compiler.is_compiling()):
+        # On a CPU, bytes become floats several times as fast as bools do.
+        mask = mask.view(torch.uint8)
+    return mask.to(original.dtype) * original
 
 
 class Reparametrisation(prune.BasePruningMethod):
-    """The hook of a pruned tensor, and what it leaves outside of the forward."""
+    """The hook of a pruned tensor: computes it for a forward."""
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
         """Compute the tensor from parameter and mask, for a forward."""
-        name = self._tensor_name
-        own = isinstance(getattr(module, f"{name}_orig"), nn.Parameter)
-        if not own or torch.compiler.is_exporting():
-            # Someone has lent the module other values (torch.func.functional_call);
-            # they are not to be found in it afterwards.
-            outside = f"_{name}_outside"
-            setattr(module, outside, getattr(module, outside, getattr(module, name)))
-        setattr(module, name, self.apply_mask(module))
+        setattr(module, self._tensor_name, self.apply_mask(module))
 
     def apply_mask(self, module: nn.Module) -> Tensor:
         """The tensor with zeros where it is pruned.
 
         Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.apply_mask`.
         """
-        original: Tensor = getattr(module, f"{self._tensor_name}_orig")
-        mask: Tensor = getattr(module, f"{self._tensor_name}_mask")
-        traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        if mask.dtype == torch.bool and not (traced or torch.compiler.is_compiling()):
-            # On a CPU, bytes become floats several times as fast as bools do.
-            mask = mask.view(torch.uint8)
-        return mask.to(original.dtype) * original
+        return masked(module, self._tensor_name)
 
     def remove(self, module: nn.Module) -> None:
         """Undo the reparametrisation; the pruned entries of the parameter are 0."""
@@ -55,29 +144,29 @@ class Container(Reparametrisation, prune.PruningContainer):
     """Several prunings of one tensor."""
 
 
-class _Detach:
-    """Leaves a pruned tensor without its graph when the forward is over."""
+class _AtRest:
+    """Puts the pruned tensor back when a forward is over."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name = name
+        self.tensor = PrunedTensor(module, name, getattr(module, f"{name}_orig").shape)
         # It goes with the module into a pickle, and in another process sees to it that
         # hooks to come get other numbers than this one and those before it.
         self.handle = module.register_forward_hook(self, always_call=True)
 
     def __call__(self, module: nn.Module, inputs: object, output: object) -> None:
-        # A reader may want the tensor, and its gradient, also after this call.
-        if not getattr(module, f"_{self.name}_readers", 0):
-            self.detach(module)
+        if find_hook(module, self.name) is None:
+            # PyTorch's own pruning, and its prune.remove, do not know of this hook.
+            self.handle.remove()
+        else:
+            setattr(module, self.name, self.tensor)
 
-    def detach(self, module: nn.Module) -> None:
-        inside = getattr(module, self.name)
-        outside = getattr(module, f"_{self.name}_outside", None)
-        if outside is not None:
-            delattr(module, f"_{self.name}_outside")
-        # After a prune.remove that does not know of this hook it is a parameter.
-        if not isinstance(inside, nn.Parameter):
-            value = inside.detach() if outside is None else outside
-            setattr(module, self.name, value)
+
+def _at_rest(module: nn.Module, name: str) -> _AtRest | None:
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, _AtRest) and hook.name == name:
+            return hook
+    return None
 
 
 def find_hook(module: nn.Module, name: str) -> prune.BasePruningMethod | None:
@@ -113,7 +202,8 @@ def reparametrise(
     hook = method
     if earlier is None:
         order = list(module._parameters)
-        module.register_parameter(f"{name}_orig", module._parameters.pop(name))
+        # Not register_parameter: this is no other owner of the parameter.
+        module._parameters[f"{name}_orig"] = module._parameters.pop(name)
         reorder(module, [f"{name}_orig" if key == name else key for key in order])
         module.register_forward_pre_hook(hook)
     else:
@@ -124,27 +214,25 @@ def reparametrise(
         for key, value in module._forward_pre_hooks.items():
             if value is earlier:
                 module._forward_pre_hooks[key] = hook
-    if not any(
-        isinstance(after, _Detach) and after.name == name
-        for after in module._forward_hooks.values()
-    ):
-        _Detach(module, name)
     module.register_buffer(f"{name}_mask", mask)
-    setattr(module, name, hook.apply_mask(module).detach())
+    if _at_rest(module, name) is None:
+        _AtRest(module, name)
+    show(module, name)
     return hook
 
 
 def show(module: nn.Module, name: str) -> None:
-    """Compute a pruned tensor anew, with a graph where its hook leaves one."""
+    """Have the values of now in the place of a pruned tensor.
+
+    It has a graph where PyTorch's own hook has put it.
+    """
+    if (rest := _at_rest(module, name)) is not None:
+        setattr(module, name, rest.tensor)
+        return
     hook = find_hook(module, name)
     assert hook is not None
-    detached = any(
-        isinstance(after, _Detach) and after.name == name
-        for after in module._forward_hooks.values()
-    )
     with torch.enable_grad():
-        shown = hook.apply_mask(module)  # type: ignore[no-untyped-call]
-    setattr(module, name, shown.detach() if detached else shown)
+        setattr(module, name, hook.apply_mask(module))  # type: ignore[no-untyped-call]
 
 
 def remove(module: nn.Module, name: str) -> None:
@@ -163,9 +251,8 @@ def _as_it_was(module: nn.Module, name: str) -> Iterator[None]:
     order = list(module._parameters)
     yield
     reorder(module, [name if key == f"{name}_orig" else key for key in order])
-    for hook in list(module._forward_hooks.values()):
-        if isinstance(hook, _Detach) and hook.name == name:
-            hook.handle.remove()
+    if (rest := _at_rest(module, name)) is not None:
+        rest.handle.remove()
 
 
 def reorder(module: nn.Module, order: list[str]) -> None:
@@ -173,61 +260,3 @@ def reorder(module: nn.Module, order: list[str]) -> None:
     parameters = {key: module._parameters[key] for key in order}
     module._parameters.clear()
     module._parameters.update(parameters)
-
-
-class _Reader:
-    """Computes a module's pruned tensors when another is about to read them.
-
-    The hook of a pruned tensor runs when its owner is called. Some attention layers
-    never call their projections, they only read the weight:
-    :class:`torch.nn.MultiheadAttention`, timm's BEiT and Swin V2. An autoencoder with
-    tied weights calls a layer first, and reads its weight later.
-    """
-
-    def __init__(self, reader: nn.Module, path: str) -> None:
-        self.path = path
-        self.handles = (
-            reader.register_forward_pre_hook(self),
-            reader.register_forward_hook(self.finish, always_call=True),
-        )
-
-    def __call__(self, reader: nn.Module, inputs: object) -> None:
-        owner = reader.get_submodule(self.path)
-        for hook in _pruning_hooks(owner):
-            readers = f"_{hook._tensor_name}_readers"
-            setattr(owner, readers, getattr(owner, readers, 0) + 1)
-            hook(owner, inputs)
-
-    def finish(self, reader: nn.Module, inputs: object, output: object) -> None:
-        owner = reader.get_submodule(self.path)
-        for hook in owner._forward_hooks.values():
-            if isinstance(hook, _Detach):
-                readers = f"_{hook.name}_readers"
-                # None has begun where the hook of another has failed before this one.
-                setattr(owner, readers, max(getattr(owner, readers, 0) - 1, 0))
-                hook(owner, inputs, output)
-
-
-def read_by(reader: nn.Module, path: str) -> None:
-    """Have the pruned tensors of a submodule at hand in the forward of a module.
-
-    Args:
-        reader: Module that takes tensors of the other without calling it.
-        path: Name of the other as ``reader.named_modules()`` gives it.
-    """
-    if not any(hook.path == path for hook in _readers(reader)):
-        _Reader(reader, path)
-
-
-def forget_readers(model: nn.Module) -> None:
-    """Take off the hooks of readers whose owners are not pruned any more."""
-    for module in model.modules():
-        for hook in _readers(module):
-            if not any(_pruning_hooks(module.get_submodule(hook.path))):
-                for handle in hook.handles:
-                    handle.remove()
-
-
-def _readers(module: nn.Module) -> list[_Reader]:
-    hooks = module._forward_pre_hooks.values()
-    return [hook for hook in hooks if isinstance(hook, _Reader)]

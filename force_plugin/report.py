@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from force_plugin.parameters import Weight, named_parameters, whole_of
+from force_plugin.errors import NothingToPruneError
+from force_plugin.files import write_whole
+from force_plugin.labels import COLUMNS, numbered_names, shorten, table_rows
+from force_plugin.parameters import (
+    Coverage,
+    Weight,
+    named_parameters,
+    passed_over,
+    whole_of,
+)
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped, unused-ignore]
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COLUMNS = 80
-"""Width of a terminal that nobody has resized: no line of a table is longer."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,11 @@ class SparsityReport:
         warnings: What the user should know about this network, a sentence each.
             Default: none.
         method: The method that pruned it, e.g. ``"force"``. Default: ``None``, unknown.
+        passed_over: What was not to be pruned of the model's matrices and kernels:
+            number of weights by type of module, with the name of the parameter where
+            it is not ``weight``. Matrices and kernels are all floating-point parameters
+            of two or more dimensions that are longer than 1, embeddings too, but none
+            that is added to activations (biases, positions, tokens). Default: nothing.
 
     Raises:
         ValueError: There is no layer.
@@ -89,6 +101,7 @@ class SparsityReport:
     layers: tuple[LayerReport, ...]
     warnings: tuple[str, ...] = ()
     method: str | None = None
+    passed_over: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Store tuples and check that there is a layer."""
@@ -118,14 +131,28 @@ class SparsityReport:
         return self.kept / self.total
 
     @property
+    def coverage(self) -> float:
+        """Share of the model's matrix and kernel weights that is prunable, in [0, 1].
+
+        The sparsity is that of this share; ``passed_over`` has the rest.
+        """
+        return Coverage(self.total, self.passed_over).share
+
+    @property
     def empty_layers(self) -> tuple[LayerReport, ...]:
         """The layers without any weight left, in the order of the network."""
         return tuple(layer for layer in self.layers if layer.empty)
 
     def __str__(self) -> str:
-        """Table of all layers, the total, the empty layers and the warnings."""
+        """Table of all layers, the total, what it leaves out, and the warnings."""
         lines = _table(self)
         lines += ["", f"empty layers: {len(self.empty_layers)} of {len(self.layers)}"]
+        if self.passed_over:
+            lines += textwrap.wrap(
+                f"prunable: {Coverage(self.total, self.passed_over)}",
+                COLUMNS,
+                subsequent_indent="  ",
+            )
         for warning in self.warnings:
             lines += textwrap.wrap(
                 f"warning: {warning}", COLUMNS, subsequent_indent="  "
@@ -139,9 +166,10 @@ class SparsityReport:
         """The report as plain types that :func:`json.dumps` takes.
 
         Returns:
-            ``method``, ``sparsity``, ``density``, ``kept``, ``total``, ``warnings`` (a
-            list of strings) and ``layers``: a list of dictionaries with ``name``,
-            ``shape`` (a list), ``kept``, ``total`` and ``sparsity``.
+            ``method``, ``sparsity``, ``density``, ``kept``, ``total``, ``coverage``,
+            ``passed_over``, ``warnings`` (a list of strings) and ``layers``: a list of
+            dictionaries with ``name``, ``shape`` (a list), ``kept``, ``total`` and
+            ``sparsity``.
         """
         return {
             "method": self.method,
@@ -149,7 +177,9 @@ class SparsityReport:
             "density": self.density,
             "kept": self.kept,
             "total": self.total,
-            "warnings": list(self.warnings),
+            "coverage": self.coverage,
+            "passed_over": dict(self.passed_over),
+            "warnings": [str(warning) for warning in self.warnings],
             "layers": [
                 {
                     "name": layer.name,
@@ -255,7 +285,11 @@ class SparsityReport:
             title_fontsize="large",
         )
         if path is not None:
-            figure.savefig(path, dpi=200, bbox_inches="tight")
+            # A name without a suffix gets matplotlib's own.
+            suffix = Path(path).suffix or f".{figure.canvas.get_default_filetype()}"
+            drawing = io.BytesIO()
+            figure.savefig(drawing, format=suffix[1:], dpi=200, bbox_inches="tight")
+            write_whole(Path(path).with_suffix(suffix), drawing.getvalue())
         return figure
 
 
@@ -267,28 +301,14 @@ def _percent(report: LayerReport | SparsityReport) -> str:
     return text
 
 
-def shorten(text: str, width: int) -> str:
-    """``text`` in at most ``width`` characters.
-
-    A third of them for the head and the rest for the tail: in "layers.2…5.mlp.fc1" the
-    head names the stage, the tail the block and the layer.
-    """
-    if len(text) <= width:
-        return text
-    head = (width - 1) // 3
-    tail = width - 1 - head
-    return f"{text[:head].rstrip('.')}…{text[len(text) - tail :].lstrip('.')}"
-
-
 def _table(report: SparsityReport) -> list[str]:
-    """Lines of the table: header, layers, total."""
+    """Lines of the table: header, layers, total, and what a short name stands for."""
     kept_width, total_width = len(f"{report.kept:,}"), len(f"{report.total:,}")
 
     def cells(
-        name: str, shape: Sequence[int], counts: LayerReport | SparsityReport
+        shape: Sequence[int], counts: LayerReport | SparsityReport
     ) -> tuple[str, ...]:
         return (
-            name,
             shorten("x".join(map(str, shape)), 18),
             f"{counts.kept:>{kept_width},} / {counts.total:>{total_width},}",
             _percent(counts),
@@ -296,20 +316,28 @@ def _table(report: SparsityReport) -> list[str]:
         )
 
     rows = [
-        ("layer", "shape", "kept / total", "sparsity", ""),
-        *(cells(layer.name, layer.shape, layer) for layer in report.layers),
-        cells("total", (), report),
+        ("shape", "kept / total", "sparsity", ""),
+        *(cells(layer.shape, layer) for layer in report.layers),
+        cells((), report),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    gaps = 3 * 2
-    widths[0] = min(widths[0], COLUMNS - gaps - sum(widths[1:]))
     header, *layers, total = (
-        f"{shorten(name, widths[0]):<{widths[0]}}  {shape:<{widths[1]}}  "
-        f"{counts:>{widths[2]}}  {percent:>{widths[3]}}{mark}"
-        for name, shape, counts, percent, mark in rows
+        f"{shape:<{widths[0]}}  {counts:>{widths[1]}}  {percent:>{widths[2]}}{mark}"
+        for shape, counts, percent, mark in rows
     )
-    rule = "-" * (gaps + sum(widths[:4]))
-    return [header, rule, *layers, rule, total]
+    names = [layer.name for layer in report.layers]
+    room = COLUMNS - 3 * 2 - sum(widths)
+    width = max(len("total"), min(max(map(len, names)), room))
+    lines, note = table_rows(names, layers, width)
+    rule = "-" * (width + 3 * 2 + sum(widths[:3]))
+    return [
+        f"{'layer':<{width}}  {header}",
+        rule,
+        *lines,
+        rule,
+        f"{'total':<{width}}  {total}",
+        *note,
+    ]
 
 
 def _check_same_layers(
@@ -409,7 +437,9 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
     main, bottom = axes[0], axes[-1]
     main.set_xlim(-0.8, len(names) - 0.2)
     if len(names) <= 20:
-        labels = [shorten(name.removesuffix(".weight"), 20) for name in names]
+        plain = [name.removesuffix(".weight") for name in names]
+        # A layer may be called as its parent's weight is.
+        labels = numbered_names(plain if len({*plain}) == len({*names}) else names, 20)
         bottom.set_xticks(range(len(names)), labels, rotation=45, ha="right")
         bottom.tick_params(axis="x", labelsize=8)
         return
@@ -451,10 +481,11 @@ def stage_of(name: str) -> str:
 def sparsity_report(model: nn.Module) -> SparsityReport:
     """How sparse a model is, layer by layer.
 
-    Counted are the weights of every convolution and linear layer, and whatever else is
-    pruned with :mod:`torch.nn.utils.prune`. Where there is a mask it decides; elsewhere
-    the weights that are not 0 count as kept, so that the report of a model does not
-    change when its pruning is made permanent (:func:`torch.nn.utils.prune.remove`).
+    Counted are the weights of every convolution and linear layer, of what behaves as a
+    linear layer, and whatever else is pruned with :mod:`torch.nn.utils.prune`. Where
+    there is a mask it decides; elsewhere the weights that are not 0 count as kept, so
+    that the report of a model does not change when its pruning is made permanent
+    (:func:`torch.nn.utils.prune.remove`).
 
     Args:
         model: Any module, pruned or not.
@@ -464,7 +495,7 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: It has no such weight.
+        NothingToPruneError: It has no such weight.
     """
     weights = [
         weight
@@ -472,11 +503,15 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         if (weight.prunable or weight.mask is not None) and weight.dense.numel()
     ]
     if not weights:
-        raise ValueError("model: it has no convolution or linear weight to report on")
-    return report_of(weights)
+        problem = "model: it has no convolution or linear weight to report on"
+        if passed := passed_over(model, ()):
+            problem += f"; passed over: {', '.join(passed)}"
+        raise NothingToPruneError(problem)
+    return report_of(model, weights)
 
 
 def report_of(
+    model: nn.Module,
     weights: Iterable[Weight],
     kept: Mapping[str, int] | None = None,
     warnings: Sequence[str] = (),
@@ -485,7 +520,8 @@ def report_of(
     """Report on given weights.
 
     Args:
-        weights: Weights in the order of the network.
+        model: The network.
+        weights: Some of its weights, in its order.
         kept: How many weights are left, by parameter name; default: what the masks
             leave that the weights have, or what is not 0 of a weight without.
         warnings: Sentences for the report.
@@ -498,4 +534,5 @@ def report_of(
             int(whole_of(left).count_nonzero()) if kept is None else kept[weight.name]
         )
         layers.append(LayerReport(weight.name, tuple(left.shape), count, left.numel()))
-    return SparsityReport(tuple(layers), tuple(warnings), method)
+    rest = passed_over(model, [layer.name for layer in layers])
+    return SparsityReport(tuple(layers), tuple(warnings), method, rest)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from force_plugin.distributed import unwrap
+from force_plugin.errors import NotPrunedError
 from force_plugin.masks import checked_masks
 from force_plugin.parameters import (
+    is_scripted,
     is_sharded,
     mask_of,
     name_some,
@@ -48,9 +50,20 @@ def shuffle_masks(
         section 5).
 
     Raises:
-        TypeError: ``masks`` is no mapping of names to tensors.
-        ValueError: A mask is sparse, has no values, or others than 0 and 1.
+        TypeError: ``masks`` is no mapping of names to tensors, or ``generator`` none.
+        MaskMismatchError: A mask is sparse, has no values, or others than 0 and 1.
+        ValueError: The generator is not on the CPU.
     """
+    if not isinstance(generator, torch.Generator | None):
+        seed = generator if type(generator) is int else 0
+        raise TypeError(
+            f"generator: expected a torch.Generator, got {type(generator).__name__}; "
+            f"pass torch.Generator().manual_seed({seed})"
+        )
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"generator: expected one on the CPU, got one on {generator.device}"
+        )
     shuffled = {}
     for name, mask in checked_masks(masks).items():
         order = torch.randperm(mask.numel(), generator=generator, device="cpu")
@@ -73,17 +86,22 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
     Args:
         model: Pruned by :func:`force_plugin.force_prune` or any other method of
             :mod:`torch.nn.utils.prune`, made permanent or not, in a
-            ``DistributedDataParallel`` or not; changed in place.
+            ``DistributedDataParallel`` or ``torch.compile`` or not; changed in place.
         fresh: The same network with other values, not pruned; it stays as it is.
 
     Raises:
         TypeError: ``model`` or ``fresh`` is no module.
-        ValueError: Nothing is pruned in ``model``, or something is in ``fresh``, names
-            or shapes of parameters or buffers differ, or there are no values yet (a
-            lazy module, the meta device), or only a part of them (a sharded model); the
-            model is unchanged.
+        NotPrunedError: Nothing is pruned in ``model``; it is unchanged.
+        ValueError: Something is pruned in ``fresh``, names or shapes of parameters or
+            buffers differ, or there are no values yet (a lazy module, the meta device),
+            or only a part of them (a sharded model); the model is unchanged.
     """
     model, fresh = unwrap(model), unwrap(fresh)
+    if not isinstance(fresh, nn.Module):
+        raise TypeError(
+            f"fresh: expected a torch.nn.Module, got {type(fresh).__name__}; pass "
+            "another model, made as the first one was"
+        )
     weights, new = named_parameters(model), named_parameters(fresh)
     kept = {
         (module, name): pruned_so_far(module, name)
@@ -91,9 +109,9 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
         for module, name in weight.owners
     }
     if all(mask is None for mask in kept.values()):
-        raise ValueError(
-            "model: expected one that is pruned, got one without masks; prune it "
-            "first, with force_prune or apply_masks"
+        raise NotPrunedError(
+            "model: expected one that is pruned, got one without masks",
+            "prune it first, with force_prune or apply_masks",
         )
     if any(
         pruned_so_far(*owner) is not None
@@ -105,7 +123,8 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             "another, as the model itself was made"
         )
     values = {name: weight.dense for name, weight in weights.items()}
-    pairs = _matched(values, {name: weight.dense for name, weight in new.items()})
+    others = {name: weight.dense for name, weight in new.items()}
+    pairs = _matched(values | _scripted(model), others | _scripted(fresh))
     pairs += _matched(_buffers(model), _buffers(fresh))
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
@@ -124,6 +143,16 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             original.masked_fill_(shown.bool() & ~mask, 0)
             show(module, name)
         undo.pop_all()
+
+
+def _scripted(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of parts in TorchScript."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if is_scripted(module)
+        for key, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

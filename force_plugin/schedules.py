@@ -6,6 +6,7 @@ from 1 and all densities as fractions of the prunable weights.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from decimal import Decimal
@@ -92,17 +93,7 @@ def kept_per_step(
             + (f"; {sparsity} % is {sparsity / 100:.12g}" if 1 < sparsity < 100 else "")
         )
     check_count("steps", steps)
-    if isinstance(schedule, str) and schedule not in SCHEDULES:
-        raise ValueError(
-            f"schedule: expected one of {', '.join(SCHEDULES)} or a callable (step, "
-            f"steps, density) -> density, got {schedule!r}"
-        )
-    if not isinstance(schedule, str) and not callable(schedule):
-        raise TypeError(
-            "schedule: expected a name or a callable (step, steps, density) -> "
-            f"density, got {type(schedule).__name__}"
-        )
-    density_at = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    density_at = find_schedule(schedule)
 
     # 1 - 0.9999 in floating point is 3e-13 off 0.0001, which a root would carry into
     # the earlier steps: subtract the decimals that were written.
@@ -113,16 +104,18 @@ def kept_per_step(
             f"sparsity: {sparsity} leaves none of the {total} prunable weights; at "
             f"most {1 - 1 / total} leaves one"
         )
-    densities = [density_at(step, steps, density) for step in range(1, steps + 1)]
+    given = [density_at(step, steps, density) for step in range(1, steps + 1)]
     try:
-        densities = [float(d) for d in densities]
-    except (TypeError, ValueError):
-        came = ", ".join(sorted({type(d).__name__ for d in densities}))
+        densities = [float(d) for d in given]
+    except (TypeError, ValueError, RuntimeError):
+        came = ", ".join(sorted({type(d).__name__ for d in given}))
         raise TypeError(f"schedule: expected a density, a number, got {came}") from None
     if not abs(densities[-1] - density) <= 1e-6 * density:
+        is_sparsity = abs(densities[-1] - sparsity) <= 1e-6
         raise ValueError(
             f"schedule: the density after the last step must be {density:.6g}, "
             f"got {densities[-1]:.6g}"
+            + (", which is the sparsity; return 1 minus it" if is_sparsity else "")
         )
     kept = [count_kept(total, d) for d in densities[:-1] if 0 <= d <= 1] + [last]
     if len(kept) < steps or kept != sorted(kept, reverse=True):
@@ -132,6 +125,66 @@ def kept_per_step(
             + (", ..." if steps > 8 else "")
         )
     return kept
+
+
+def find_schedule(schedule: str | Schedule, name: str = "schedule") -> Schedule:
+    """The function of a schedule that is given by name or as a callable.
+
+    Args:
+        schedule: As in :func:`kept_per_step`.
+        name: What the caller calls it. Default: the argument.
+
+    Raises:
+        TypeError: It is neither, or takes other arguments.
+        ValueError: No schedule has this name.
+    """
+    if isinstance(schedule, str):
+        if schedule in SCHEDULES:
+            return SCHEDULES[schedule]
+        raise ValueError(
+            f"{name}: expected one of {', '.join(SCHEDULES)} or a callable (step, "
+            f"steps, density) -> density, got {schedule!r}"
+        )
+    if not callable(schedule):
+        raise TypeError(
+            f"{name}: expected a name or a callable (step, steps, density) -> "
+            f"density, got {type(schedule).__name__}"
+        )
+    check_arguments(name, schedule, "a callable (step, steps, density) -> density", 3)
+    return schedule
+
+
+def check_arguments(
+    name: str, function: Callable[..., object], expected: str, count: int
+) -> None:
+    """Raise unless a callable takes a number of arguments.
+
+    Args:
+        name: What it is given as.
+        function: The callable.
+        expected: What it should be, in words.
+        count: How many positional arguments it will be given.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # some that are written in C do not tell
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        called = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            f"{name}: expected {expected}, got {called}{arguments_of(signature)}"
+        ) from None
+
+
+def arguments_of(signature: inspect.Signature) -> str:
+    """The arguments of a callable, without types and defaults."""
+    plain = [
+        one.replace(annotation=one.empty, default=one.empty)
+        for one in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
 
 
 def check_count(name: str, value: object) -> None:

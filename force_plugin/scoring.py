@@ -7,6 +7,7 @@ raises half-way, they are bit for bit what they were.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,15 +18,15 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.hooks import RemovableHandle
 
 from force_plugin import gates, silence
 from force_plugin.allocation import freed_memory_kept
@@ -38,10 +39,24 @@ from force_plugin.batches import (
     to_device,
 )
 from force_plugin.connection import Flow, find_flow, responds, tensors
-from force_plugin.parameters import Weight, name_some, named_parameters
-from force_plugin.schedules import check_count
+from force_plugin.errors import (
+    BatchError,
+    MethodError,
+    NoGradientError,
+    NotFiniteError,
+    RankError,
+)
+from force_plugin.parameters import (
+    Weight,
+    is_scripted,
+    name_some,
+    named_parameters,
+    part_of,
+)
+from force_plugin.schedules import check_arguments, check_count
 from force_plugin.sharding import WHOLE, Parts
 from force_plugin.snapshot import random_states, restored, snapshot, without_trace
+from force_plugin.temperature import Dividing, divide
 
 Loader = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
@@ -59,21 +74,13 @@ _OF_THE_LOOK = (
     ValueError,
 )
 
+# What no call in another way would mend, though it is a RuntimeError.
+_PASSED_ON = (torch.cuda.OutOfMemoryError, RankError)
 
-class NoGradientError(RuntimeError):
-    """The loss does not use some of the weights.
+# What PyTorch's losses raise of outputs and targets that do not fit.
+_OF_A_MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
-    Attributes:
-        names: Their names.
-    """
-
-    def __init__(self, names: Sequence[str], step: int) -> None:  # noqa: D107
-        super().__init__(
-            f"no gradient reached {name_some(names)} at step {step}: the loss does not "
-            "use it. Leave it out with parameters=, or pass a forward= whose loss uses "
-            "it"
-        )
-        self.names = tuple(names)
+_PASS_FORWARD = "pass forward=, a callable (model, batch) -> loss"
 
 
 class Probe:
@@ -110,8 +117,7 @@ class Probe:
         loss: Mean loss of the last measurement that needed one.
         gates: The closed gates that were opened, by parameter name. Weights that are 0
             are there from the beginning, other gates from the first measurement on.
-        readers: Modules whose forward takes weights of submodules without calling them,
-            and the names that these have in them, once something was measured.
+        problems: What could not be measured as it was asked for, a sentence each.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -134,15 +140,17 @@ class Probe:
         for name, count in (("batches", batches), ("microbatch", microbatch)):
             if count is not None:
                 check_count(name, count)
-        for name, function in (("loss_fn", loss_fn), ("forward", forward)):
-            if not callable(function) and not (name == "forward" and function is None):
-                raise TypeError(
-                    f"{name}: expected a callable, got {type(function).__name__}"
-                )
+        _check_loss("loss_fn", loss_fn, "(outputs, targets)")
+        if forward is not None:
+            _check_loss("forward", forward, "(model, batch)")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(
-                f"autocast: expected torch.bfloat16 or None, got {autocast!r}; in "
-                "float16 small gradients underflow to 0 without a GradScaler"
+                f"autocast: expected torch.bfloat16 or None, got {autocast!r}"
+                + (
+                    "; in it small gradients underflow to 0 without a GradScaler"
+                    if autocast is torch.float16
+                    else ""
+                )
             )
         if compile and parts.sharded:
             raise ValueError(
@@ -157,21 +165,19 @@ class Probe:
         # Parameters that may turn out to be gates when a graph is there to look at.
         self._candidates: dict[str, float] = {}
         if open_gates:
-            shapes = {w.name: w.dense.shape for w in weights}
-            others = {
-                n: w.dense.shape for n, w in self.parameters.items() if w.prunable
-            }
+            shapes = {w.name: w.shape for w in weights}
+            others = {n: w.shape for n, w in self.parameters.items() if w.prunable}
             small = gates.small(self._dense(), parts)
             self.gates = gates.closed_weights(shapes | others, small)
             matrices = {name for name, shape in shapes.items() if len(shape) > 1}
             neither = small.keys() - self.gates.keys() - matrices
             self._candidates = {name: small[name] for name in small if name in neither}
-        opened = gates.open_values(self.gates, self._dense(), parts)
+        opened = self._opened()
         self.weights = {w.name: opened.get(w.name, w.part) for w in weights}
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
         self.loss = float("nan")
-        self.readers: set[tuple[nn.Module, str]] = set()
+        self.problems: list[str] = []
         self._device = next(iter(self.weights.values())).device
         self._loader = loader
         self._per_step = batches
@@ -188,19 +194,16 @@ class Probe:
         self._compile = compile
         self._on_batch = on_batch
         self._input_shape: tuple[int, ...] | None = None
-        # The modules whose forward is running, from the outermost to the innermost.
-        self._calls: list[nn.Module] = []
-        self._handles: list[RemovableHandle] = []  # of the hooks that tell
-        self._names = {module: name for name, module in model.named_modules()}
         # Stand-ins of all parameters, and of those that are scored.
         self._leaves: dict[str, nn.Parameter] = {}
         self._stand_ins: dict[str, nn.Parameter] = {}
-        self._registered: dict[tuple[nn.Module, str], str] = {}  # where these are
         # The absolute values of the stand-ins, by their identity.
         self._twins: dict[int, nn.Parameter] = {}
         self._last_batch: Any = None
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
+        # Whose outputs a temperature divides where the loss comes from ``forward``.
+        self._outlets: Sequence[nn.Module] = [model]
         self._measure: Callable[[], tuple[Tensor, Mapping[str, Tensor]]] | None = None
         self._exit = ExitStack()
 
@@ -258,16 +261,28 @@ class Probe:
         for the gradient of ⟨g, ∇L_b⟩. Of the last one, a single pass serves for both.
 
         Args:
-            temperature: Divides the model's outputs before ``loss_fn``; a loss that
-                comes from ``forward`` is taken as it is.
+            temperature: Divides the model's outputs before the loss. Where the loss
+                comes from ``forward``, they are divided where they leave the model, or
+                the one module that ``forward`` calls of it. A loss that is computed
+                within the model, or of several modules, is taken as it is, which
+                :attr:`problems` says.
 
         Returns:
             By parameter name; the caller's to overwrite.
 
         Raises:
-            ValueError: The passes are to be compiled.
+            TypeError, ValueError: The temperature is no positive number, or the passes
+                are to be compiled.
             NoGradientError: A weight got no gradient from any batch.
         """
+        if isinstance(temperature, bool) or not isinstance(temperature, Real):
+            raise TypeError(
+                f"temperature: expected a number, got {type(temperature).__name__}"
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a positive number, got {temperature}"
+            )
         self._refuse_compile("second derivatives, which torch.compile lacks")
         self._open()
         batches = list(self._batches())
@@ -303,9 +318,10 @@ class Probe:
                     except RuntimeError as error:
                         if "is not implemented" not in str(error):
                             raise
-                        raise RuntimeError(
+                        raise NoGradientError(
                             "GraSP needs second derivatives, and PyTorch lacks one: "
-                            f"{error}. Take another activation or another method"
+                            f"{error}",
+                            "take another activation or another method",
                         ) from error
                 total += loss.item()
         self._mean_loss(total, len(batches))
@@ -326,20 +342,30 @@ class Probe:
             By parameter name, float64; the caller's to overwrite.
 
         Raises:
-            ValueError: The inputs are no floating-point tensor, or no output is one, or
-                the passes are to be compiled.
-            NoGradientError, RuntimeError: A weight, or all of them, got no gradient.
+            BatchError: The inputs are no floating-point tensor, or no output is one, or
+                the model fails on such an input.
+            ValueError: The passes are to be compiled, or a part of the model is
+                TorchScript.
+            NoGradientError: A weight, or all of them, got no gradient.
         """
         self._refuse_compile("the network anew at each step")
+        scripted = [name for name, m in self.model.named_modules() if is_scripted(m)]
+        if scripted:
+            raise ValueError(
+                "SynFlow: expected a model whose values can all be replaced by their "
+                f"magnitudes, got one with a part in TorchScript ({scripted[0]}); take "
+                "another method"
+            )
         self._open()
         if self._input_shape is None:
             batch = next(self._batches(count=1))
             inputs = batch[0] if is_pair(batch) else batch
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-                raise ValueError(
+                raise BatchError(
                     "SynFlow: expected batches (inputs, targets) or inputs, one "
                     "floating-point tensor that ones can take the place of, got "
-                    f"{describe(inputs)}; take another method for other inputs"
+                    f"{describe(inputs)}",
+                    "take another method for other inputs",
                 )
             self._input_shape = (1, *inputs.shape[1:])
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
@@ -348,19 +374,35 @@ class Probe:
         def measure() -> tuple[Tensor, Mapping[str, Tensor]]:
             twins = self._make_positive(dtype)
             with torch.autocast(self._device.type, enabled=False):
-                outputs = self.model(ones.clone())
-            flow = [output.sum() for output in tensors(outputs)]
+                try:
+                    outputs = self.model(ones.clone())
+                except _PASSED_ON:
+                    raise
+                except _OF_THE_LOOK as error:
+                    raise BatchError(
+                        f"SynFlow: the model fails on {describe(ones)}, one input of "
+                        f"ones: {str(error).rstrip('.')}",
+                        "SynFlow calls model(inputs) with one tensor, in float64, and "
+                        "has no use for forward=: leave casts such as .float() out of "
+                        "the model's forward, or take another method",
+                    ) from error
+            flow = [
+                output.sum()
+                for output in tensors(outputs)
+                if output.is_floating_point() or output.is_complex()
+            ]
             if not flow:
-                raise ValueError(
+                raise BatchError(
                     "SynFlow: expected a model whose outputs are tensors, got "
-                    f"{describe(outputs)}"
+                    f"{describe(outputs)}",
+                    "take another method for other outputs",
                 )
-            total = torch.stack(flow).sum()
+            total = reduce(torch.add, flow)
             if not total.requires_grad:
-                raise RuntimeError(
+                raise NoGradientError(
                     "SynFlow: expected outputs that depend on the weights through "
-                    f"autograd, got {describe(outputs)} without a gradient; return "
-                    "them without detach or no_grad"
+                    f"autograd, got {describe(outputs)} without a gradient",
+                    "return them without detach or no_grad",
                 )
             return total, twins
 
@@ -368,7 +410,11 @@ class Probe:
             flow, twins = self._revealed(measure)
             totals = _Sums({name: twins[name] for name in self.weights})
             totals.add_gradients(flow)
-        return self._complete(totals)
+        return self._complete(
+            totals,
+            "the outputs do not depend on it",
+            "leave it out with parameters=, or take another method",
+        )
 
     def explain_silence(self, names: Sequence[str]) -> dict[str, str]:
         """Why weights have a saliency of exactly 0, by parameter name.
@@ -584,15 +630,24 @@ class Probe:
             with torch.no_grad():
                 for buffer, values in buffers:
                     buffer.copy_(values)
-                for name, leaf in self._leaves.items():
-                    if name not in self.weights and name not in self.gates:
-                        leaf.copy_(self.parameters[name].part)
+            self._fill_leaves()
 
         return rewind
+
+    def _fill_leaves(self) -> None:
+        """Give stand-ins of what is not scored, nor opened, the model's values."""
+        for name, leaf in self._leaves.items():
+            if name not in self.weights and name not in self.gates:
+                leaf.data.copy_(self.parameters[name].part)
 
     def _dense(self) -> dict[str, Tensor]:
         """The model's own parameters by name."""
         return {name: weight.part for name, weight in self.parameters.items()}
+
+    def _opened(self) -> dict[str, Tensor]:
+        """Values of the gates that are open."""
+        transposed = {n for n in self.gates if self.parameters[n].transposed}
+        return gates.open_values(self.gates, self._dense(), self.parts, transposed)
 
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Absolute values in the place of all parameters and buffers; parameters."""
@@ -629,13 +684,61 @@ class Probe:
         return {name: self._twins[id(leaf)] for name, leaf in self._leaves.items()}
 
     @contextmanager
+    def protected(self, by: str) -> Iterator[None]:
+        """Take back what someone else writes to the model's own values, or to masks.
+
+        Stand-ins are there to be written to, and have their values again afterwards.
+
+        Args:
+            by: Who may do so, for the message.
+
+        Raises:
+            MethodError: It was done.
+        """
+        self._open()
+        own: dict[str, Tensor] = {
+            name: part_of(w.dense) for name, w in self.parameters.items()
+        }
+        opened = {n: self.weights[n] for n in self.weights if n in self.gates}
+        masks = {f"the mask of {n}": mask for n, mask in (self.masks or {}).items()}
+        kept = {
+            name: _Kept(tensor)
+            for name, tensor in (own | self._buffers | opened | masks).items()
+            if type(tensor) in (Tensor, nn.Parameter)
+            if tensor.layout == torch.strided and not tensor.is_meta
+        }
+        written: list[str] = []
+        try:
+            yield
+        finally:
+            written += [name for name, one in kept.items() if one.put_back()]
+            for name in self.weights.keys() - self.gates.keys():
+                part, now = self.parameters[name].part, self.weights[name]
+                if (now.data_ptr(), now.shape) != (part.data_ptr(), part.shape):
+                    self.weights[name] = part
+                    written.append(name)
+            self._fill_leaves()
+            self._mask_stand_ins()
+        if written:
+            raise MethodError(
+                f"{by} has written into {name_some(written)}, which are there to read",
+                "work out of place, or on a .clone(); only what it returns is used",
+            )
+
+    @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
         """Every module in evaluation mode for a while, then as it was."""
         self._open()
+        # That of TorchScript is none of its attributes in Python.
+        scripted = [(m, m.training) for m in self.model.modules() if is_scripted(m)]
         with restored(self.model.modules()):
-            for module in self.model.modules():
-                module.training = False
-            yield
+            try:
+                for module in self.model.modules():
+                    module.training = False
+                yield
+            finally:
+                for module, training in scripted:
+                    module.training = training
 
     def _open(self) -> None:
         """Put stand-ins in the place of weights and buffers."""
@@ -657,62 +760,31 @@ class Probe:
             # for stand-ins would cost more, and has no second derivatives.
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}
-        owners = {m for n in self.weights for m, _ in self.parameters[n].slots()}
         for module in self.model.modules():
-            # PyTorch's own without submodules (activations, pooling) read no one's
-            # weights, and hooks would take longer than many a forward of theirs.
-            theirs = type(module).__module__.startswith("torch.nn.modules.")
-            if module in owners or module._modules or not theirs:
-                self._handles += (
-                    module.register_forward_pre_hook(self._enter, prepend=True),
-                    module.register_forward_hook(self._leave, always_call=True),
-                )
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     if id(buffer) not in copies:
                         copies[id(buffer)] = buffer.detach().clone()
                     module._buffers[key] = copies[id(buffer)]
-        opened = gates.open_values(self.gates, self._dense(), self.parts)
+                    if is_scripted(module):  # it holds them elsewhere, in C++
+                        put_back = module._buffers.__setitem__
+                        self._exit.callback(put_back, key, buffer)
+        opened = self._opened()
         for name, parameter in self.parameters.items():
             scored = name in self.weights
             values = opened.get(name, parameter.part).clone()
             stand_in = nn.Parameter(values, scored or parameter.dense.requires_grad)
             for module, key in parameter.slots():
-                if not isinstance(module._parameters, _Watched) and (
-                    scored or self.parts.sharded
-                ):
-                    watched = _Watched(module._parameters)
-                    watched.read = partial(self._read, module)
-                    vars(module)["_parameters"] = watched
-                self._registered[module, key] = name
                 module._parameters[key] = stand_in
+                if self.parts.sharded:
+                    if not isinstance(module._parameters, _PutTogether):
+                        vars(module)["_parameters"] = _PutTogether(
+                            module._parameters, self.parts
+                        )
+                    module._parameters.names[key] = name  # type: ignore[attr-defined]
             self._leaves[name] = stand_in
         self._stand_ins = {name: self._leaves[name] for name in self.weights}
         self._mask_stand_ins()
-
-    def _enter(self, module: nn.Module, inputs: object) -> None:
-        self._calls.append(module)
-
-    def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
-        if module in self._calls:  # not where another hook has failed before it began
-            while self._calls.pop() is not module:
-                pass
-
-    def _read(self, owner: nn.Module, key: str, value: Any) -> Any:
-        name = self._registered.get((owner, key))
-        if name is None or value is None:
-            return value
-        if name in self.weights and owner not in self._calls:
-            self._note_reader(owner)
-        return self.parts.read(name, value)
-
-    def _note_reader(self, owner: nn.Module) -> None:
-        for module in reversed(self._calls):
-            prefix = f"{self._names.get(module, '')}.".removeprefix(".")
-            if self._names[owner].startswith(prefix):
-                path = self._names[owner].removeprefix(prefix)
-                self.readers.add((module, path))
-                return
 
     def _mask_stand_ins(self) -> None:
         for name, stand_in in self._stand_ins.items():
@@ -744,7 +816,7 @@ class Probe:
                 try:
                     batch = next(self._iterator)
                 except StopIteration:
-                    raise ValueError(self._dry(number)) from None
+                    raise BatchError(*self._dry(number)) from None
             number += 1
             if wanted is None:
                 self._go_on_together(True)
@@ -760,10 +832,10 @@ class Probe:
             return
         samples = count_samples(batch)
         if not samples:
-            raise ValueError(
+            raise BatchError(
                 "microbatch: expected batches with a tensor whose first dimension are "
-                f"the samples, at least one, got {describe(batch)} without; leave "
-                "microbatch out"
+                f"the samples, at least one, got {describe(batch)} without",
+                "leave microbatch out",
             )
         count = math.ceil(samples / most)
         self._go_on_together(count, f"parts of at most {most} samples")
@@ -777,7 +849,7 @@ class Probe:
             others = [row[0] for row in self.parts.ranks.gather(more)]
             if min(others) != max(others):
                 fewer = others.index(min(others))
-                raise ValueError(
+                raise BatchError(
                     f"loader: expected as many {what} on every rank, as the ranks of a "
                     f"sharded model score together, got fewer on rank {fewer}"
                 )
@@ -793,16 +865,18 @@ class Probe:
                 f"{type(self._loader).__name__}"
             ) from None
 
-    def _dry(self, number: int) -> str:
+    def _dry(self, number: int) -> tuple[str, str]:
+        """Why there is no batch, after so many of a step, and what to do."""
         if iter(self._loader) is self._loader:
             return (
                 f"loader: it ran dry at step {self.step} after {number} batches of the "
-                "step, and can be read only once; pass a DataLoader or a list, which "
-                "are read again"
+                "step, and can be read only once",
+                "pass a DataLoader or a list, which are read again",
             )
         return (
-            "loader: expected at least one batch, got none; pass data, and where there "
-            "are fewer samples than a batch has, a DataLoader without drop_last"
+            "loader: expected at least one batch, got none",
+            "pass data, and where there are fewer samples than a batch has, a "
+            "DataLoader without drop_last",
         )
 
     def _loss(self, batch: Any, temperature: float = 1.0) -> Tensor:
@@ -818,15 +892,10 @@ class Probe:
 
     @contextmanager
     def _compiled(self) -> Iterator[None]:
-        """Compile a pass, if an earlier one has shown the gates and the readers."""
+        """Compile a pass, if an earlier one has shown the gates."""
         if not self._compile or self._measure is None:
             yield
             return
-        # What looks on has seen all there is, and would have to be compiled, too.
-        for handle in self._handles:
-            handle.remove()
-        for module, _ in self._registered:
-            vars(module)["_parameters"] = dict(module._parameters)
         if self._device.type == "cuda":
             # A CUDA graph writes to the same memory in each pass, so its gradients are
             # added to tensors of ours.
@@ -848,59 +917,163 @@ class Probe:
         return to_device(batch, self._device, self._formats)
 
     def _checked_loss(self, batch: Any, temperature: float) -> Tensor:
-        batch = self._moved(batch)
         if self._forward is not None:
             source = "forward"
-            loss = self._forward(self.model, batch)
+            loss = self._loss_of_forward(self._forward, batch, temperature)
         else:
             source = "loss_fn"
-            if not is_pair(batch):
-                raise ValueError(
-                    "loader: expected batches (inputs, targets), got "
-                    f"{describe(batch)}; for other batches pass forward=, a callable "
-                    "(model, batch) -> loss"
-                )
-            inputs, targets = batch
-            if isinstance(inputs, Tensor) and inputs.shape[:1] == (0,):
-                raise ValueError(
-                    "loader: expected at least one sample in each batch, got inputs "
-                    f"{describe(inputs)}; leave empty batches out"
-                )
-            outputs = self.model(inputs)
-            try:
-                if temperature != 1.0:
-                    outputs = outputs / temperature
-                loss = self._loss_fn(outputs, targets)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise ValueError(
-                    f"loss_fn failed on outputs {describe(outputs)} and targets "
-                    f"{describe(targets)}: {str(error).rstrip('.')}. Make the targets "
-                    "what loss_fn expects, or pass loss_fn= or forward="
-                ) from error
+            loss = self._loss_of_pair(batch, temperature)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(
+            raise BatchError(
                 f"{source}: expected a loss of one number, got {describe(loss)}"
             )
         if loss.is_complex():
-            raise ValueError(f"{source}: expected a real loss, got {describe(loss)}")
+            raise BatchError(f"{source}: expected a real loss, got {describe(loss)}")
         if not loss.requires_grad:
-            raise RuntimeError(
-                f"{source}: the loss does not depend on the weights through autograd; "
-                "compute it from the model's outputs, without detach or no_grad"
+            raise NoGradientError(
+                f"{source}: the loss does not depend on the weights through autograd",
+                "compute it from the model's outputs, without detach or no_grad",
             )
         if not torch.isfinite(loss):
-            cause = "a NaN or inf in the batch, or an overflow in the network"
-            if broken := self._broken():
-                cause = f"a NaN or inf in {name_some(broken)}"
-            raise RuntimeError(
-                f"the loss is {loss.item()} at step {self.step}: {cause}; look at the "
-                "data and the initialisation, or score in float32"
+            cause, advice = self._explain_loss(batch)
+            raise NotFiniteError(
+                f"the loss is {loss.item()} at step {self.step}: {cause}", advice
             )
         return loss.reshape(())
 
-    def _broken(self) -> list[str]:
+    def _loss_of_pair(self, batch: Any, temperature: float) -> Any:
+        """The loss of ``(inputs, targets)``, by ``loss_fn``."""
+        if not is_pair(batch):
+            raise BatchError(
+                f"loader: expected batches (inputs, targets), got {describe(batch)}",
+                f"for other batches {_PASS_FORWARD}",
+            )
+        inputs, targets = self._moved(batch)
+        if isinstance(inputs, Tensor) and inputs.shape[:1] == (0,):
+            raise BatchError(
+                "loader: expected at least one sample in each batch, got inputs "
+                f"{describe(inputs)}",
+                "leave empty batches out",
+            )
+        outputs = self._call(inputs)
+        if temperature != 1.0:
+            outputs, divided = divide(outputs, temperature)
+            if not divided:
+                self._warn_of(temperature, f"the outputs are {describe(outputs)}")
+        try:
+            return self._loss_fn(outputs, targets)
+        except _PASSED_ON:
+            raise
+        except _OF_A_MISFIT as error:
+            advice = "make the targets what loss_fn expects, or pass loss_fn="
+            if not isinstance(outputs, Tensor):
+                advice = "pass a loss_fn= that takes such outputs,"
+            raise BatchError(
+                f"loss_fn failed on outputs {describe(outputs)} and targets "
+                f"{describe(targets)}: {str(error).rstrip('.')}",
+                f"{advice} or forward=",
+            ) from error
+
+    def _call(self, inputs: Any) -> Any:
+        """The outputs; an error that a call in another way may mend says so."""
+        try:
+            return self.model(inputs)
+        except _PASSED_ON:
+            raise
+        except _OF_THE_LOOK as error:
+            try:
+                inspect.signature(self.model.forward).bind(inputs)
+                strange = isinstance(inputs, Mapping | tuple | list)
+            except TypeError:
+                strange = True
+            if strange or isinstance(error, NotImplementedError):
+                raise BatchError(
+                    f"the model failed when it was called as model(inputs), on inputs "
+                    f"{describe(inputs)}: {str(error).rstrip('.')}",
+                    f"for a model that is called otherwise {_PASS_FORWARD}",
+                ) from error
+            if sys.version_info >= (3, 11):  # the network's own, with a hint below it
+                error.add_note(
+                    f"raised by model(inputs) on inputs {describe(inputs)}; for a "
+                    f"model that is called otherwise {_PASS_FORWARD}"
+                )
+            raise
+
+    def _loss_of_forward(self, forward: Forward, batch: Any, temperature: float) -> Any:
+        """The loss of any batch, by ``forward``, with outputs divided on the way."""
+        if temperature != 1.0 and self._outlets:
+            rewind = self._remember()
+            inside = [
+                module
+                for module in self.model.modules()
+                if module is not self.model
+                and not is_scripted(module)
+                and any(True for _ in module.parameters())
+            ]
+            for outlets in (self._outlets, inside):
+                dividing = Dividing(outlets, temperature)
+                with dividing:
+                    loss = forward(self.model, self._moved(batch))
+                reason = dividing.failure(loss)
+                if not reason:
+                    self._outlets = outlets
+                    return loss
+                rewind()
+                if dividing.calls:
+                    break
+            self._outlets = ()
+            self._warn_of(temperature, reason)
+        return forward(self.model, self._moved(batch))
+
+    def _warn_of(self, temperature: float, reason: str) -> None:
+        problem = (
+            f"the temperature of {temperature:g} was not used: {reason}. Divide the "
+            "outputs yourself before the loss, in forward=, and pass a subclass of "
+            "GraSP whose temperature is 1"
+        )
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def _explain_loss(self, batch: Any) -> tuple[str, str]:
+        """Why the loss of a batch is not finite, and what to do."""
+        if broken := self.broken():
+            advice = "look at the initialisation, or where these values come from"
+            return f"there is a NaN or inf in {name_some(broken)}", advice
+        numbers = [t for t in tensors(batch) if t.is_floating_point()]
+        if any(bool(t.isnan().any()) for t in numbers):
+            return "there is a NaN in the batch", "look at the data"
+        cause = f"an overflow in the network or in the loss, in {self.precision}"
+        advice = f"look at the initialisation and the loss{self.wider()}"
+        if any(bool(t.isinf().any()) for t in numbers):
+            cause = f"there is an inf in the batch, or {cause}"
+            advice = advice.replace("look at ", "look at the data, ", 1)
+        return cause, advice
+
+    @property
+    def precision(self) -> str:
+        """The narrowest floating-point type of the passes."""
+        if self._autocast is not nullcontext:
+            return "bfloat16"
+        device = self._device.type
+        if torch.is_autocast_enabled(device):
+            return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        weights = (w.dense for w in self.parameters.values())
+        types = {w.dtype for w in weights if w.is_floating_point()}
+        return str(min(types, key=lambda t: t.itemsize)).removeprefix("torch.")
+
+    def wider(self) -> str:
+        """What else to try against an overflow: a wider type, if there is one."""
+        if self._autocast is not nullcontext or torch.is_autocast_enabled(
+            self._device.type
+        ):
+            return ", or score without autocast"
+        if self.precision == "float64" or self._device.type == "mps":
+            return ""
+        if self.precision == "float32":
+            return ", or score in float64 (model.double(), with batches in float64)"
+        return ", or score in float32 instead of 16 bits"
+
+    def broken(self) -> list[str]:
         """Parameters that are not finite, and buffers that hold a NaN.
 
         An inf in a buffer is an attention mask, as a rule. Sparse tensors are left out:
@@ -924,22 +1097,86 @@ class Probe:
         self.loss = sum(row[0] for row in rows) / count
         return count / len(rows)
 
-    def _complete(self, sums: _Sums) -> dict[str, Tensor]:
-        """The mean of the ranks' sums, in the order of the weights."""
+    def _complete(
+        self,
+        sums: _Sums,
+        problem: str = "the loss does not use it, or behind a detach or no_grad only",
+        advice: str = "leave it out with parameters=, or pass a forward= that uses it",
+    ) -> dict[str, Tensor]:
+        """The mean of the ranks' sums, in the order of the weights.
+
+        Args:
+            sums: Of this rank.
+            problem: What it means that there is none for a weight.
+            advice: What to do about it.
+        """
         sums.average(self.parts)
         missing = [name for name in self.weights if name not in sums]
         if missing:
-            raise NoGradientError(missing, self.step)
+            raise NoGradientError(
+                f"no gradient reached {name_some(missing)} at step {self.step}: "
+                f"{problem}",
+                advice,
+                missing,
+            )
         return {name: sums[name] for name in self.weights}
 
 
-class _Watched(dict[str, nn.Parameter | None]):
-    """The parameters of a module, as ``_parameters``, with a say in what is read."""
+def _check_loss(name: str, function: object, arguments: str) -> None:
+    """Make sure that a function can be asked for a loss."""
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        kind = function.__name__
+        raise TypeError(
+            f"{name}: expected a callable {arguments} -> loss, got the class {kind}; "
+            f"pass an instance, {kind}()"
+        )
+    if not callable(function):
+        raise TypeError(f"{name}: expected a callable, got {type(function).__name__}")
+    check_arguments(name, function, f"a callable {arguments} -> loss", 2)
 
-    read: Callable[[str, Any], Any]
 
-    def __getitem__(self, key: str) -> nn.Parameter | None:
-        return self.read(key, super().__getitem__(key))  # type: ignore[no-any-return]
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of any type have the same values, bit for bit."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    bits = (t.detach().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(*bits)
+
+
+class _Kept:
+    """A tensor that someone else may write to, and what it was."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._memory = tensor.data
+        self._values = self._memory.clone()
+
+    def put_back(self) -> bool:
+        """Give it its memory and values back; whether it had others."""
+        now = self._tensor.data
+        same = (
+            now.data_ptr() == self._memory.data_ptr()
+            and now.stride() == self._memory.stride()
+            and same_bits(now, self._values)
+        )
+        if not same:
+            self._tensor.data = self._memory.copy_(self._values)
+        return not same
+
+
+class _PutTogether(dict[str, nn.Parameter | None]):
+    """The parameters of a module, as ``_parameters``: whole ones for who reads them."""
+
+    def __init__(self, parameters: Mapping[str, Any], parts: Parts) -> None:
+        super().__init__(parameters)
+        self.names: dict[str, str] = {}  # in the model, by the key in the module
+        self._parts = parts
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is None or key not in self.names:
+            return value
+        return self._parts.read(self.names[key], value)
 
 
 class _Sums(dict[str, Tensor]):

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from force_plugin.batches import count_samples
 from force_plugin.connection import tensors
 from force_plugin.example_inputs import call, checked_inputs
+from force_plugin.labels import COLUMNS, table_rows
 from force_plugin.layers import channels_of, layers_of
-from force_plugin.report import COLUMNS, shorten
 from force_plugin.snapshot import undisturbed
 
 
@@ -57,18 +57,16 @@ class CompactReport:
 
     def __str__(self) -> str:
         """A table of at most 80 columns: each layer, then the sums."""
-        rows = [("layer", "inputs", "outputs")]
-        for layer in self.layers:
-            rows.append(  # noqa: PERF401
-                (layer.name, _change(*layer.inputs), _change(*layer.outputs))
-            )
+        rows = [("inputs", "outputs")]
+        rows += [(_change(*one.inputs), _change(*one.outputs)) for one in self.layers]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 4)
-        header, *lines = (
-            f"{shorten(name, widths[0]):<{widths[0]}}  "
-            f"{inputs:>{widths[1]}}  {outputs:>{widths[2]}}"
-            for name, inputs, outputs in rows
+        header, *layers = (
+            f"{inputs:>{widths[0]}}  {outputs:>{widths[1]}}" for inputs, outputs in rows
         )
+        names = [layer.name for layer in self.layers]
+        longest = max(map(len, ["layer", *names]))
+        width = min(longest, COLUMNS - 2 * 2 - sum(widths))
+        lines, note = table_rows(names, layers, width)
         sums = [
             (what, f"{before:,}", f"{after:,}", _share(before, after))
             for what, (before, after) in (
@@ -83,8 +81,9 @@ class CompactReport:
             f"  {share:>{sizes[3]}}"
             for what, before, after, share in sums
         ]
-        rule = "-" * max(sum(widths) + 4, *map(len, totals))
-        return "\n".join([header, rule, *lines, rule, *totals])
+        rule = "-" * max(width + 2 * 2 + sum(widths), *map(len, totals))
+        header = f"{'layer':<{width}}  {header}"
+        return "\n".join([header, rule, *lines, rule, *totals, *note])
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain lists and numbers, for JSON.

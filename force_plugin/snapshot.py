@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,69 +15,121 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from force_plugin.reparametrisation import PrunedTensor
 
-def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
+
+def snapshot(modules: Iterable[Any]) -> Callable[[], None]:
     """Remember the attributes of modules.
 
     They hold a module's parameters, buffers, hooks and mode, and whatever its forward
     keeps. Of parameters and buffers references are remembered, not values: what is to
     be restored must have been replaced meanwhile, not overwritten. Of other attributes
     it is the values of tensors and the items of lists, deques, sets and dictionaries,
-    also of those in one another; what other objects hold is not followed.
+    also within one another; what other objects hold is not followed. Of a TorchScript
+    module, whose attributes cannot be replaced, it is the mode and all values.
 
     Args:
-        modules: The modules themselves; their children are not followed.
+        modules: The modules themselves, or other objects that have attributes; their
+            children are not followed.
 
     Returns:
-        A function that gives the modules their attributes back.
+        A function that gives the modules their attributes back. It writes nothing
+        where nothing has changed. Where something cannot be written, all else is
+        restored before the error is raised.
     """
-    saved = []
+    undo: list[Callable[[], object]] = []
     for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            undo.append(partial(setattr, module, "training", module.training))
+            kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            undo += [tensor_as_it_is(tensor) for tensor in kept]
+            continue
         state = vars(module)
-        items = [(held, _items(held)) for held in _containers(state.values())]
-        values = {
-            key: (value, value.detach().clone(), value._version)
-            for key, value in state.items()
-            # A pruned tensor is made anew in every forward.
-            if isinstance(value, Tensor)
-            and f"{key}_orig" not in state.get("_parameters", ())
-            and not value.is_inference()
-        }
-        saved.append((state, dict(state), items, values.values()))
+        own = [k for k in ("_parameters", "_buffers", "_modules") if k in state]
+        containers = {id(state[key]): state[key] for key in own}
+        others = {id(tensor) for key in own for tensor in state[key].values()}
+        ahead = [value for key, value in state.items() if key not in own]
+        tensors: dict[int, Tensor] = {}
+        while ahead:
+            value = ahead.pop()
+            if isinstance(value, PrunedTensor) or id(value) in others:
+                continue
+            if isinstance(value, Tensor):
+                tensors[id(value)] = value
+            elif isinstance(value, _KINDS) and id(value) not in containers:
+                containers[id(value)] = value
+                items = _items(value)
+                ahead += items.values() if isinstance(items, dict) else items
+        undo += [
+            *(tensor_as_it_is(tensor) for tensor in tensors.values()),
+            *map(_items_as_they_are, containers.values()),
+            _items_as_they_are(state),
+        ]
 
     def restore() -> None:
-        for state, attributes, items, values in saved:
-            state.clear()
-            state.update(attributes)
-            for held, content in items:
-                held.clear()
-                (held.update if hasattr(held, "update") else held.extend)(content)
-            for tensor, value, version in values:
-                if tensor._version != version:
-                    with torch.no_grad():
-                        tensor.copy_(value)
+        with ExitStack() as stack:
+            for each in undo:
+                stack.callback(each)
 
     return restore
 
 
-def _containers(values: Iterable[Any]) -> Iterator[Any]:
-    """The lists, deques, sets and dictionaries among values, and those in them."""
-    ahead, seen = [*values], set()
-    while ahead:
-        value = ahead.pop()
-        if isinstance(value, dict | list | set | deque) and id(value) not in seen:
-            seen.add(id(value))
-            ahead += value.values() if isinstance(value, dict) else value
-            yield value
+_KINDS = (OrderedDict, dict, list, set, deque)
 
 
-def _items(held: Any) -> Any:
-    return dict(held) if isinstance(held, dict) else list(held)
+def _items(container: Any) -> Any:
+    """A copy of what a container holds, whatever its class makes of a look at it."""
+    if isinstance(container, OrderedDict):
+        return dict(OrderedDict.items(container))
+    if isinstance(container, dict):
+        return dict(dict.items(container))
+    kind = next(kind for kind in _KINDS if isinstance(container, kind))
+    return [*kind.__iter__(container)]
+
+
+def _items_as_they_are(container: Any) -> Callable[[], None]:
+    """The way back to the items that a container has now."""
+    before = _items(container)
+    kind: Any = next(kind for kind in _KINDS if isinstance(container, kind))
+
+    def restore() -> None:
+        if _same(before, _items(container)):
+            return
+        # A class of its own may refuse to be written to, and this is no change.
+        kind.clear(container)
+        if isinstance(before, dict):
+            for key, value in before.items():
+                kind.__setitem__(container, key, value)
+        else:
+            (kind.update if kind is set else kind.extend)(container, before)
+
+    return restore
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Whether these are the same objects in the same order."""
+    if isinstance(before, dict):
+        before = [item for pair in before.items() for item in pair]
+        after = [item for pair in after.items() for item in pair]
+    return len(before) == len(after) and all(map(operator.is_, before, after))
+
+
+def tensor_as_it_is(tensor: Tensor) -> Callable[[], None]:
+    """The way back to the values that a tensor has now."""
+    if tensor.is_inference():  # it counts no versions
+        return lambda: None
+    values, version = tensor.detach().clone(), tensor._version
+
+    def restore() -> None:
+        if tensor._version != version:
+            tensor.data.copy_(values)
+
+    return restore
 
 
 @contextmanager
 def restored(
-    modules: Iterable[nn.Module], *, only_on_error: bool = False
+    modules: Iterable[Any], *, only_on_error: bool = False
 ) -> Iterator[None]:
     """Give modules their attributes back at the end, as :func:`snapshot` does.
 

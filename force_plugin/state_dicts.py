@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch import nn
 from torch.nn.parameter import is_lazy
 
+from force_plugin.errors import NotPrunedError
 from force_plugin.masks import checked_masks
 from force_plugin.methods import SaliencyMethod
-from force_plugin.parameters import find_readers, mask_of, name_some, named_parameters
-from force_plugin.reparametrisation import (
-    find_hook,
-    read_by,
-    reorder,
-    reparametrise,
-)
-from force_plugin.snapshot import snapshot
+from force_plugin.names import fitted
+from force_plugin.parameters import mask_of, name_some, named_parameters
+from force_plugin.reparametrisation import reorder, reparametrise, show
+from force_plugin.snapshot import snapshot, tensor_as_it_is
 
 
 @torch.inference_mode(False)
@@ -40,9 +36,9 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
             the masks given replace its own, and what it had pruned may return.
         state_dict: Of a model that was pruned with :mod:`torch.nn.utils.prune`, by any
             method; masks are bool (True = kept), or of another type with values 0 and
-            1. Values take the model's types and devices. Prefixes that all names have
-            from ``DistributedDataParallel`` (``module.``) or ``torch.compile``
-            (``_orig_mod.``), and the model has not, are taken off.
+            1. Values take the model's types and devices. Names may have what
+            ``DistributedDataParallel`` (``module.``), ``torch.compile``
+            (``_orig_mod.``) and other wrappers add to them, or lack it.
 
     Raises:
         TypeError: ``model`` is no module, ``state_dict`` no mapping of names, or a mask
@@ -68,14 +64,14 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
         if key.endswith("_orig") and key.removesuffix("_orig") + "_mask" in state
     }
     if not pruned:
-        raise ValueError(
+        raise NotPrunedError(
             "state_dict: expected that of a pruned model, with X_orig and X_mask for "
-            f"each pruned parameter X, got {name_some(list(state)) or 'an empty one'}; "
-            "a model without masks is loaded with model.load_state_dict"
+            f"each pruned parameter X, got {name_some(list(state)) or 'an empty one'}",
+            "a model without masks is loaded with model.load_state_dict",
         )
     masks = {f"{name}_mask": state[f"{name}_mask"] for name in sorted(pruned)}
     masks = checked_masks(masks, "state_dict")
-    paths = {m: f"{path}." if path else "" for path, m in model.named_modules()}
+    paths = {m: f"{path}." if path else "" for path, m in _paths(model)}
     slots = [
         (weight, module, name)
         for weight in weights.values()
@@ -85,9 +81,7 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
         for tensor in (*model.parameters(), *model.buffers()):
-            if not tensor.is_inference():
-                values = tensor.detach().clone()
-                undo.callback(_write_back, tensor, values, tensor._version)
+            undo.callback(tensor_as_it_is(tensor))
         # Masks that keep everything, of the model's own shapes: what does not fit is
         # then all in one error, that of load_state_dict.
         for weight, module, name in slots:
@@ -102,13 +96,7 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
                 module.register_buffer(f"{name}_mask", torch.ones_like(earlier))
         model.load_state_dict(state)
         for _, module, name in slots:
-            # The pruned tensor is one of the values, till the next forward computes it.
-            hook = find_hook(module, name)
-            assert hook is not None
-            shown = hook.apply_mask(module)  # type: ignore[no-untyped-call]
-            setattr(module, name, shown.detach())
-        for reader, path in find_readers([weight for weight, *_ in slots], model):
-            read_by(reader, path)
+            show(module, name)
         # PyTorch's pruning puts a parameter behind its module's others, and optimizers
         # number their state in that order. Without metadata, the state comes from a
         # file of another kind (safetensors), which sorts by name.
@@ -126,7 +114,7 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
 def _unwrapped(
     state_dict: Mapping[str, Any], model: nn.Module
 ) -> OrderedDict[str, Any]:
-    """A copy with the names that a model has that nothing is wrapped around."""
+    """A copy with the model's names, whatever is or was wrapped around either."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             "state_dict: expected a mapping as model.state_dict() returns it, got "
@@ -135,23 +123,36 @@ def _unwrapped(
     for key in state_dict:
         if not isinstance(key, str):
             raise TypeError(f"state_dict: expected names, got a {type(key).__name__}")
-    state = OrderedDict(state_dict)
+    values = model.state_dict(keep_vars=True)
+    own = {_dense(key, values) for key in values}
+    dense = {key: _dense(key, state_dict) for key in state_dict}
+    names = fitted(dict.fromkeys(dense.values()), own)
+    state = OrderedDict(
+        (names[dense[key]] + key.removeprefix(dense[key]), value)
+        for key, value in state_dict.items()
+    )
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
         # Modules find the version of their state in it, as in load_state_dict.
-        state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
-    wrappers = [name for name in ("module", "_orig_mod") if name not in model._modules]
-    while state and (
-        prefixes := [
-            f"{wrapper}."
-            for wrapper in wrappers
-            if all(key.startswith(f"{wrapper}.") for key in state)
-        ]
-    ):
-        consume_prefix_in_state_dict_if_present(state, *prefixes)
+        paths = fitted(metadata, [path for path, _ in _paths(model)])
+        state._metadata = OrderedDict(  # type: ignore[attr-defined]
+            (paths[path], value) for path, value in metadata.items()
+        )
     return state
 
 
-def _write_back(tensor: Tensor, values: Tensor, version: int) -> None:
-    if tensor._version != version:
-        tensor.data.copy_(values)
+def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by their names in a state dict."""
+    for path, module in model.named_modules():
+        # The wrapper of activation checkpointing leaves itself out of state dicts.
+        parts = (p for p in path.split(".") if p != "_checkpoint_wrapped_module")
+        yield ".".join(parts), module
+
+
+def _dense(key: str, keys: Collection[str]) -> str:
+    """The name that a value has in an unpruned model."""
+    for suffix, other in (("_orig", "_mask"), ("_mask", "_orig")):
+        name = key.removesuffix(suffix)
+        if name != key and f"{name}{other}" in keys:
+            return name
+    return key

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
+from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
@@ -15,19 +16,13 @@ from tqdm import tqdm
 
 from force_plugin.batches import mapped
 from force_plugin.channels import Channels, Surgery, without_reading
-from force_plugin.copies import fill, plain_copy, rebuilt, tell_features
+from force_plugin.copies import plain_copy, rebuilt, tell_features
 from force_plugin.distributed import Ranks, unwrap
-from force_plugin.example_inputs import (
-    TOLERANCE,
-    checked_inputs,
-    distance,
-    in_float64,
-    jittered,
-    many_samples,
-    outputs_of,
-)
+from force_plugin.errors import CompactionError
+from force_plugin.example_inputs import checked_inputs, in_float64, many_samples
 from force_plugin.layers import LAYERS, channel_sums, channels_of, layers_of
 from force_plugin.methods import SaliencyMethod, find_method
+from force_plugin.modes import Behaviour
 from force_plugin.parameters import find_weights, name_some
 from force_plugin.pruning import agree, saliency
 from force_plugin.schedules import count_kept, kept_per_step
@@ -49,6 +44,8 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
     it: rows of the layers that write it and columns of those that read it. They are
     measured when a group is asked for first, and again once layers have been cut, in
     the modes that the model then has (torch-pruning leaves it in evaluation mode).
+    A warning names layers that torch-pruning has not seen: it traces in evaluation mode
+    unless the pruner's ``forward_fn`` calls the model in training mode, too.
 
     Source: the criterion of the method, summed over a group of
     :class:`torch_pruning.dependency.Group` (Fang et al. 2023, arXiv 2301.12900).
@@ -106,6 +103,8 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
             TypeError, ValueError, RuntimeError: As :func:`force_plugin.saliency`.
         """
         names = {module: name for name, module in self._model.named_modules()}
+        if not self._scores:
+            _warn_of_missing(names, group)
         self._measure(names)
         first = group[0]
         places: dict[int, int] = {}
@@ -137,6 +136,26 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
         self._scores = {n: score.double().cpu() for n, score in scores.items()}
 
 
+def _warn_of_missing(names: Mapping[nn.Module, str], group: Any) -> None:
+    """Warn of layers that the graph of a group does not show."""
+    known = {
+        part for one in group._DG.module2node if one in names for part in one.modules()
+    }
+    missing = [
+        name
+        for layer, name in names.items()
+        if isinstance(layer, LAYERS) and layer not in known
+    ]
+    if missing:
+        warnings.warn(
+            f"torch-pruning's graph does not show {name_some(missing)}: nothing is "
+            "taken out there, and it may no longer fit the rest. Where layers run in "
+            "training mode only, pass the pruner a forward_fn= that calls the model in "
+            "both modes and returns all outputs",
+            stacklevel=3,
+        )
+
+
 @torch.inference_mode(False)
 def snap_prune(
     model: nn.Module,
@@ -165,7 +184,8 @@ def snap_prune(
 
     What goes together, through residual sums, concatenations, groups and attention
     heads, is one channel with one gate. The last layers' outputs stay, and so does one
-    channel of each set.
+    channel of each set. Auxiliary heads that run in training mode only lose the inputs
+    that they read; their own channels have no sensitivity in evaluation mode, and stay.
 
     Args:
         model: Any module; it stays as it is. Masks are taken along.
@@ -194,7 +214,13 @@ def snap_prune(
     Raises:
         TypeError, ValueError: An argument, a batch or the loss is not as expected.
         RuntimeError: torch-pruning cannot trace the model, nothing can be taken out of
-            it, or a gradient is not finite or missing.
+            it, the smaller one fails or gives out something else, or a gradient is not
+            finite or missing.
+
+    Warns:
+        UserWarning: Some channels stay, as more would go with them or the model would
+            fail in one of its modes; training mode cannot be run with
+            ``example_inputs``; or layers take part in neither mode.
     """
     model = unwrap(model)
     inputs = checked_inputs(model, example_inputs, "example_inputs")
@@ -233,16 +259,16 @@ def snap_prune(
             *(method, sparsity, steps, sorted(ignored), open_gates),
         )
         plain = plain_copy(model)
-        surgery = Surgery(plain, many_samples(inputs, 2))
-        names = _prunable(surgery, plain, inputs, ignored)
+        behaviour = Behaviour(plain, {}, inputs)
+        surgery = Surgery(plain, behaviour)
         # Always cut from the whole model: torch-pruning traces others, whose groups
         # have become filters per channel, in another way.
-        whole = {name: surgery.sets[name] for name in names}
+        whole = _prunable(surgery, behaviour, ignored)
         gone = {name: torch.zeros(one.size) > 0 for name, one in whole.items()}
         total = sum(len(one.choices) for one in whole.values())
         small = model
         bar = tqdm(
-            _kept_after(steps, sparsity, total, len(names)),
+            _kept_after(steps, sparsity, total, len(whole)),
             desc="snap",
             unit="step",
             disable=not progress or ranks.rank > 0,
@@ -259,6 +285,7 @@ def snap_prune(
                 scores = _sensitivities(
                     small,
                     sets,
+                    behaviour.measured,
                     Parts(small, ranks),
                     onward,
                     batches=batches,
@@ -271,6 +298,11 @@ def snap_prune(
                 left = (~gone[name]).nonzero().flatten()
                 gone[name][left[removed]] = True
             small = rebuilt(model, surgery.cut(gone))
+        _check(surgery, behaviour, gone)
+        # A layer normalisation changes the values of all the others.
+        rest = {name: own for name, own in gone.items() if not whole[name].normalised}
+        if len(rest) < len(gone):
+            _check(surgery, behaviour, rest)
     tell_features(model, small)
     return small
 
@@ -292,68 +324,89 @@ class _Onward:
 
 
 def _prunable(
-    surgery: Surgery, plain: nn.Module, inputs: Any, ignored: set[str]
-) -> list[str]:
-    """Sets of channels that can be taken out, as half of each is for once.
-
-    The outputs must be those of the whole model whose layers do not read these
-    channels; but for a layer normalisation, which runs over those that are left.
-    """
-    wanted = {}
+    surgery: Surgery, behaviour: Behaviour, ignored: set[str]
+) -> dict[str, Channels]:
+    """Sets of channels that can be taken out, as half of each is for once."""
+    problems: dict[str, str] = {}
+    wanted: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for name, one in surgery.sets.items():
         writers = {use.layer for use in one.writers}
-        if one.fixed or not one.readers or writers & ignored or len(one.choices) < 2:
+        if not one.readers or writers & ignored or len(one.choices) < 2:
+            continue
+        if one.fixed:
+            if behaviour.unfollowed:
+                problems[name] = behaviour.unfollowed
+            continue
+        if not writers & behaviour.measured:
+            problems[name] = (
+                "they have no rank, as no output in evaluation mode depends on them"
+            )
             continue
         half = torch.zeros(one.size, dtype=torch.bool)
         half[one.choices[torch.randperm(len(one.choices))[1::2]].flatten()] = True
         for use in (*one.writers, *one.readers):  # something is left of each
             if half[use.channels].all():
                 half[one.choices[(one.choices == use.channels[0]).any(1)]] = False
-        wanted[name] = half
-    trial = mapped(jittered, inputs)
-    shapes = [output.shape for output in outputs_of(plain, trial)]
-
-    def check(cut: nn.Module, removed: Mapping[str, Tensor]) -> str | None:
-        fill(cut, plain)
-        outputs = outputs_of(cut, trial)
-        if [output.shape for output in outputs] != shapes:
-            return "the outputs would have other shapes"
-        if any(surgery.sets[name].normalised for name in removed):
-            return None
-        unread = [
-            (use, removed[name][use.channels])
-            for name in removed
-            for use in surgery.sets[name].readers
-        ]
-        with without_reading(plain, unread):
-            expected = outputs_of(plain, trial)
-        for one, other in zip(outputs, expected, strict=True):
-            if not distance(one, other) <= TOLERANCE:
-                return "more than these channels would go"
-        return None
-
+        wanted[one.normalised][name] = half
     found: dict[str, Tensor] = {}
-    problems: dict[str, str] = {}
-    for normalised in (False, True):
-        some = {
-            n: w for n, w in wanted.items() if surgery.sets[n].normalised == normalised
-        }
-        good, bad = surgery.possible(some, check)
+    for some in wanted.values():
+        good, bad = surgery.possible(some, partial(_problem, surgery, behaviour))
         found, problems = found | good, problems | bad
+    kind = type(behaviour.variants[0]).__name__
     if not found:
-        why = next(iter(problems.values()), "there are none")
-        raise RuntimeError(
-            f"snap_prune: no channels of {type(plain).__name__} can be taken out: "
-            f"{why}. The model is as it was"
+        why = next(reversed(problems.values()), "there are none")
+        raise CompactionError(
+            f"snap_prune: no channels of {kind} can be taken out: {why}. The model is "
+            "as it was"
         )
     if problems:
         name, reason = next(iter(problems.items()))
         warnings.warn(
-            f"{len(problems)} of {len(wanted)} sets of channels stay as they are (that "
-            f"of {name}, for one): {reason}",
+            f"{len(problems)} of {len(found) + len(problems)} sets of channels stay as "
+            f"they are (that of {name}, for one): {reason}",
             stacklevel=4,
         )
-    return list(found)
+    for complaint in behaviour.complaints(True):
+        warnings.warn(complaint, stacklevel=4)
+    return {name: surgery.sets[name] for name in found}
+
+
+def _problem(
+    surgery: Surgery,
+    behaviour: Behaviour,
+    cut: nn.Module,
+    removed: Mapping[str, Tensor],
+) -> str | None:
+    """What is wrong with a copy without some channels.
+
+    Its outputs must be those of the whole model whose layers do not read these
+    channels; but for a layer normalisation, which runs over those that are left.
+    """
+    sets = {name: surgery.sets[name] for name in removed}
+    unread = [
+        (use, removed[name][use.channels])
+        for name, one in sets.items()
+        for use in one.readers
+    ]
+    return behaviour.problem(
+        cut,
+        partial(without_reading, unread=unread),
+        values=not any(one.normalised for one in sets.values()),
+        because=", as more than these channels would go",
+    )
+
+
+def _check(
+    surgery: Surgery, behaviour: Behaviour, removed: Mapping[str, Tensor]
+) -> None:
+    """Raise if something is wrong with what is to be handed over."""
+    cut = surgery.cut(removed)
+    problem = _problem(surgery, behaviour, cut, removed)
+    if problem is not None:
+        raise CompactionError(
+            f"snap_prune: without these channels of {type(cut).__name__}, {problem}. "
+            "The model is as it was"
+        )
 
 
 def _left(
@@ -390,6 +443,7 @@ def _kept_after(steps: int, sparsity: float, total: int, sets: int) -> list[int]
 def _sensitivities(
     model: nn.Module,
     sets: Mapping[str, Channels],
+    measured: Set[str],
     parts: Parts,
     loader: Loader,
     **options: Any,
@@ -397,10 +451,10 @@ def _sensitivities(
     """Magnitude of the gradient of a gate on each unit of each set, in float64.
 
     The gradient of a gate behind a layer is the sum of θ · g over the weights, and the
-    bias, of its channel.
+    bias, of its channel; layers that run in training mode only have none to add.
     """
     names = {module: name for name, module in model.named_modules()}
-    layers = {use.layer for one in sets.values() for use in one.writers}
+    layers = {use.layer for one in sets.values() for use in one.writers} & measured
     parameters = [
         (model.get_submodule(layer), key)
         for layer in sorted(layers)

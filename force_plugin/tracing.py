@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -20,17 +21,24 @@ from force_plugin.batches import mapped
 from force_plugin.connection import tensors
 from force_plugin.example_inputs import call
 from force_plugin.layers import LAYERS, channels_of
+from force_plugin.modes import Mode, in_mode
 
 
-def _forward(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Outputs that are no layer's own: they are not to be cut."""
-    outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
-    return [output * 1 for output in tensors(outputs)]
+def _forward(model: nn.Module, inputs: Any, modes: Iterable[Mode]) -> list[Tensor]:
+    """Outputs in all modes, which are no layer's own: they are not to be cut."""
+    found = []
+    for mode in modes:
+        with in_mode(model, mode):
+            outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
+            found += [output * 1 for output in tensors(outputs)]
+    return found
 
 
-def trace(model: nn.Module, inputs: Any) -> Any:
-    """The :class:`torch_pruning.DependencyGraph` of a model."""
-    return _Traced().build_dependency(model, inputs, forward_fn=_forward, verbose=False)
+def trace(model: nn.Module, inputs: Any, modes: Iterable[Mode]) -> Any:
+    """The :class:`torch_pruning.DependencyGraph` of a model, in all modes at once."""
+    return _Traced().build_dependency(
+        model, inputs, forward_fn=partial(_forward, modes=modes), verbose=False
+    )
 
 
 class _Traced(tp.DependencyGraph):  # type: ignore[misc]
@@ -47,7 +55,7 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
             elif node.type == tp.ops.OPTYPE.EXPAND and not _repeats(node):
                 node.enable_index_mapping = False
             elif node.type == tp.ops.OPTYPE.CONCAT:
-                node.module.concat_sizes = _sizes_of_parts(node)
+                node.module.concat_sizes, node.module.of_channels = _parts(node)
             elif node.type == tp.ops.OPTYPE.SPLIT:
                 splits.append((node, _follow_split(node)))
         for node, found in splits:
@@ -56,6 +64,17 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
             else:
                 node.outputs, node.grad_fn = found
         super()._build_dependency(module2node)
+
+    def get_in_channels(self, module_or_node: Any) -> int | None:
+        """Channels of a concatenation are known: one of its readers may flatten them.
+
+        torch-pruning would take the features that the last reader has.
+        """
+        module = getattr(module_or_node, "module", module_or_node)
+        if getattr(module, "of_channels", False):
+            return int(sum(module.concat_sizes))
+        found: int | None = super().get_in_channels(module_or_node)
+        return found
 
 
 def _flattens(node: Any) -> bool:
@@ -80,8 +99,13 @@ def _repeats(node: Any) -> bool:
     return bool(after[2] != before[2])
 
 
-def _sizes_of_parts(node: Any) -> list[int] | None:
-    """How many channels each part of a concatenation has, as far as autograd knows."""
+def _parts(node: Any) -> tuple[list[int] | None, bool]:
+    """What a concatenation joins, as far as autograd knows.
+
+    Returns:
+        The size of each part, or ``None``; and whether these are surely channels, as
+        the second of three axes may be that of tokens.
+    """
     parts = node.grad_fn.next_functions
     dim = _signed(getattr(node.grad_fn, "_saved_dim", 1))
     shapes = [
@@ -89,9 +113,9 @@ def _sizes_of_parts(node: Any) -> list[int] | None:
         for function, output in parts
         if hasattr(function, "_input_metadata")
     ]
-    if len(shapes) == len(node.inputs) == len(parts):
-        return [shape[dim] for shape in shapes]
-    return None
+    if not len(shapes) == len(node.inputs) == len(parts):
+        return None, False
+    return [shape[dim] for shape in shapes], dim == 1 and len(shapes[0]) != 3
 
 
 @dataclass

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import v2
 
 from force_plugin.distributed import Ranks
+from force_plugin.errors import BatchError
 
 DIGITS_SIZE = 32
 """Height and width of the digits, in pixels, for models that take any size."""
@@ -135,8 +136,9 @@ def load_dataset(
     Raises:
         TypeError: If ``dataset`` is no text.
         FileNotFoundError: If ``data`` does not exist.
-        ValueError: If there are no images in class folders in ``data``, or if timm
+        BatchError: If there are no images in class folders in ``data``, or if timm
             cannot read the ``dataset``.
+        ValueError: If ``dataset`` is no name that timm knows.
     """
     if not isinstance(dataset, str):
         raise TypeError(
@@ -165,12 +167,12 @@ def load_dataset(
         )
     # Every source says no in its own way: assertions, missing packages, ...
     except Exception as error:
-        raise ValueError(
+        raise BatchError(
             f"data: cannot read {dataset or _FOLDER} from data={data}: {error}"
         ) from error
     # With one class the loss is 0 whatever the weights, and so is every score.
     if not dataset and (classes := count_classes(opened)) < 2:
-        raise ValueError(
+        raise BatchError(
             f"data: expected {_FOLDER} for each of two or more classes in "
             f"{str(data)!r}, got {classes}"
         )
@@ -187,15 +189,15 @@ def count_classes(dataset: Dataset[Any]) -> int:
         The number of classes.
 
     Raises:
-        ValueError: If the data set does not say, as some streams do not.
+        BatchError: If the data set does not say, as some streams do not.
     """
     labelled = getattr(dataset, "reader", dataset)
     for attribute in ("class_to_idx", "classes"):
         if classes := getattr(labelled, attribute, None):
             return len(classes)
-    raise ValueError(
-        f"dataset: {type(dataset).__name__} does not say how many classes it has; "
-        "give num_classes yourself"
+    raise BatchError(
+        f"dataset: {type(dataset).__name__} does not say how many classes it has",
+        "give num_classes yourself",
     )
 
 
@@ -294,8 +296,9 @@ def load_data(
 
     Raises:
         TypeError: If ``model`` is no module.
+        BatchError: If there are more ranks than images.
         ValueError: If the model takes other than 3 channels and the data are not the
-            ``digits``, or if there are more ranks than images.
+            ``digits``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -348,7 +351,7 @@ def _part_of(dataset: Dataset[Any], ranks: Ranks) -> Dataset[Any]:
         return dataset
     count = len(dataset)  # type: ignore[arg-type]
     if count < ranks.size:
-        raise ValueError(
+        raise BatchError(
             f"dataset: expected an image or more for each of {ranks.size} processes, "
             f"got {count} in all"
         )

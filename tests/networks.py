@@ -1,4 +1,4 @@
-"""The network of the reference masks, and other small ones that tests share."""
+"""The networks of the reference masks, and other small ones that tests share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
 
 
 def tiny_resnet() -> nn.Sequential:
-    """The network of ``golden/tiny_resnet.npz``: 16×16 RGB, 10 classes."""
+    """The network of most files of ``golden/``: 16×16 RGB, 10 classes."""
     return nn.Sequential(
         nn.Conv2d(3, 24, 3, padding=1, bias=False),
         nn.BatchNorm2d(24),
@@ -38,6 +38,27 @@ def tiny_resnet() -> nn.Sequential:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(48, 10),
+    )
+
+
+def chain_a() -> nn.Sequential:
+    """The network of ``golden/snap_it_chain_a.npz``: 16×16 RGB, 10 classes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.LeakyReLU(0.05),
+        nn.Conv2d(12, 24, 3, stride=2, padding=1),
+        nn.BatchNorm2d(24),
+        nn.LeakyReLU(0.05),
+        nn.Conv2d(24, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.LeakyReLU(0.05),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 40),
+        nn.BatchNorm1d(40),
+        nn.LeakyReLU(0.05),
+        nn.Linear(40, 10),
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,7 +22,20 @@ from sklearn.datasets import load_digits
 from timm.utils import random_seed
 
 import force_plugin.cli
-from force_plugin import force_prune, get_masks, load_masks, load_metadata
+from force_plugin import (
+    BatchError,
+    CollapseError,
+    MaskMismatchError,
+    NoGradientError,
+    NotFiniteError,
+    NothingToPruneError,
+    PruningError,
+    RankError,
+    force_prune,
+    get_masks,
+    load_masks,
+    load_metadata,
+)
 from force_plugin.cli import main
 from force_plugin.zoo import load_data, load_dataset, load_model
 
@@ -396,6 +411,81 @@ def test_a_pruning_that_fails_is_one_line_and_status_1(
     assert exit_.value.code == 1
     printed = capsys.readouterr().err
     assert printed.startswith("force-prune: error: ") and printed.count("\n") == 1
+
+
+# What to do about an error in Python; there it is an option.
+PYTHON = re.compile(r"\w\(|\w=|apply_|forward|loss_fn")
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"), [("force", True), ("snip", False), ("iter_snip", True)]
+)
+def test_a_collapse_advises_options(
+    method: str, steps: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--sparsity", "0.9999", "--steps", "2", "--method", method]
+    with pytest.raises(SystemExit) as exit_:
+        main([MODEL, *options, "--out", str(tmp_path)])
+    assert exit_.value.code == 1
+    printed = capsys.readouterr().err
+    (line,) = [li for li in printed.splitlines() if li.startswith("force-prune: ")]
+    assert "--on-collapse warn" in line
+    assert ("--steps" in line) == steps
+    assert not PYTHON.search(line)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "advised"),
+    [
+        (BatchError, 2, "--num-classes"),
+        (CollapseError, 1, "--sparsity"),
+        (NoGradientError, 1, "--method"),
+        (NotFiniteError, 1, "--autocast"),
+        (NothingToPruneError, 2, "another model"),
+        (MaskMismatchError, 2, "it was so"),
+        (RankError, 1, "it was so"),
+        (torch.cuda.OutOfMemoryError, 1, "--microbatch"),
+    ],
+)
+def test_the_advice_is_of_options(
+    error: Any,
+    status: int,
+    advised: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        if issubclass(error, PruningError):
+            raise error("it was so,\nand so", "pass forward= and parameters=")
+        raise error("it was so,\nand so")
+
+    monkeypatch.setattr(force_plugin.cli, "force_prune", fails)
+    with pytest.raises(SystemExit) as exit_:
+        main([MODEL, *QUICK, "--out", str(tmp_path)])
+    assert exit_.value.code == status
+    printed = capsys.readouterr().err
+    assert printed.startswith("force-prune: error: it was so, and so")
+    assert printed.count("\n") == 1
+    assert advised in printed
+    assert not PYTHON.search(printed)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_warnings_advise_nothing_in_python(
+    quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["layers=(1,1,1,1)", "embed_dims=(16,16,16,16)"]
+    sizes += ["hidden_sizes=(16,16,16,16)", "mlp_ratios=(1,1,1,1)"]
+    options = ["--sparsity", "0.5", "--method", "random", "--model-kwargs", *sizes]
+    options += ["--quiet"] * quiet
+    assert main(["sequencer2d_s", *options, "--out", str(tmp_path)]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    (warning,) = json.loads((tmp_path / "report.json").read_text())["warnings"]
+    assert "passed over: LSTM 32,768" in warning
+    assert not PYTHON.search(warning)
+    assert warning in said
+    assert "parameters" not in said
 
 
 def test_ctrl_c_is_one_line_and_status_130(

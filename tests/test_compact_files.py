@@ -490,3 +490,29 @@ def test_sizes_that_belong_to_other_weights_are_refused(tmp_path: Path) -> None:
     model = network(1)
     with unchanged(model), pytest.raises(ValueError, match=f"^{path}: "):
         load_compact(model, path)
+
+
+def test_heads_that_run_in_training_only_are_in_the_file(tmp_path: Path) -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+            self.aux = nn.Linear(32, 5)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            y = self.a(x).relu()
+            parts = nn.functional.adaptive_avg_pool2d(y, 2).flatten(1)
+            out = self.head(y.mean((2, 3)))
+            return [out, self.aux(parts)] if self.training else [out]
+
+    model = Auxiliary()
+    read = torch.arange(8) < 6
+    masks = {"head.weight": read.expand(5, 8)}
+    masks["aux.weight"] = read.repeat_interleave(4).expand(5, 32)
+    apply_masks(model, masks)
+    small = compact(model, inputs(), progress=False)
+    save_compact(small, tmp_path / "small.safetensors")
+    loaded = load_compact(Auxiliary(), tmp_path / "small.safetensors")
+    assert (loaded.a.out_channels, loaded.aux.in_features) == (6, 24)
+    for one, other in zip(loaded.train()(inputs()), small(inputs()), strict=True):
+        assert torch.equal(one, other)

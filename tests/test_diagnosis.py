@@ -29,8 +29,8 @@ from force_plugin import (
     get_masks,
     saliency,
 )
+from force_plugin.errors import NoGradientError
 from force_plugin.gates import NORMALISATION, SCALE, WEIGHT, Gate
-from force_plugin.scoring import NoGradientError
 
 # What a pruning says of its network is asserted where it matters.
 pytestmark = pytest.mark.filterwarnings("ignore:.*saliency of exactly 0 everywhere")
@@ -288,7 +288,7 @@ def test_stage_names_and_numbers_of_any_length_leave_each_number_whole() -> None
         rows = lines[rule + 1 : rule + 3]
         for letter, row in zip("xy", rows, strict=True):
             cells = row.split()
-            assert set(cells[0]) == {letter}
+            assert set(cells[0]) == {letter, "…"}
             assert cells[1:3] == ["123456", "1,000,000,000"]
             assert cells[3:7] == ["50.00", "%", "50.00", "%"]
             assert len(row) == 80
@@ -1012,6 +1012,9 @@ def test_the_dictionary_goes_through_json(method: str) -> None:
                 "unused": diagnosis.unused,
                 "emptied": {str(key): it for key, it in diagnosis.emptied.items()},
                 "small": dict(diagnosis.small),
+                "passed_over": {},
+                "chosen": False,
+                "coverage": 1.0,
                 "findings": diagnosis.findings,
             }
         )

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, IterableDataset
 
 from force_plugin import SaliencyMethod, force_prune, saliency
+from force_plugin.errors import NotFiniteError
 
 NAN, INF = float("nan"), float("inf")
 
@@ -476,8 +477,13 @@ def test_a_gradient_that_is_not_finite_names_the_layer_and_the_step() -> None:
             lambda weight, signal: weight.T,
             r"shape \(8, 6\) for 0\.weight, got \(6, 8\)",
         ),
-        (lambda weight, signal: 1.0, r"expected a tensor .*, got 1\.0"),
-        (lambda weight, signal: None, r"expected a tensor .*, got None"),
+        (lambda weight, signal: 1.0, r"expected a tensor .*, got a float$"),
+        (lambda weight, signal: None, r"expected a tensor .*, got a NoneType$"),
+        (
+            lambda weight, signal: weight.tolist(),
+            r"expected a tensor .*, got a list of",
+        ),
+        (lambda weight, signal: (weight, signal), r"expected .*, got a tuple of 2$"),
     ],
 )
 def test_a_score_of_another_shape(score: Callable[..., Any], message: str) -> None:
@@ -491,8 +497,11 @@ def test_a_score_that_is_not_a_number_names_the_layer() -> None:
         def score(weight: Tensor, signal: Tensor) -> Tensor:
             return weight.log()
 
-    message = r"saliency of 0\.weight, 3\.weight is not finite at step 1"
-    expect(RuntimeError, message, method=Logarithm)
+    message = (
+        r"^the saliency of 0\.weight, 3\.weight is not finite at step 1: the weight and"
+        r" its signal are finite, and Logarithm\.score makes NaN or inf of them; mend"
+    )
+    expect(NotFiniteError, message, method=Logarithm)
 
 
 def test_a_second_derivative_that_pytorch_lacks_is_said_to_be_lacking() -> None:

@@ -432,8 +432,12 @@ def test_a_gate_inside_a_checkpoint_is_opened() -> None:
 
 
 def test_a_gate_in_a_data_parallel_model_is_opened() -> None:
-    model = nn.DataParallel(Gated(torch.zeros(6), scaled))
-    assert_opens(model, ["module.q7"], SCALES)
+    inner = Gated(torch.zeros(6), scaled)
+    model = nn.DataParallel(inner)
+    assert_opens(inner, ["q7"], SCALES)
+    with unchanged(model):
+        assert_same(scored(model), scored(inner))
+    assert gates_of(model) == {SCALES: ["q7"]}
 
 
 def test_a_gate_behind_hooks_that_see_gradients_is_opened() -> None:

@@ -38,7 +38,7 @@ from force_plugin import (
     save_masks,
     sparsity_report,
 )
-from force_plugin.reparametrisation import Container, Reparametrisation
+from force_plugin.reparametrisation import Container
 
 
 def random_masks(
@@ -406,11 +406,27 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"1 of 2 names .* '3.weight_mask' \(did you mean '3.weight'\?\)",
     ),
-    "names_of_a_wrapped_model": (
-        {f"module.{name}": torch.ones(1) for name in ("5.weight", "5.bias", "x", "y")},
+    "names_in_another_model": (
+        {f"model.{name}": torch.ones(1) for name in ("5.weight", "5.bias", "x", "y")},
         ValueError,
-        r"4 of 4 names .*: 'module\.5\.weight' \(did you mean '5\.weight'\?\), "
-        r"'module\.5\.bias' \(did you mean '5\.bias'\?\), 'module\.x' and 1 more; ",
+        r"4 of 4 names .*: 'model\.5\.weight' \(did you mean '5\.weight'\?\), "
+        r"'model\.5\.bias' \(did you mean '5\.bias'\?\), 'model\.x' and 1 more; ",
+    ),
+    "names_of_a_wrapped_model": (
+        {f"module.{name}": torch.ones(1) for name in ("5.weight", "x")},
+        ValueError,
+        r"^masks: 1 of 2 names are no parameters of the model: 'module\.x'; .*; 1 of 2 "
+        r"masks have another shape than in the model: 5\.weight \(1,\) instead of",
+    ),
+    "one_name_twice": (
+        GOOD | {"module.0.weight": torch.ones(4, 2, 3, 3)},
+        ValueError,
+        r"'module\.0\.weight' \(did you mean '0\.weight'\?\)",
+    ),
+    "one_name_in_two_wrappers": (
+        {f"{wrapper}.0.weight": torch.ones(1) for wrapper in ("module", "_orig_mod")},
+        ValueError,
+        r"2 of 2 names .*: 'module\.0\.weight' \(did you mean '0\.weight'\?\), ",
     ),
     "everything_at_once": (
         {
@@ -483,8 +499,8 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
 @pytest.mark.parametrize(
     ("name", "own"),
     [
-        ("module.fc.weight", "fc.weight"),
-        ("_orig_mod.module.10.weight", "10.weight"),
+        ("encoder.fc.weight", "fc.weight"),
+        ("_orig_mod.net.10.weight", "10.weight"),
         ("model.weight", "weight"),
         ("20.weight", "weight"),
         ("bias", "fc.bias"),
@@ -527,16 +543,24 @@ def test_masks_that_do_not_fit_get_one_clear_error_and_change_nothing(
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("place", [Reparametrisation, Container, nn.Module])
+@pytest.mark.parametrize(
+    ("place", "method"),
+    [
+        (Container, "add_pruning_method"),
+        (nn.Module, "register_buffer"),
+        (nn.Module, "register_forward_pre_hook"),
+    ],
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupt_half_way_leaves_the_model_as_it_was(
-    state: str, place: type, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+    state: str,
+    place: type,
+    method: str,
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if (place, state) == (Container, "fresh"):
-        pytest.skip("nothing to contain")
-    method = {Container: "add_pruning_method", nn.Module: "register_buffer"}.get(
-        place, "apply_mask"
-    )
+    if (place is Container) == (state == "fresh") and method != "register_buffer":
+        pytest.skip("not called there")
     model = STATES[state]()
     original = getattr(place, method)
     calls = 0

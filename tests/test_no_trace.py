@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ import pytest
 import torch
 from state import differences, process_state, state_of, unchanged
 from torch import Tensor, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from force_plugin import force_prune, saliency
+from force_plugin import diagnose, force_prune, saliency
 
 Batch = tuple[Tensor, Tensor]
 
@@ -487,3 +489,169 @@ def test_a_model_pruned_without_grad_mode_can_be_trained_saved_and_loaded(
         cross_entropy(model(inputs), targets).backward()
         optimizer.step()
     model.load_state_dict(model.state_dict())
+
+
+# Attributes that are containers, some of which do not let anyone write to them.
+
+
+def refusing(kind: type, *, reading: bool = False) -> type:
+    """A class of containers whose every mutator raises, or every reader, too."""
+    names = """__setitem__ __delitem__ __iadd__ __ior__ append add clear discard extend
+        insert move_to_end pop popitem remove reverse setdefault sort update"""
+    if reading:
+        names += " __iter__ __len__ __getitem__ __contains__ __eq__ items keys values"
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("this cannot be done")
+
+    return type(
+        f"Refusing{kind.__name__}",
+        (kind,),
+        {name: refuse for name in names.split() if hasattr(kind, name)},
+    )
+
+
+class Checked(dict[str, Any]):
+    """Takes nothing but numbers, and no key twice."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self or not isinstance(value, int):
+            raise ValueError("expected a new number")
+        super().__setitem__(key, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("set one at a time")
+
+
+def refusing_ordered() -> Any:
+    made = refusing(OrderedDict)()
+    for key in "ab":
+        OrderedDict.__setitem__(made, key, 1)
+    return made
+
+
+CONTAINERS: dict[str, Callable[[], Any]] = {
+    "dict": lambda: {"a": 1, "b": [2]},
+    "ordered": lambda: OrderedDict(a=1, b=2),
+    "default": lambda: defaultdict(list, a=[1]),
+    "list": lambda: [1, {"a": 2}],
+    "set": lambda: {1, 2},
+    "deque": lambda: deque([1, 2], maxlen=2),
+    "fx dict": lambda: immutable_dict(a=1, b=2),
+    "fx list": lambda: immutable_list([1, 2]),
+    "checked": lambda: Checked(a=1, b=2),
+    "refusing dict": lambda: refusing(dict)(a=1, b=2),
+    "refusing ordered": refusing_ordered,
+    "refusing list": lambda: refusing(list)([1, 2]),
+    "refusing set": lambda: refusing(set)({1, 2}),
+    "refusing deque": lambda: refusing(deque)([1, 2]),
+    "unreadable dict": lambda: refusing(dict, reading=True)(a=1),
+    "unreadable list": lambda: refusing(list, reading=True)([1]),
+    "nested": lambda: {"a": [immutable_list([1]), refusing(dict)(b={1})]},
+    "in itself": lambda: (own := [1], own.append(own))[0],
+}
+KINDS = (OrderedDict, dict, list, set, deque)
+
+
+def content(value: Any) -> Any:
+    """What is in a container, past all that its class may do about it."""
+    for kind in KINDS:
+        if isinstance(value, kind):
+            items = (
+                kind.items(value) if issubclass(kind, dict) else kind.__iter__(value)
+            )
+            return [id(value), *(id(i) if i is value else content(i) for i in items)]
+    return [content(v) for v in value] if isinstance(value, tuple) else value
+
+
+def scribble(value: Any) -> None:
+    """Change a container past its class, and what is in it."""
+    kind = next((kind for kind in KINDS if isinstance(value, kind)), None)
+    if kind is None:
+        return
+    inside = [*(kind.values(value) if issubclass(kind, dict) else kind.__iter__(value))]
+    if issubclass(kind, dict):
+        kind.__setitem__(value, "new", 1)
+    else:
+        (set.add if kind is set else kind.append)(value, "new")
+    for item in inside:
+        if item is not value:
+            scribble(item)
+
+
+class Settings(nn.Sequential):
+    """A small network whose layers all have a container among their attributes."""
+
+    def __init__(self, make: Callable[[], Any], writes: bool = False) -> None:
+        super().__init__(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+        self.writes = writes
+        self.counts = [torch.zeros(2), {"seen": torch.zeros(2)}]
+        for module in self.modules():
+            module.config = make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.modules() if self.writes else ():
+            scribble(module.config)
+        if self.writes:
+            self.counts[0].add_(1)
+            self.counts[1]["seen"].add_(1)
+        return super().forward(x)
+
+
+def settings_of(model: Settings) -> list[Any]:
+    counts = [model.counts[0].tolist(), model.counts[1]["seen"].tolist()]
+    return [*(content(module.config) for module in model.modules()), counts]
+
+
+def failing(outputs: Tensor, targets: Tensor) -> Tensor:
+    raise ZeroDivisionError("the user's own")
+
+
+CALLS: dict[str, Callable[[nn.Module, Any], object]] = {
+    "force_prune": lambda m, d: force_prune(m, d, 0.5, steps=2, progress=False),
+    "synflow": lambda m, d: force_prune(m, d, 0.5, method="synflow", progress=False),
+    "saliency": lambda m, d: saliency(m, d, "snip_it"),
+    "diagnose": diagnose,
+    "a loss that fails": lambda m, d: saliency(m, d, loss_fn=failing),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_are_what_they_were_whatever_their_class_allows(
+    name: str, writes: bool, call: str
+) -> None:
+    torch.manual_seed(0)
+    model = Settings(CONTAINERS[name], writes)
+    before, weight = settings_of(model), model[0].weight
+    data = [(torch.randn(4, 2, 4, 4), torch.tensor([0, 1, 2, 0]))]
+    if call == "a loss that fails":
+        with pytest.raises(ZeroDivisionError, match="the user's own"):
+            CALLS[call](model, data)
+    else:
+        CALLS[call](model, data)
+    assert settings_of(model) == before
+    assert weight is model.get_parameter(
+        "0.weight_orig" if prune.is_pruned(model) else "0.weight"
+    )
+
+
+@pytest.mark.parametrize("call", ["saliency", "a loss that fails"])
+def test_what_cannot_be_restored_keeps_nothing_else_from_it(call: str) -> None:
+    class Broken(Settings):
+        def forward(self, x: Tensor) -> Tensor:
+            self.grown.resize_(3)  # another size than what is to be written back
+            return super().forward(x)
+
+    model = Broken(CONTAINERS["dict"], writes=True)
+    model.grown = torch.zeros(2)
+    model[0].training = False
+    before, parameters = settings_of(model), dict(model.named_parameters())
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    data = [(torch.randn(4, 2, 4, 4), torch.tensor([0, 1, 2, 0]))]
+    with pytest.raises(RuntimeError, match="size"):
+        CALLS[call](model, data)
+    assert settings_of(model) == before and not model[0].training
+    assert all(p is model.get_parameter(n) for n, p in parameters.items())
+    assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]

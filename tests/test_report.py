@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
 import random
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from force_plugin.labels import numbered_names, shorten_names
 from force_plugin.report import LayerReport, SparsityReport
 
 NAMES = ("conv1.weight", "conv2.weight", "conv3.weight", "fc.weight")
@@ -144,6 +149,156 @@ def test_a_name_that_fits_is_not_shortened() -> None:
     assert f"{name}  " in str(make_report([1], names=[name]))
 
 
+def rows_of(text: str) -> list[str]:
+    """What stands for each layer between the rules of a table."""
+    lines = text.splitlines()
+    start, end = (i for i, line in enumerate(lines) if line.startswith("---"))
+    return [line.split()[0] for line in lines[start + 1 : end] if line[0] != " "]
+
+
+def bert(layers: int) -> list[str]:
+    parts = ("attention.self.query", "attention.output.dense", "output.dense")
+    names = [f"bert.encoder.layer.{i}.{m}.weight" for i in range(layers) for m in parts]
+    return [*names, "bert.pooler.dense.weight", "classifier.weight"]
+
+
+def unet() -> list[str]:
+    inner = ("attn1.to_q", "attn1.to_out.0", "ff.net.2")
+    return [
+        f"{side}_blocks.{i}.{m}.weight"
+        for side in ("down", "up")
+        for i in range(4)
+        for m in (
+            "resnets.0.conv1",
+            "resnets.1.conv_shortcut",
+            *(f"attentions.1.transformer_blocks.0.{k}" for k in inner),
+        )
+    ]
+
+
+x, y, z = "x" * 220, "y" * 90, "z" * 30
+ALIKE: dict[str, list[str]] = {
+    "BERT": bert(12),
+    "a hundred layers": bert(100),
+    "UNet": unet(),
+    "last character": [f"{x}{i}.weight" for i in range(3)],
+    "first character": [f"{i}{x}.weight" for i in range(3)],
+    "middle": [f"{x}{i}{x}.weight" for i in range(3)],
+    "middle part": [f"{y}.{i}.{y}" for i in range(12)],
+    "one in the other": [z + z, z + z + z, z + z + "1", f"{z}.{z}", f"{z}.{z}.{z}"],
+    "no dots": [f"{z}_{i}_{z}_{j}_{z}" for i in range(3) for j in range(3)],
+    "many parts": [".".join("0" * i + "1" + "0" * (60 - i)) for i in range(60)],
+    "long and short": ["a", "b.weight", f"{z}.{z}.weight", f"{z}.{z}.bias", f"a.{z}.b"],
+    "the same twice": [f"{z}.{z}", f"{z}.{z}", "a"],
+    "dots": [f"..{z}..{z}", f".{z}.{z}.", f".{z}.{z}..", "."],
+}
+
+
+@pytest.mark.parametrize("names", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("size", [(64, 64), (1280, 1280, 3, 3), (10**9, 768)])
+def test_no_two_rows_look_alike(names: list[str], size: tuple[int, ...]) -> None:
+    total = math.prod(size)
+    layers = [
+        LayerReport(n, size, total // (i + 1), total) for i, n in enumerate(names)
+    ]
+    text = str(SparsityReport(tuple(layers)))
+    rows = rows_of(text)
+    assert len(rows) == len(names) and len({*rows}) == len({*names})
+    assert max(map(len, text.splitlines())) <= 80
+    # The same layer has the same row in each report.
+    assert rows_of(str(make_report([0] * len(names), names=names)))
+    for name, row in zip(names, rows, strict=True):
+        # What is shown of a name is in it, in that order.
+        places = re.split("…|#", row)
+        assert re.search(".*".join(map(re.escape, places[: 1 + row.count("…")])), name)
+
+
+parts = st.text("ab1_", min_size=1, max_size=40)
+
+
+@given(
+    names=st.lists(
+        st.lists(parts, min_size=1, max_size=9).map(".".join),
+        min_size=1,
+        max_size=12,
+        unique=True,
+    ),
+    more=st.lists(st.sampled_from(["a", "1", "weight", z]), max_size=4).map(".".join),
+    total=st.integers(1, 10**12),
+    size=st.integers(0, 7),
+    empty=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_distinct_names_have_distinct_rows(
+    names: list[str], more: str, total: int, size: int, empty: bool
+) -> None:
+    names = [f"{more}.{name}.{more}" for name in names]
+    kept = 0 if empty else total
+    layers = [LayerReport(name, (2048,) * size, kept, total) for name in names]
+    text = str(SparsityReport(tuple(layers)))
+    rows = rows_of(text)
+    assert len({*rows}) == len(rows) == len(names)
+    assert max(map(len, text.splitlines())) <= 80
+    for width in (4, 11, 20):
+        labels = numbered_names(names, width)
+        assert len({*labels}) == len(names) and max(map(len, labels)) <= width
+
+
+BIAS = "layers.0.blocks.0.attn.relative_position_bias_table"
+
+
+@pytest.mark.parametrize(
+    ("names", "width", "expected"),
+    [
+        # The beginning, the end, both, long parts, long parts after that.
+        (bert(12), 35, "….0.attention.self.query.weight"),
+        ([f"stages.2.blocks.{i}.dw.weight" for i in (1, 1000)], 30, None),
+        ([f"a.blocks.{i}.linear.weight" for i in (1, 1000)], 22, "a.blocks.1.…"),
+        ([f"a.stages.blocks.{i}.dw.weight" for i in (1, 1000)], 15, "….1.…"),
+        ([BIAS, "head.weight"], 37, "layers.0.blocks.0.attn.relative_posi…"),
+        (unet()[:2], 28, "….0.conv1.weight"),
+        (unet(), 31, "down_….0.resne….0.conv1.weight"),
+        (["classifier.weight", *bert(1)[:1]], 48, None),
+    ],
+)
+def test_what_names_share_is_shortened_first(
+    names: list[str], width: int, expected: str | None
+) -> None:
+    labels = shorten_names(names, width)
+    assert labels[names[0]] == (expected or names[0])
+    assert max(map(len, labels.values())) <= width
+
+
+def test_a_label_is_explained_below_the_table() -> None:
+    total = 768 * 3072
+    layers = [LayerReport(name, (768, 3072), 9, total) for name in bert(12)]
+    lines = str(SparsityReport(tuple(layers))).splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("total"))
+    assert lines[place + 1 : place + 4] == [
+        "….0.attention.self.query.weight is",
+        "  bert.encoder.layer.0.attention.self.query.weight",
+        "",
+    ]
+    assert " is " not in str(make_report())
+
+
+def test_a_name_that_cannot_be_shortened_has_a_line_of_its_own() -> None:
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    layers = [LayerReport(n, (1280, 1280), 10**9, 10**10) for n in (name, "conv_in")]
+    lines = str(SparsityReport(tuple(layers))).splitlines()
+    row = lines.index(name)
+    assert lines[row + 1].endswith("1,000,000,000 / 10,000,000,000   90.00 %")
+    assert lines[row + 2].startswith("conv_in ")
+    assert lines[row + 1].index("1280") == lines[row + 2].index("1280")
+
+
+def test_ticks_of_layers_with_long_names_differ() -> None:
+    names = [f"{y}.{i}.{y}.weight" for i in range(12)] + ["a.weight", "a"]
+    axes = make_report([1] * 14, names=names).plot().axes[-1]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert len({*labels}) == 14 and max(map(len, labels)) <= 20
+
+
 def test_exactly_the_empty_layers_are_marked() -> None:
     lines = str(make_report([50, 0, 1, 0])).splitlines()
     marked = [line.split()[0] for line in lines if line.endswith("  empty")]
@@ -205,6 +360,8 @@ def test_the_dictionary_survives_json() -> None:
         "density": 0.025,
         "kept": 100,
         "total": 4000,
+        "coverage": 1.0,
+        "passed_over": {},
         "warnings": ["A sentence."],
     }
 

@@ -208,7 +208,7 @@ def test_restart_holds_the_zeros_of_a_checkpoint(ranks: Seen) -> None:
 
 
 FAILURES = {
-    "empty loader": "ValueError: loader: expected at least one batch",
+    "empty loader": "BatchError: loader: expected at least one batch",
     "loader raises": "OSError: the disk is gone",
     "loss": "KeyboardInterrupt",
     "backward": "OSError: broken in the backward pass",

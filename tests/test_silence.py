@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from force_plugin import diagnose, force_prune, saliency
-from force_plugin.scoring import NoGradientError
+from force_plugin.errors import NoGradientError
 from force_plugin.silence import describe, find_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore:the network collapsed:UserWarning")

@@ -1,0 +1,34 @@
+"""Lightning's ``callbacks/test_pruning.py`` with ours in ``ModelPruning``'s place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import callbacks
+
+from force_plugin import Magnitude, Random
+from force_plugin.lightning import SaliencyPruning
+
+
+class L1Unstructured(Magnitude):
+    """Under the name that Lightning's tests look for in what is logged."""
+
+
+class RandomUnstructured(Random):
+    """The same."""
+
+
+NAMES = {"l1_unstructured": L1Unstructured, "random_unstructured": RandomUnstructured}
+
+
+class InPlaceOfModelPruning(SaliencyPruning):
+    """Takes the names that ``ModelPruning`` has for these two methods."""
+
+    def __init__(self, pruning_fn: Any, **options: Any) -> None:
+        if isinstance(pruning_fn, str):
+            pruning_fn = NAMES.get(pruning_fn, pruning_fn)
+        super().__init__(pruning_fn, **options)
+
+
+def pytest_configure() -> None:
+    callbacks.ModelPruning = InPlaceOfModelPruning

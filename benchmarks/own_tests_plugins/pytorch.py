@@ -1,0 +1,63 @@
+"""PyTorch's ``test/nn/test_pruning.py`` with our classes in its module's place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from force_plugin import Magnitude, Random
+from force_plugin.reparametrisation import Container, Reparametrisation
+
+
+class FromMask(Reparametrisation):
+    """A mask that was chosen elsewhere: scores of True and False."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask.bool()
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """As PyTorch's: what both keep."""
+        removed = int((default_mask.bool() & ~self.mask).sum())
+        return Magnitude(removed).compute_mask(self.mask, default_mask)
+
+    @classmethod
+    def apply(cls, module: nn.Module, name: str, mask: Tensor) -> Any:
+        """Put it on a tensor of a module."""
+        kept = getattr(module, f"{name}_mask", torch.ones_like(mask)).bool()
+        removed = int((kept & ~mask.bool()).sum())
+        return Magnitude.apply(module, name, removed, importance_scores=mask.bool())
+
+
+class Identity:
+    """A mask of ones."""
+
+    @staticmethod
+    def apply(module: nn.Module, name: str) -> Any:
+        """Put it on a tensor of a module."""
+        return Magnitude.apply(module, name, amount=0)
+
+
+def check_size(amount: float | int, tensor_size: int) -> None:
+    weights = torch.rand(tensor_size)
+    Magnitude(amount).compute_mask(weights, torch.ones(tensor_size))
+
+
+def number_to_prune(amount: float | int, tensor_size: int) -> int:
+    weights = torch.rand(tensor_size)
+    mask = Magnitude(amount).compute_mask(weights, torch.ones(tensor_size))
+    return int((~mask).sum())
+
+
+def pytest_configure() -> None:
+    """The functions of PyTorch's module, as ``l1_unstructured``, look these up."""
+    prune.L1Unstructured = Magnitude
+    prune.RandomUnstructured = Random
+    prune.CustomFromMask = FromMask
+    prune.Identity = Identity
+    prune.PruningContainer = Container
+    prune._validate_pruning_amount_init = Magnitude
+    prune._validate_pruning_amount = check_size
+    prune._compute_nparams_toprune = number_to_prune
