@@ -128,9 +128,7 @@ def tensor_as_it_is(tensor: Tensor) -> Callable[[], None]:
 
 
 @contextmanager
-def restored(
-    modules: Iterable[Any], *, only_on_error: bool = False
-) -> Iterator[None]:
+def restored(modules: Iterable[Any], *, only_on_error: bool = False) -> Iterator[None]:
     """Give modules their attributes back at the end, as :func:`snapshot` does.
 
     Args:
