@@ -846,8 +846,9 @@ def test_training_that_ends_before_its_first_batch_prunes_nothing() -> None:
 
 
 class Still(Small):
-    """Is not changed by its steps: Lightning ranks by the weights before the last one,
-    where they are pruned already, as its pruned tensors are those of a forward.
+    """Is not changed by its steps.
+
+    Lightning ranks by the weights before the last step, where they are pruned already.
     """
 
     def configure_optimizers(self) -> Any:
