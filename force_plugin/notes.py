@@ -195,13 +195,23 @@ class Notes:
                 + ("I" + remedy[1:] if self._fixed else f"Fewer steps, or {remedy}"),
             )
 
-    def on_flow(self, connected: bool | None, idle: int) -> None:
+    def on_flow(
+        self, connected: bool | None, idle: int, broken: Sequence[str] = ()
+    ) -> None:
         """Look at what the last mask lets through.
 
         Args:
             connected: Whether the outputs depend on the inputs, where that is known.
             idle: On how many of the weights that stay they do not.
+            broken: Weights of which they depend in a way that is not finite.
         """
+        if broken:
+            self.problems.append(
+                "the pruned network has gradients that are NaN or infinite, of "
+                f"{name_layers([*broken], self._layers)}. A layer may divide by what "
+                "has become 0, as weight_norm by the norm of a channel without any "
+                f"weight. Take {self._advice('more')}"
+            )
         if connected is False and not self._disconnected:
             self._disconnect(
                 "the pruned network is disconnected: its outputs do not depend on its "

@@ -110,13 +110,12 @@ _OF_THE_PARAMETER = _getters("shape", "dtype", "device", "ndim") | {
 
 
 def masked(module: nn.Module, name: str) -> Tensor:
-    """A pruned tensor of a module: the product of its mask and its parameter."""
+    """A pruned tensor of a module: its parameter, with the zeros of its mask."""
     original: Tensor = getattr(module, f"{name}_orig")
     mask: Tensor = getattr(module, f"{name}_mask")
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if mask.dtype == torch.bool and not (traced or torch.compiler.is_compiling()):
-        # On a CPU, bytes become floats several times as fast as bools do.
-        mask = mask.view(torch.uint8)
+    if mask.dtype == torch.bool:
+        # Zeros also of what is not finite; and autograd keeps no mask in floats.
+        return torch.where(mask, original, 0.0)
     return mask.to(original.dtype) * original
 
 

@@ -442,7 +442,7 @@ class Probe:
             causes |= {name: cause for name, cause in found.items() if cause}
         return causes | dict.fromkeys(pruned, silence.PRUNED)
 
-    def flow(self) -> tuple[bool | None, int]:
+    def flow(self) -> tuple[bool | None, int, list[str]]:
         """What the outputs of the network, as it is pruned, depend on.
 
         On its inputs if a gradient that is not exactly 0 reaches those of the last
@@ -453,12 +453,12 @@ class Probe:
 
         Returns:
             Whether they do, ``None`` where nothing was measured with data before, or no
-            pass of such a look succeeds; and
-            how many of the kept weights no gradient reaches that does so in the dense
-            network, 0 where it is not known.
+            pass of such a look succeeds; how many of the kept weights no gradient
+            reaches that does so in the dense network, 0 where it is not known; and the
+            names of weights whose gradient is NaN or infinite.
         """
         if self._last_batch is None:
-            return None, 0
+            return None, 0, []
         batch, _ = next(self._split(self._last_batch))
         inputs = batch[0] if is_pair(batch) else batch
 
@@ -478,13 +478,13 @@ class Probe:
             found = self._flow_of(lambda: run(inputs[:8]))
             idle = self._count_idle(found)
             if ranks.any(bool(found.connected)) and 2 * idle <= kept:
-                return True, idle
+                return True, idle, self._not_finite(found)
             del found  # and its gradients
         found = self._flow_of(run)
         idle = self._count_idle(found)
-        connected = ranks.any(bool(found.connected))
+        connected, broken = ranks.any(bool(found.connected)), self._not_finite(found)
         if connected and 2 * idle <= kept:
-            return True, idle
+            return True, idle, broken
         masks, self.masks = self.masks, None
         try:
             self._mask_stand_ins()
@@ -493,15 +493,23 @@ class Probe:
             self.masks = masks
             self._mask_stand_ins()
         if connected:
-            return True, self._count_idle(found, dense)
+            return True, self._count_idle(found, dense), broken
         if ranks.any(bool(dense.connected)):
-            return self._responds(run), 0
+            return self._responds(run), 0, broken
         if math.isnan(self.loss):  # SynFlow's, which has none
-            return None, 0
+            return None, 0, broken
         reached = self._reaches_weights(batch)
         if ranks.any(bool(reached)):
-            return True, 0
-        return (None if ranks.any(reached is None) else False), 0
+            return True, 0, broken
+        return (None if ranks.any(reached is None) else False), 0, broken
+
+    def _not_finite(self, found: Flow) -> list[str]:
+        pairs = zip(self._stand_ins, found.gradients, strict=True)
+        return [
+            name
+            for name, gradient in pairs
+            if gradient is not None and not gradient.to_dense().isfinite().all()
+        ]
 
     def _flow_of(self, run: Callable[[], object]) -> Flow:
         """The flow, or that none was found: to look at a network must not fail it.

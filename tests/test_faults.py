@@ -2288,3 +2288,28 @@ def test_what_a_forward_pass_writes_into_attributes_is_taken_back(
     model = Scribbling()
     BOTH[call](model)
     assert {"inputs": len(model.inputs), "calls": int(model.calls)}[attribute] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_norm_of_a_channel_without_weights_is_a_warning(finite: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        torch.nn.utils.weight_norm(nn.Linear(8, 16)), nn.Tanh(), nn.Linear(16, 5)
+    )
+    if not finite:  # a unit that is saturated has no saliency
+        nn.init.constant_(model[0].bias[:2], 100.0)
+    data = [(torch.randn(16, 8), torch.randint(0, 5, (16,)))]
+    pairs = [(model[0], "weight_v"), (model[2], "weight")]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        options: dict[str, Any] = {"parameters": pairs, "progress": False}
+        report = force_prune(model, data, 0.3, method="snip", **options)
+    found = [str(w.message) for w in said if "NaN or infinite" in str(w.message)]
+    assert bool(found) is not finite
+    assert not finite or model(data[0][0]).isfinite().all()
+    assert all(text in report.warnings for text in found)
+    zeros = ~get_masks(model)["0.weight_v"]
+    with torch.no_grad():
+        model[0].weight_v_orig.fill_(torch.nan)
+    assert not model[0].weight_v[zeros].any()
