@@ -407,7 +407,7 @@ def _place(parameter: nn.Parameter) -> tuple[object, ...] | None:
     try:
         storage = parameter.untyped_storage()
         begin = storage.data_ptr() if storage.nbytes() else 0
-    except (NotImplementedError, RuntimeError):  # fake tensors, lazy parameters
+    except (RuntimeError, ValueError):  # a fake tensor, a lazy parameter
         return None
     layout = parameter.shape, parameter.stride(), parameter.storage_offset()
     return (begin, parameter.dtype, *layout) if begin else None

@@ -27,6 +27,7 @@ from timm.models.beit import Attention
 from timm.optim import Lookahead
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.ao.quantization import (
     fuse_modules_qat,
     get_default_qat_qconfig,
@@ -1076,6 +1077,17 @@ def test_zeros_stay_in_modules_that_take_the_parameter_over(
         taken(images()).square().mean().backward()
         optimizer.step()
     assert zeros_in(taken) == pruned
+
+
+def test_parameters_without_values_can_be_made_while_others_are_held() -> None:
+    model, masks = permanent_network()
+    lazy = nn.LazyLinear(3)
+    assert lazy(torch.ones(2, 4)).shape == (2, 3)
+    with torch.device("meta"):
+        assert nn.Linear(3, 3).weight.is_meta
+    with FakeTensorMode():
+        assert nn.Linear(3, 3)(torch.ones(2, 3)).shape == (2, 3)
+    assert_holds_in_training(model, masks)
 
 
 def test_the_zeros_of_a_parameter_end_with_it() -> None:
