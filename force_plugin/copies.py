@@ -57,13 +57,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
                 raise MaskMismatchError(
                     f"mask of {weight.name}: expected 0 and 1, got others"
                 )
-    with restored(model.modules()), torch.no_grad():
-        for module in model.modules():
-            # Results of a forward pass, as prune leaves them, cannot be copied.
-            for attributes in (vars(module), *vars(module).values()):
-                for key, value in _results_in(attributes):
-                    attributes[key] = value.detach()
-        result = copy.deepcopy(model)
+    result = deep_copy(model)
     with torch.no_grad():
         for weight in weights:
             for owner, (module, name) in zip(
@@ -78,6 +72,19 @@ def plain_copy(model: nn.Module) -> nn.Module:
         parameter.requires_grad_(parameter.is_floating_point())
         parameter.grad = None
     return result
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy, also of a model that keeps results of a forward pass, as prune does.
+
+    :func:`copy.deepcopy` refuses a tensor with a graph. The copy has its values alone.
+    """
+    with restored(model.modules()), torch.no_grad():
+        for module in model.modules():
+            for attributes in (vars(module), *vars(module).values()):
+                for key, value in _results_in(attributes):
+                    attributes[key] = value.detach()
+        return copy.deepcopy(model)
 
 
 def _results_in(attributes: object) -> list[tuple[Any, Tensor]]:

@@ -25,7 +25,6 @@ import runpy
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
@@ -39,6 +38,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from force_plugin.copies import deep_copy
 from force_plugin.distributed import unwrap
 from force_plugin.errors import FileFormatError, NotPrunedError
 from force_plugin.files import write_whole
@@ -87,7 +87,7 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     """
     model = unwrap(model)
     masks = get_masks(model)
-    plain = deepcopy(model)
+    plain = deep_copy(model)
     for module in list(plain.modules()):  # without wrappers around parts of it
         for key, child in module._modules.items():
             module._modules[key] = None if child is None else unwrapped(child)

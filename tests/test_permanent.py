@@ -1170,6 +1170,22 @@ def test_a_layer_that_starts_at_0_trains_after_a_restart(
         assert_head_trains(model, masks)
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_save_pruned_takes_what_pytorch_has_pruned(
+    called: bool, tmp_path: Path
+) -> None:
+    model = zero_head()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    if called:
+        model(images()).sum().backward()
+    weight, gradient = model[0].weight, model[0].weight_orig.grad
+    save_pruned(model, tmp_path / "file")
+    saved = safetensors.torch.load_file(tmp_path / "file")
+    assert torch.equal(saved["0.weight"], weight)
+    assert saved.keys() == zero_head().state_dict().keys()
+    assert model[0].weight is weight and model[0].weight_orig.grad is gradient
+
+
 def test_a_zero_that_is_no_pruned_weight_changes_no_output_and_no_gradient() -> None:
     dense, model = zero_head(), zero_head()
     masks = prune_some(model, "0.weight", "6.weight")
