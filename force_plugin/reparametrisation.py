@@ -50,18 +50,24 @@ class PrunedTensor(Tensor):
     def read(self, whole: bool = True) -> Tensor:
         """What it is at this moment; the parameter alone unless ``whole``.
 
+        Once the pruning was removed, it is the parameter that has its name.
+
         Raises:
-            RuntimeError: The module is gone, or not pruned any more.
+            RuntimeError: The module is gone, or has no such parameter any more.
         """
         module = self._owner()
-        if module is None or f"{self._name}_orig" not in module._parameters:
-            raise RuntimeError(
-                f"the pruned tensor {self._name!r} belongs to a module that is gone, "
-                f"or is not pruned any more; read module.{self._name} anew"
-            )
-        if whole:
-            return masked(module, self._name)
-        return getattr(module, f"{self._name}_orig")  # type: ignore[no-any-return]
+        own: Mapping[str, nn.Parameter | None] = (
+            {} if module is None else module._parameters
+        )
+        original, permanent = own.get(f"{self._name}_orig"), own.get(self._name)
+        if module is not None and original is not None:
+            return masked(module, self._name) if whole else original
+        if permanent is not None:
+            return permanent
+        raise RuntimeError(
+            f"the pruned tensor {self._name!r} belongs to a module that is gone, or "
+            f"has no such parameter any more; read module.{self._name} anew"
+        )
 
     @classmethod
     def __torch_function__(

@@ -7,6 +7,7 @@ are compared with a dense model whose weights are multiplied by masks by hand.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
 from collections.abc import Callable
@@ -716,9 +717,23 @@ def test_what_is_read_is_the_weight_of_now() -> None:
         assert weight.dtype == by_hand.dtype and weight.shape == by_hand.shape
         assert str(weight.detach()) == str((by_hand * model.weight_mask).detach())
     prune.remove(model, "weight")
-    assert torch.equal(model.weight, by_hand)
-    with pytest.raises(RuntimeError, match="not pruned any more"):
-        weight.sum()
+    assert torch.equal(model.weight, by_hand) and torch.equal(weight, by_hand)
+    weight.sum().backward()
+    assert model.weight.grad is not None
+    prune.l1_unstructured(model, "weight", 0.5)
+    assert int(weight.count_nonzero()) == 12
+
+
+def test_a_weight_of_what_is_gone_is_an_error() -> None:
+    model, gone = nn.Linear(6, 4), nn.Linear(6, 4)
+    for one in (model, gone):
+        apply_masks(one, {"weight": torch.rand(4, 6) < 0.5})
+    read, of_gone = model.weight, gone.weight
+    del model.weight_orig, gone, one
+    gc.collect()
+    for weight in (read, of_gone):
+        with pytest.raises(RuntimeError, match="a module that is gone, or has no such"):
+            weight.sum()
 
 
 def test_a_weight_copied_by_itself_is_a_tensor() -> None:

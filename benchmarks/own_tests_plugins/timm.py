@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(
     kept = []
     for item in items:
         of_one = getattr(item, "callspec", None)
-        name = of_one and of_one.params["model_name"]
+        name = of_one and of_one.params.get("model_name")
         if not name or any(fnmatchcase(name, pattern) for pattern in patterns):
             kept.append(item)
     items[:] = kept
