@@ -12,19 +12,19 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakSet, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from force_plugin.distributed import Ranks
 from force_plugin.errors import NotPrunedError
@@ -56,8 +56,9 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
 
     Training goes on from a checkpoint of such a model in a dense one, with this call
     once more: where no mask is found, the zeros of the weights are the masks. So a
-    convolution or linear weight that is 0 and was not pruned, as in a head that starts
-    at 0, gets the smallest number that there is (1.4e-45 in float32).
+    weight that is 0 and was not pruned, as in a head that starts at 0, gets the
+    smallest number that there is (1.4e-45 in float32). That goes for all matrices and
+    kernels, but not for the row of an embedding's ``padding_idx``.
 
         model.load_state_dict(checkpoint)
         make_permanent(model)
@@ -66,8 +67,9 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
 
     Args:
         model: Any module that was pruned with :mod:`torch.nn.utils.prune`; or, with
-            ``hold_zeros``, one without masks that has weights of 0 in a convolution or
-            linear layer that has others too. Then those of all these layers are held.
+            ``hold_zeros``, one without masks that has matrices or kernels in which some
+            weights are 0. Then these are held, and so is a convolution or linear layer
+            whose weights are all 0.
         hold_zeros: Keep the pruned weights at 0, at the cost of one byte a weight:
             their gradients are 0, as under a mask, and whatever an optimizer makes of
             them (momentum from before, Muon) is undone after every step of any
@@ -83,7 +85,8 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
 
     Warns:
         UserWarning: There is no mask, and some layers hold nothing but zeros: they are
-            held at 0, as layers that lost every weight.
+            held at 0, as layers that lost every weight. Or tensors are held that are
+            pruned only when they are named: an embedding, say, or an LSTM's.
     """
     parts = Parts(model, Ranks(model))
     parameters = list(named_parameters(model).values())
@@ -98,8 +101,8 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     if not weights:
         raise NotPrunedError(
             "make_permanent: expected a model pruned with torch.nn.utils.prune, or one "
-            "whose convolutions and linear layers hold zeros among their weights, got "
-            "one without any mask or zero"
+            "whose matrices and kernels hold zeros among their weights, got one "
+            "without any mask or zero"
         )
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
@@ -108,7 +111,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             undo.callback(values.copy_, values.clone())
             pruned = torch.zeros_like(values, dtype=torch.bool)
             if weight.mask is None:
-                pruned = values == 0
+                pruned = _zeros_among(weight)
             for module, name in weight.owners:
                 mask = mask_of(module, name)
                 if mask is not None:
@@ -121,20 +124,34 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             for zeros in _zeros_of(weight):
                 kept = parts.part(weight.name, zeros.kept)
                 pruned |= kept.to(pruned.device) == 0
-            values.masked_fill_((values == 0) & ~pruned, _least(values))
+            values.masked_fill_(_zeros_among(weight) & ~pruned, _least(values))
             # The products are -0 where a weight was negative, NaN where it was inf.
             values.masked_fill_(pruned, 0)
             if hold_zeros:
                 _hold(weight, ~pruned, parts, undo)
         for weight in parameters:
-            dense = weight.prunable and weight not in weights
-            if dense and weight.dense.is_floating_point() and not is_lazy(weight.dense):
-                values = weight.part
-                zero = values == 0
+            if _is_weight(weight) and weight not in weights:
+                values, zero = weight.part, _zeros_among(weight)
                 if zero.any():
                     undo.callback(values.masked_fill_, zero, 0)
                     values.masked_fill_(zero, _least(values))
         undo.pop_all()
+
+
+def _is_weight(weight: Weight) -> bool:
+    """Whether its zeros are pruned weights, where no mask says otherwise."""
+    dense = weight.dense
+    return not is_lazy(dense) and dense.is_floating_point() and weight.weighs
+
+
+def _zeros_among(weight: Weight) -> Tensor:
+    """Where it is 0, but for the row of an embedding that stands for padding."""
+    zero = weight.part == 0
+    for module, _ in weight.owners:
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and not is_sharded(weight.dense):
+            zero[padding] = False
+    return zero
 
 
 def _least(values: Tensor) -> float:
@@ -165,23 +182,36 @@ def prune_in_place(masks: Iterable[tuple[Weight, Tensor]], parts: Parts) -> None
 
 
 def _with_zeros(parameters: Iterable[Weight], parts: Parts) -> list[Weight]:
-    """The prunable weights that hold zeros, if they seem to come from a pruning.
+    """The weights that hold zeros, if they seem to come from a pruning.
 
-    Layers start with nothing but zeros too, and other parameters with some.
+    Layers start with nothing but zeros too. So do matrices that are no layers' own, and
+    these are left alone.
     """
-    prunable = [weight for weight in parameters if weight.prunable]
-    zeros = parts.count({weight.name: weight.part == 0 for weight in prunable})
-    if not any(0 < zeros[w.name] < w.dense.numel() for w in prunable):
+    weights = [weight for weight in parameters if _is_weight(weight)]
+    zeros = parts.count({weight.name: _zeros_among(weight) for weight in weights})
+    whole = {w.name for w in weights if zeros[w.name] == w.dense.numel()}
+    found = [w for w in weights if zeros[w.name]]
+    if all(weight.name in whole for weight in found):
         return []
-    if empty := [w.name for w in prunable if zeros[w.name] == w.dense.numel()]:
-        warnings.warn(
-            f"make_permanent: {name_some(empty)} hold nothing but zeros, and there is "
-            "no mask: they are held at 0, as layers that lost every weight. A layer "
-            "that starts at 0 would not train; apply_masks(model, masks) before says "
-            "what was pruned",
-            stacklevel=4,
+    found = [w for w in found if w.prunable or w.name not in whole]
+    before = "apply_masks(model, masks) before says what was pruned"
+    if empty := [w.name for w in found if w.name in whole]:
+        _warn(
+            f"{name_some(empty)} hold nothing but zeros, and there is no mask: they "
+            "are held at 0, as layers that lost every weight. A layer that starts at 0 "
+            f"would not train; {before}"
         )
-    return [weight for weight in prunable if zeros[weight.name]]
+    if named := [w.name for w in found if not w.prunable]:
+        _warn(
+            f"{name_some(named)} hold zeros, and there is no mask: they are held at 0, "
+            "as tensors that were pruned by their names (parameters=). Where they were "
+            f"not, {before}"
+        )
+    return found
+
+
+def _warn(said: str) -> None:
+    warnings.warn(f"make_permanent: {said}", stacklevel=5)
 
 
 class _Zeros:
@@ -233,9 +263,59 @@ class _Zeros:
         return part, self._part
 
 
-_held: Any = WeakIdKeyDictionary()
-"""By parameter, its zeros and the handles of what masks its gradient with them, where
-it has one."""
+class _Hold:
+    """What is held of a parameter, as the hook that masks its gradients.
+
+    So it lives as long as the parameter. A weak reference to the parameter itself would
+    keep :func:`torch.utils.swap_tensors` from it.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.zeros: dict[_Zeros, None] = {}
+        # Whether it has run since the last step.
+        self.ran = False
+        self._register(parameter)
+        _held[id(parameter)] = self
+
+    def _register(self, parameter: nn.Parameter) -> None:
+        frozen = not parameter.requires_grad
+        if frozen:  # it may be trained later, and takes no hook as it is
+            parameter.requires_grad_()
+        try:
+            # Not register_hook: this one runs for gradients that other ranks send too,
+            # as in FSDP2, and needs no copy.
+            register = parameter.register_post_accumulate_grad_hook
+            self._handle: RemovableHandle = register(self)  # type: ignore[no-untyped-call]
+        finally:
+            if frozen:
+                parameter.requires_grad_(False)
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        self.ran = True
+        for zeros in self.zeros:
+            zeros.clear_gradient(parameter)
+
+    def before_step(self, parameter: nn.Parameter) -> None:
+        """Mask a gradient that came without the hook, which a swap has taken away."""
+        if not self.ran and parameter.grad is not None:
+            self._handle.remove()
+            self._register(parameter)
+            self(parameter)
+        self.ran = False
+
+    def remove(self, parameter: nn.Parameter) -> None:
+        """Hold nothing of it any more."""
+        self._handle.remove()
+        del _held[id(parameter)]
+
+
+_held: WeakValueDictionary[int, _Hold] = WeakValueDictionary()
+"""By the identity of a parameter, as long as it lives."""
+
+
+def _held_of(parameter: nn.Parameter) -> list[_Zeros]:
+    own = _held.get(id(parameter))
+    return [] if own is None else [*own.zeros]
 
 
 class _Note:
@@ -260,9 +340,14 @@ class _Note:
     def kept(self) -> Tensor:
         return self.zeros.kept
 
+    @property
+    def owner(self) -> nn.Module | None:
+        """The module, if it is still there."""
+        return self._module()
+
     def find_parameter(self) -> nn.Parameter | None:
         """The parameter, if the module has this note, and one that the mask fits."""
-        module = self._module()
+        module = self.owner
         found = None
         if module is not None and vars(module).get(HELD, {}).get(self._name) is self:
             # Another pruning may have been put on it.
@@ -276,7 +361,7 @@ class _Note:
             self.zeros.clear_gradient(parameter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
-        module, parameter = memo.get(id(self._module())), self.find_parameter()
+        module, parameter = memo.get(id(self.owner)), self.find_parameter()
         if not isinstance(module, nn.Module):  # copied without the module
             return self
         zeros = copy.deepcopy(self.zeros, memo)
@@ -287,14 +372,14 @@ class _Note:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         parameter = self.find_parameter()
-        return _note, (self._module(), self._name, self.zeros.kept, parameter)
+        return _note, (self.owner, self._name, self.zeros.kept, parameter)
 
 
 def _note(
     module: nn.Module, name: str, kept: Tensor, parameter: nn.Parameter | None
 ) -> _Note:
     """A note from a pickle."""
-    shared = [] if parameter is None else [*_held.get(parameter, ())]
+    shared = [] if parameter is None else _held_of(parameter)
     note = _Note(module, name, shared[0] if shared else _Zeros(kept))
     if parameter is not None:
         _hold_parameter(parameter, note.zeros)
@@ -306,7 +391,7 @@ _notes: WeakSet[_Note] = WeakSet()
 
 def _zeros_of(weight: Weight) -> set[_Zeros]:
     """What is held of a parameter, and will be where it has taken another's place."""
-    found = set(_held.get(weight.dense, ()))
+    found = set(_held_of(weight.dense))
     for module, name in weight.owners:
         note = vars(module).get(HELD, {}).get(name)
         if note is not None and note.find_parameter() is weight.dense:
@@ -317,7 +402,7 @@ def _zeros_of(weight: Weight) -> set[_Zeros]:
 def _hold(weight: Weight, mask: Tensor, parts: Parts, undo: ExitStack) -> None:
     """Hold what a mask prunes of a weight from now on, and nothing else."""
     zeros = _Zeros(parts.joined(weight.name, mask.view(torch.uint8)))
-    earlier = [*_held.get(weight.dense, ())]
+    earlier = _held_of(weight.dense)
     undo.callback(_hold_instead, weight.dense, earlier)
     _hold_instead(weight.dense, [zeros])
     for module, name in weight.owners:
@@ -326,9 +411,9 @@ def _hold(weight: Weight, mask: Tensor, parts: Parts, undo: ExitStack) -> None:
 
 def _hold_instead(parameter: nn.Parameter, several: Iterable[_Zeros]) -> None:
     """Hold these zeros of a parameter, and no others."""
-    for handle in _held.pop(parameter, {}).values():
-        if handle is not None:
-            handle.remove()
+    own = _held.get(id(parameter))
+    if own is not None:
+        own.remove(parameter)
     for zeros in several:
         _hold_parameter(parameter, zeros)
 
@@ -337,26 +422,20 @@ def _hold_parameter(parameter: nn.Parameter, zeros: _Zeros) -> bool:
     """Hold zeros of a parameter, besides those that are held already.
 
     Returns:
-        Whether its gradients are masked by them from now on, and were not before.
+        Whether they were not held before.
     """
     _watch()
-    own = _held.setdefault(parameter, {})
-    if own.setdefault(zeros) is not None or not parameter.requires_grad:
-        return False
-    # Not register_hook: this one runs for gradients that other ranks send too, as in
-    # FSDP2, and needs no copy.
-    handle: RemovableHandle
-    handle = parameter.register_post_accumulate_grad_hook(zeros.clear_gradient)  # type: ignore[no-untyped-call]
-    own[zeros] = handle
-    return True
+    own = _held.get(id(parameter)) or _Hold(parameter)
+    new = zeros not in own.zeros
+    own.zeros[zeros] = None
+    return new
 
 
-def _held_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Any]]:
-    if _held:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if own := _held.get(parameter):
-                    yield parameter, own
+def _held_by(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, _Hold]]:
+    for group in optimizer.param_groups if _held else ():
+        for parameter in group["params"]:
+            if own := _held.get(id(parameter)):
+                yield parameter, own
 
 
 @torch.no_grad()
@@ -364,26 +443,22 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for note in _notes:
         note.follow()
     for parameter, own in _held_by(optimizer):
-        for zeros in [*own]:
-            if _hold_parameter(parameter, zeros):  # it was frozen till now
-                zeros.clear_gradient(parameter)
+        own.before_step(parameter)
 
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for parameter, own in _held_by(optimizer):
-        for zeros in own:
+        for zeros in own.zeros:
             zeros.restore(parameter, optimizer.state.get(parameter, {}))
 
 
+@torch.no_grad()
 def _take_over(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Note in a module what is held of a parameter that it is given.
-
-    ``torch.nn.utils.weight_norm`` makes another parameter of the same memory.
-    """
-    if parameter is None or isinstance(module, torch.jit.ScriptModule) or not _held:
+    """Note in a module what is held of a parameter that it is given."""
+    if parameter is None or isinstance(module, torch.jit.ScriptModule) or not _notes:
         return
-    found = [*_held.get(parameter, ())] or _held_in(parameter)
+    found = _held_of(parameter) or _held_before(module, parameter)
     if not found:
         return
     notes = vars(module).setdefault(HELD, {})
@@ -394,23 +469,60 @@ def _take_over(module: nn.Module, name: str, parameter: nn.Parameter | None) -> 
         notes[name] = _Note(module, name, zeros)
 
 
-def _held_in(parameter: nn.Parameter) -> list[_Zeros]:
-    """What is held of another parameter that has the same memory."""
-    place = _place(parameter)
-    for other, own in _held.items():
-        if place is not None and _place(other) == place:
-            return [*own]
+def _held_before(module: nn.Module, parameter: nn.Parameter) -> list[_Zeros]:
+    """What is held of a parameter that another one was made of.
+
+    They share their memory, as in ``torch.nn.utils.weight_norm``. Or the other one was
+    computed from a parameter that its module has lost, and has its zeros, as in
+    ``remove_weight_norm`` and ``remove_parametrizations``.
+
+    Args:
+        module: The module that is given the parameter.
+        parameter: The new one.
+    """
+    if is_lazy(parameter) or parameter.is_meta or is_sharded(parameter):
+        return []
+    for note in _notes:
+        kept = note.zeros.kept
+        if kept.numel() != parameter.numel() or is_sharded(kept):
+            continue
+        owner, other = note.owner, note.find_parameter()
+        lost = other is None or isinstance(owner, ParametrizationList)
+        if (other is not None and _place(other) == _place(parameter) is not None) or (
+            lost and _has_zeros(parameter, kept, also_alone=owner is module)
+        ):
+            same = kept.shape == parameter.shape
+            return [note.zeros if same else _Zeros(kept.view(parameter.shape))]
     return []
 
 
 def _place(parameter: nn.Parameter) -> tuple[object, ...] | None:
+    """Where its values are in memory, one after the other."""
     try:
         storage = parameter.untyped_storage()
         begin = storage.data_ptr() if storage.nbytes() else 0
-    except (RuntimeError, ValueError):  # a fake tensor, a lazy parameter
+    except (RuntimeError, ValueError):  # a fake tensor
         return None
-    layout = parameter.shape, parameter.stride(), parameter.storage_offset()
-    return (begin, parameter.dtype, *layout) if begin else None
+    layout: object = parameter.is_contiguous() or (parameter.shape, parameter.stride())
+    return (
+        (begin, parameter.dtype, parameter.storage_offset(), layout) if begin else None
+    )
+
+
+def _has_zeros(parameter: Tensor, kept: Tensor, also_alone: bool) -> bool:
+    """Whether a parameter is 0 where another was pruned, and nearly nowhere else.
+
+    Args:
+        parameter: The parameter.
+        kept: Tensor of 0 and 1 of as many values.
+        also_alone: Also if it is 0 everywhere.
+    """
+    values = parameter.detach().flatten()
+    mask = kept.to(values.device).flatten() != 0
+    number, left = int(mask.count_nonzero()), int(values.count_nonzero())
+    if number == mask.numel() or not (also_alone or number < 2 * left):
+        return False
+    return left <= number and not bool(values.masked_fill(mask, 0).any())
 
 
 def _watch() -> None:

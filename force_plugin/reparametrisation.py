@@ -10,6 +10,7 @@ reads it without calling its module trains nothing. Here, outside of the forward
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,24 +29,42 @@ class PrunedTensor(Tensor):
     Every function of PyTorch that is given one is called with the product of that
     moment, which has its graph. So it does not matter who reads it (a hook of whatever
     order, another module, a loss), nor whether its owner is called. The tensor itself
-    has no graph, and a single number in memory.
+    has a single number in memory, and a graph that leads to the parameter: by that its
+    gradients come from a :class:`torch.autograd.Function`, which is given it as it is.
 
     Args:
         module: Owner of the tensor. It is not kept alive.
         name: Name of the tensor within the module, e.g. ``"weight"``.
-        shape: Its shape.
+        original: The parameter, or the one that the module is about to get.
     """
 
     _owner: ref[nn.Module]
     _name: str
+    # Identity of the parameter that its own graph leads to.
+    _original: int
+    _pointed_to: Tensor
+    _kept: nn.Module | None
 
     @staticmethod
-    def __new__(cls, module: nn.Module, name: str, shape: torch.Size) -> PrunedTensor:
+    def __new__(cls, module: nn.Module, name: str, original: Tensor) -> PrunedTensor:
         """Make one that refers to its module."""
-        # NaN is what code would read that passes __torch_function__ by.
-        made = torch.full((), math.nan).expand(shape).as_subclass(cls)
-        made._owner, made._name = ref(module), name
+        owner = ref(module)
+        with torch.inference_mode(False), torch.enable_grad():
+            made: PrunedTensor
+            made = _Masked.apply(original, owner, name).as_subclass(cls)
+        made._owner, made._name, made._original = owner, name, id(original)
+        made._kept = None
         return made
+
+    def fits(self, original: nn.Parameter) -> bool:
+        """Whether its graph leads to a parameter, as that is now."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return (
+                self._original == id(original)
+                and self.requires_grad == original.requires_grad
+                and self.dtype == original.dtype
+                and self.device == original.device
+            )
 
     def read(self, whole: bool = True) -> Tensor:
         """What it is at this moment; the parameter alone unless ``whole``.
@@ -81,6 +100,11 @@ class PrunedTensor(Tensor):
         if function in _OF_ITSELF:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
+        if function is Tensor.data_ptr:
+            # What it points to is there as long as the tensor, or till the next call.
+            tensor: PrunedTensor = args[0]
+            tensor._pointed_to = tensor.read().detach().contiguous()
+            return tensor._pointed_to.data_ptr()
         whole = function not in _OF_THE_PARAMETER
         args, kwargs = tree_map_only(
             PrunedTensor, lambda tensor: tensor.read(whole), (args, kwargs or {})
@@ -91,12 +115,39 @@ class PrunedTensor(Tensor):
         """That of the copied module, where this one is copied; else its values."""
         copied = memo.get(id(self._owner()))
         if isinstance(copied, nn.Module):
-            return PrunedTensor(copied, self._name, self.shape)
+            original = copy.deepcopy(self.read(whole=False), memo)
+            return PrunedTensor(copied, self._name, original)
         return self.read().detach()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A pickle has it with its module."""
-        return PrunedTensor, (self._owner(), self._name, self.shape)
+        original = self.read(whole=False)
+        return _from_pickle, (self._owner(), self._name, original)
+
+
+def _from_pickle(module: nn.Module, name: str, original: Tensor) -> PrunedTensor:
+    made = PrunedTensor(module, name, original)
+    made._kept = module  # which may be there for its sake alone
+    return made
+
+
+class _Masked(torch.autograd.Function):
+    """The graph of a pruned tensor, which saves nothing, so that it serves for ever."""
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, owner: ref[nn.Module], name: str) -> Tensor:
+        ctx.owner, ctx.name = owner, name
+        # NaN is what code would read that passes __torch_function__ by.
+        number = torch.full((), math.nan, dtype=original.dtype, device=original.device)
+        return number.expand(original.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        module = ctx.owner()
+        mask = None if module is None else getattr(module, f"{ctx.name}_mask", None)
+        if mask is None:  # it is not pruned any more
+            return gradient, None, None
+        return gradient.masked_fill(mask == 0, 0), None, None
 
 
 def _getters(*names: str) -> set[Callable[..., Any]]:
@@ -154,7 +205,7 @@ class _AtRest:
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name = name
-        self.tensor = PrunedTensor(module, name, getattr(module, f"{name}_orig").shape)
+        self.tensor = PrunedTensor(module, name, getattr(module, f"{name}_orig"))
         # It goes with the module into a pickle, and in another process sees to it that
         # hooks to come get other numbers than this one and those before it.
         self.handle = module.register_forward_hook(self, always_call=True)
@@ -164,7 +215,24 @@ class _AtRest:
             # PyTorch's own pruning, and its prune.remove, do not know of this hook.
             self.handle.remove()
         else:
-            setattr(module, self.name, self.tensor)
+            self.show(module)
+
+    def show(self, module: nn.Module) -> None:
+        """Put it in its place, with a graph that leads to the parameter of now."""
+        tensor = self.tensor
+        original = module._parameters.get(f"{self.name}_orig")
+        # A call may lend another tensor to the module.
+        if (
+            isinstance(original, nn.Parameter)
+            and not torch.compiler.is_compiling()
+            and not tensor.fits(original)
+        ):
+            tensor = PrunedTensor(module, self.name, original)
+            if tensor._original == self.tensor._original:  # it has moved
+                self.tensor = tensor
+        if tensor._kept is not None:  # it is there with its module
+            tensor._kept = None
+        setattr(module, self.name, tensor)
 
 
 def _at_rest(module: nn.Module, name: str) -> _AtRest | None:
@@ -232,12 +300,21 @@ def show(module: nn.Module, name: str) -> None:
     It has a graph where PyTorch's own hook has put it.
     """
     if (rest := _at_rest(module, name)) is not None:
-        setattr(module, name, rest.tensor)
+        rest.show(module)
         return
     hook = find_hook(module, name)
     assert hook is not None
     with torch.enable_grad():
         setattr(module, name, hook.apply_mask(module))  # type: ignore[no-untyped-call]
+
+
+def show_all(model: nn.Module) -> None:
+    """The same for all tensors of a model that are pruned, but not by PyTorch's own."""
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for hook in module._forward_hooks.values():
+                if isinstance(hook, _AtRest):
+                    hook.show(module)
 
 
 def remove(module: nn.Module, name: str) -> None:

@@ -53,6 +53,7 @@ from force_plugin.parameters import (
     named_parameters,
     part_of,
 )
+from force_plugin.reparametrisation import show_all
 from force_plugin.schedules import check_arguments, check_count
 from force_plugin.sharding import WHOLE, Parts
 from force_plugin.snapshot import random_states, restored, snapshot, without_trace
@@ -791,6 +792,7 @@ class Probe:
                         )
                     module._parameters.names[key] = name  # type: ignore[attr-defined]
             self._leaves[name] = stand_in
+        show_all(self.model)
         self._stand_ins = {name: self._leaves[name] for name in self.weights}
         self._mask_stand_ins()
 

@@ -16,6 +16,7 @@ from io import BytesIO
 from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from timm.utils import ModelEmaV2, ModelEmaV3
@@ -35,6 +36,7 @@ from force_plugin import (
     make_permanent,
     reparametrisation,
 )
+from force_plugin.reparametrisation import PrunedTensor
 from force_plugin.zoo import digits, load_data
 
 Form = Callable[[nn.Module], object]
@@ -95,7 +97,7 @@ def assert_at_rest(model: nn.Module) -> None:
     for module in model.modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor):
-                assert value.is_leaf and not value.requires_grad, key
+                assert type(value) is PrunedTensor, key
 
 
 def weights_of(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -547,6 +549,35 @@ class Listed(Reader):
         return linear(input=x, weight=both.sum(0))
 
 
+class _Linear(torch.autograd.Function):
+    """Is given the tensor itself, and not what it is at the moment."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows, columns = gradient.flatten(0, -2), x.flatten(0, -2)
+        return gradient @ weight, rows.T @ columns
+
+
+class OwnFunction(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = _Linear.apply(x, layer.weight).tanh()
+        return x
+
+
+class Recomputed(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(linear, x, layer.weight, use_reentrant=False).tanh()
+        return x
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -564,6 +595,8 @@ READERS: dict[str, Callable[[], nn.Module]] = {
     "direct": Direct,
     "helped": Helped,
     "listed": Listed,
+    "function": OwnFunction,
+    "recomputed": Recomputed,
     "recurrent": Recurrent,
     "inside": lambda: nn.Sequential(nn.Linear(6, 6), Tied(), nn.Linear(6, 6)),
     "attention": lambda: nn.TransformerEncoderLayer(6, 2, 8, 0, batch_first=True),
@@ -673,6 +706,8 @@ def test_a_weight_that_is_read_trains_however_the_model_runs(
 ) -> None:
     if reader == "recurrent" and way in ("compiled", "checkpointed"):
         pytest.skip("PyTorch's own error, for a GRU that is not called")
+    if (way, reader) in (("compiled", "function"), ("checkpointed", "recomputed")):
+        pytest.skip("PyTorch refuses to be given such a tensor there, with an error")
     torch.manual_seed(0)
     model = READERS[reader]().double()
     dense, x = copy.deepcopy(model), torch.randn(3, 5, 6, dtype=torch.float64)
@@ -734,6 +769,50 @@ def test_a_weight_of_what_is_gone_is_an_error() -> None:
     for weight in (read, of_gone):
         with pytest.raises(RuntimeError, match="a module that is gone, or has no such"):
             weight.sum()
+
+
+@pytest.mark.parametrize("change", ["moved", "frozen", "replaced", "swapped"])
+def test_a_function_of_ones_own_trains_the_parameter_of_now(change: str) -> None:
+    model, x = OwnFunction(), torch.randn(3, 6, dtype=torch.float64)
+    masked(model, x)
+    if change == "moved":
+        model.double()
+    elif change == "frozen":
+        model.requires_grad_(False)
+        model.double()(x)
+        model.requires_grad_(True)
+    elif change == "replaced":
+        state = copy.deepcopy(model).double().state_dict()
+        model.load_state_dict(state, assign=True)
+    else:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            model.double()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+    for layer in model.layers:
+        layer(x)  # which has it noticed
+    model(x).sum().backward()
+    for layer in model.layers:
+        assert layer.weight_orig.grad.dtype == torch.float64
+        assert not layer.weight_orig.grad[~layer.weight_mask].any()
+
+
+def test_no_optimizer_takes_a_tensor_that_is_computed() -> None:
+    model = nn.Linear(6, 4)
+    apply_masks(model, {"weight": torch.rand(4, 6) < 0.5})
+    with pytest.raises(ValueError, match="non-leaf"):
+        torch.optim.SGD([model.weight], 0.1)
+
+
+def test_a_weight_by_itself_can_be_saved() -> None:
+    model = nn.Linear(6, 4)
+    apply_masks(model, {"weight": torch.rand(4, 6) < 0.5})
+    loaded = pickle.loads(pickle.dumps(model.weight))
+    gc.collect()
+    assert torch.equal(loaded, model.weight)
+    saved = safetensors.torch.save({"weight": model.weight})
+    assert torch.equal(safetensors.torch.load(saved)["weight"], model.weight)
 
 
 def test_a_weight_copied_by_itself_is_a_tensor() -> None:
