@@ -10,9 +10,10 @@ from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy, deepcopy
-from types import MemberDescriptorType, SimpleNamespace
+from types import FunctionType, MemberDescriptorType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
@@ -51,12 +52,35 @@ def to_device(
 
 
 def count_samples(batch: Any) -> int:
-    """The first dimension of the first tensor that has one; 0 if there is none."""
-    if isinstance(batch, Tensor):
-        return batch.size(0) if batch.dim() else 0
-    if isinstance(batch, PackedSequence):
-        return int(batch.batch_sizes[0])
-    return next(filter(None, map(count_samples, items(batch))), 0)
+    """How many samples a batch holds, as far as can be told; 0 if it holds none.
+
+    As a rule they are the first dimension of the first tensor. Where the first tensors
+    are in a list with an item a sample, as images of different sizes are, it is the
+    length of the list, which the targets then have too.
+    """
+    if isinstance(batch, _ONE):
+        return next(iter(_counts(batch)), 0)
+    if isinstance(batch, list) and _are_records(batch):
+        return len(batch)
+    fields = [(_counts(item), _has_tensors([item])) for item in items(batch)]
+    first = next((counts for counts, tensors in fields if counts and tensors), [])
+    others = {n for counts, _ in fields if counts is not first for n in counts}
+    return next(iter([n for n in first if n in others] or first), 0)
+
+
+def _counts(value: Any) -> list[int]:
+    """The numbers of samples that a part of a batch can hold, the likeliest first."""
+    if isinstance(value, PackedSequence):
+        return [int(value.batch_sizes[0])]
+    if isinstance(value, Tensor):
+        return [value.size(0)] if value.dim() and value.size(0) else []
+    if isinstance(value, np.ndarray):
+        return [*value.shape[:1]]
+    inside = [counts for item in items(value) if (counts := _counts(item))]
+    shared = [n for n in inside[0] if all(n in c for c in inside)] if inside else []
+    if _is_sequence(value):
+        return [*dict.fromkeys([*shared, len(value)])] if value else []
+    return shared or (inside[0] if inside else [])
 
 
 def cut(batch: Any, samples: int, part: slice) -> Any:
@@ -67,10 +91,33 @@ def cut(batch: Any, samples: int, part: slice) -> Any:
     """
     if range(samples)[part] == range(samples):
         return batch
-    if isinstance(batch, Tensor | PackedSequence):
-        return _cut_one(batch, part) if count_samples(batch) == samples else batch
-    result = rebuilt(batch, lambda value: cut(value, samples, part))
-    if result is batch and not isinstance(batch, nn.Module):
+    if isinstance(batch, list) and _are_records(batch) and len(batch) == samples:
+        return _cut_list(batch, part)
+    # Where a list has an item a sample, others of its length do too.
+    listed = any(
+        _is_sequence(item) and len(item) == samples and not _can_hold(item, samples)
+        for item in _each(batch)
+    )
+    return _cut(batch, samples, part, listed, outermost=True)
+
+
+def _cut(
+    batch: Any, samples: int, part: slice, listed: bool, outermost: bool = False
+) -> Any:
+    if isinstance(batch, _ONE):
+        return _cut_one(batch, part) if samples in _counts(batch) else batch
+    if _is_sequence(batch) and len(batch) == samples and not outermost:
+        if listed:
+            return _cut_list(batch, part)
+        raise BatchError(
+            f"microbatch: got {describe(batch)} in a batch of {samples} samples, with "
+            f"{samples} tensors that have {samples} rows each; they can be a sample "
+            "each, or have a row of each sample",
+            "take another size of batch, stack what are samples, or leave microbatch "
+            "out",
+        )
+    result = rebuilt(batch, lambda value: _cut(value, samples, part, listed))
+    if result is batch and not isinstance(batch, nn.Module) and not _is_built_in(batch):
         hidden = [*attributes(batch).values()]
         if _holds(hidden, samples):
             raise BatchError(
@@ -82,19 +129,70 @@ def cut(batch: Any, samples: int, part: slice) -> Any:
     return result
 
 
-def _cut_one(batch: Tensor | PackedSequence, part: slice) -> Tensor | PackedSequence:
+def _is_sequence(value: Any) -> bool:
+    """Whether it may have an item a sample: no string, and no record."""
+    return isinstance(value, list | tuple | deque) and not (
+        isinstance(value, PackedSequence) or hasattr(type(value), "_fields")
+    )
+
+
+def _can_hold(sequence: Iterable[Any], samples: int) -> bool:
+    """Whether each item can hold all samples."""
+    return all(samples in _counts(item) for item in sequence)
+
+
+def _are_records(value: Any) -> bool:
+    """Whether its items are mappings or records, all of one type: a sample each."""
+    return len({type(item) for item in value}) == 1 and (
+        isinstance(value[0], Mapping) or _is_record(value[0])
+    )
+
+
+def _is_built_in(value: Any) -> bool:
+    """Whether it is a number, a string, a function or the like."""
+    return isinstance(value, FunctionType) or type(value).__module__ == "builtins"
+
+
+def _has_tensors(values: Iterable[Any]) -> bool:
+    return any(isinstance(v, _ONE) or _has_tensors(items(v)) for v in values)
+
+
+def _each(value: Any) -> Iterator[Any]:
+    """What is in a container, at any depth."""
+    for item in () if isinstance(value, _ONE) else items(value):
+        yield item
+        yield from _each(item)
+
+
+def _cut_list(batch: Any, part: slice) -> Any:
+    """Some of the items of a list or tuple, in another of its type."""
+    some = [*batch][part]
+    if isinstance(batch, tuple):
+        return tuple.__new__(type(batch), some)
+    if isinstance(batch, deque):
+        return _with_attributes(type(batch)(some, batch.maxlen), batch, lambda v: v)
+    clone = list.__new__(type(batch))
+    list.__init__(clone, some)
+    return _with_attributes(clone, batch, lambda value: value)
+
+
+def _cut_one(batch: Any, part: slice) -> Any:
     if isinstance(batch, PackedSequence):
         sequences = unpack_sequence(batch)[part]
         return pack_sequence(sequences, enforce_sorted=batch.sorted_indices is None)
-    if batch.is_nested:
+    if isinstance(batch, Tensor) and batch.is_nested:
         sequences = [*batch.unbind()[part]]
         return torch.nested.as_nested_tensor(sequences, layout=batch.layout)
     return batch[part]
 
 
+_ONE = (Tensor, PackedSequence, np.ndarray)
+"""What holds a number of samples by itself."""
+
+
 def _holds(value: Any, samples: int) -> bool:
-    if isinstance(value, Tensor | PackedSequence):
-        return count_samples(value) == samples
+    if isinstance(value, _ONE):
+        return samples in _counts(value)
     return any(_holds(item, samples) for item in items(value))
 
 

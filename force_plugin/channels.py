@@ -7,7 +7,6 @@ normalisations, is what the dependency graph of torch-pruning finds out (Fang et
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from force_plugin.copies import number_values, places, slots_in
+from force_plugin.copies import deep_copy, number_values, places, slots_in
 from force_plugin.errors import CompactionError
 from force_plugin.layers import LAYERS, channel_axis, channels_of, layers_of
 from force_plugin.modes import Behaviour, Mode
@@ -415,7 +414,7 @@ class Surgery:
         self._plain = plain
         self._inputs = behaviour.few
         self._modes = behaviour.traced
-        graph = Graph(copy.deepcopy(plain), self._inputs, self._modes)
+        graph = Graph(deep_copy(plain), self._inputs, self._modes)
         self.sets = graph.sets
         graph.close()
 
@@ -428,7 +427,7 @@ class Surgery:
         Raises:
             CompactionError: Others would go with them.
         """
-        graph = Graph(copy.deepcopy(self._plain), self._inputs, self._modes, self.sets)
+        graph = Graph(deep_copy(self._plain), self._inputs, self._modes, self.sets)
         number_values(graph.model)
         try:
             graph.cut(removed)

@@ -9,7 +9,6 @@ were, else the channels concerned stay.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from force_plugin.batches import count_samples, mapped
 from force_plugin.channels import Channels, Surgery
 from force_plugin.connection import find_flow, tensors
-from force_plugin.copies import plain_copy, rebuilt, tell_features
+from force_plugin.copies import deep_copy, plain_copy, rebuilt, tell_features
 from force_plugin.distributed import unwrap
 from force_plugin.errors import CompactionError, NotPrunedError
 from force_plugin.example_inputs import (
@@ -209,7 +208,7 @@ class _Compaction:
         layers: dict[str, _Seen] = {}
         for positive in _DRAWS:
             self._advance()
-            model = copy.deepcopy(self._plain).requires_grad_(False)
+            model = deep_copy(self._plain).requires_grad_(False)
             _randomise(model, self._masks, positive)
             for mode in modes:
                 inputs = mapped(partial(_random_like, positive=positive), self._inputs)

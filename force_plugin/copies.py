@@ -8,7 +8,7 @@ its values bit for bit, also those under a mask, in their own type.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,17 +74,40 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return result
 
 
-def deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
     """A copy, also of a model that keeps results of a forward pass, as prune does.
 
     :func:`copy.deepcopy` refuses a tensor with a graph. The copy has its values alone.
+    What cannot be copied at all, as a settings object that refuses to be written to, is
+    shared with the model.
+
+    Args:
+        model: The model.
+        memo: What the copy is to share anyway, by its identity.
     """
     with restored(model.modules()), torch.no_grad():
         for module in model.modules():
             for attributes in (vars(module), *vars(module).values()):
                 for key, value in _results_in(attributes):
-                    attributes[key] = value.detach()
-        return copy.deepcopy(model)
+                    dict.__setitem__(attributes, key, value.detach())
+        try:
+            return copy.deepcopy(model, {**(memo or {})})
+        except Exception:
+            shared = {**(memo or {})}
+            for module in reversed([*model.modules()]):  # children first
+                for key, value in vars(module).items():
+                    own = key in ("_parameters", "_buffers", "_modules")
+                    if not own and not _can_be_copied(value, shared):
+                        shared[id(value)] = value
+            return copy.deepcopy(model, shared)
+
+
+def _can_be_copied(value: Any, shared: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, {**shared})
+    except Exception:
+        return False
+    return True
 
 
 def _results_in(attributes: object) -> list[tuple[Any, Tensor]]:
@@ -92,7 +115,7 @@ def _results_in(attributes: object) -> list[tuple[Any, Tensor]]:
         return []
     return [
         (key, value)
-        for key, value in attributes.items()
+        for key, value in dict.items(attributes)  # whatever its class makes of it
         if isinstance(value, Tensor) and value.grad_fn is not None
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -54,6 +55,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with target.open("wb") as file:
             yield file
         return
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(
+            errno.EACCES,
+            f"{os.fspath(path)} is write-protected, and is what it was",
+        )
     beside = target.parent / f".force_plugin-{secrets.token_hex(8)}"
     try:
         # With the rights of any new file, which those of tempfile have not.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
@@ -166,40 +167,34 @@ class SaliencyMethod(Reparametrisation):
         trusted, alone = _is_ours(cls.score), getattr(cls.score, "elementwise", False)
         if alone:
             parts = WHOLE
+        guard = nullcontext() if trusted else probe.protected(f"{cls.__name__}.score")
         scores, sums, sound = {}, [], {}
-        for name, part in probe.weights.items():
-            weight, measured = parts.whole(name, part), signal.pop(name, None)
-            if measured is not None:
-                measured = parts.whole(name, measured)
-            if trusted:
-                score = cls.score(weight, measured)
-            else:
-                sound[name] = [
-                    t.isfinite().all()
-                    for t in tensors(measured)
-                    if t.layout == torch.strided
-                ]
-                own = weight.clone()
-                score = cls.score(own, measured)
-                if not same_bits(own, weight):
-                    raise MethodError(
-                        f"{cls.__name__}.score has written into the weight {name}, "
-                        "which it is given to read",
-                        "work out of place, weight * signal instead of weight.mul_("
-                        "signal), or on weight.clone(); the signal may be overwritten",
-                    )
-            score = cls._checked(score, weight, name)
-            if (
-                score.untyped_storage().data_ptr()
-                == weight.untyped_storage().data_ptr()
-            ):
-                score = score.clone()
-            if not (cls.looks or alone):  # a random one has its own on each rank
-                probe.parts.ranks.share([score])
-            score = parts.part(name, score)
-            scores[name] = score if score.is_floating_point() else score.double()
-            # While it is in the cache; a sum may overflow where every score is finite.
-            sums.append(scores[name].sum())
+        with guard:
+            for name, part in probe.weights.items():
+                weight, measured = parts.whole(name, part), signal.pop(name, None)
+                if measured is not None:
+                    measured = parts.whole(name, measured)
+                if trusted:
+                    score = cls.score(weight, measured)
+                else:
+                    sound[name] = [
+                        t.isfinite().all()
+                        for t in tensors(measured)
+                        if t.layout == torch.strided
+                    ]
+                    score = cls._scored(weight, measured, name)
+                score = cls._checked(score, weight, name)
+                if (
+                    score.untyped_storage().data_ptr()
+                    == weight.untyped_storage().data_ptr()
+                ):
+                    score = score.clone()
+                if not (cls.looks or alone):  # a random one has its own on each rank
+                    probe.parts.ranks.share([score])
+                score = parts.part(name, score)
+                scores[name] = score if score.is_floating_point() else score.double()
+                # While it is in the cache; a sum may overflow where all are finite.
+                sums.append(scores[name].sum())
         dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
         scores = {name: score.to(dtype) for name, score in scores.items()}
         if not torch.stack([s.double().cpu() for s in sums]).isfinite().all():
@@ -222,7 +217,27 @@ class SaliencyMethod(Reparametrisation):
                 f"{by}: expected a mapping of parameter names to signals, such as "
                 f"probe.gradients(), got {describe(signal)}"
             )
+        if missing := [name for name in probe.weights if name not in signal]:
+            raise MethodError(
+                f"{by}: expected a signal for each weight by its name, got none for "
+                f"{name_some(missing)}",
+                "take the names of probe.weights, and None for what needs no signal",
+            )
         return dict(signal)
+
+    @classmethod
+    def _scored(cls, weight: Tensor, measured: Any, name: str) -> Tensor:
+        """Score by a method of somebody's own, which may not write to the weight."""
+        own = weight.clone()
+        score = cls.score(own, measured)
+        if not same_bits(own, weight):
+            raise MethodError(
+                f"{cls.__name__}.score has written into the weight {name}, which it is "
+                "given to read",
+                "work out of place, weight * signal instead of weight.mul_(signal), or "
+                "on weight.clone(); the signal may be overwritten",
+            )
+        return score
 
     @classmethod
     def _checked(cls, score: object, weight: Tensor, name: str) -> Tensor:

@@ -6,7 +6,6 @@ channels has to fit there too.
 
 from __future__ import annotations
 
-import copy
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from force_plugin.batches import mapped
 from force_plugin.connection import tensors
-from force_plugin.copies import fill
+from force_plugin.copies import deep_copy, fill
 from force_plugin.errors import CompactionError
 from force_plugin.example_inputs import (
     TOLERANCE,
@@ -351,7 +350,7 @@ def _opened(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         A copy that shares all other parameters.
     """
     memo = {id(parameter): parameter for parameter in model.parameters()}
-    result = copy.deepcopy(model, memo)
+    result = deep_copy(model, memo)
     for name, weight in named_parameters(result).items():
         values = weight.dense
         if not values.is_floating_point() or is_bias(name) or not values.numel():

@@ -18,8 +18,9 @@ from force_plugin.sharding import WHOLE, Parts
 
 # Rescaled to this size, the layers of timm's MobileViT and MambaOut are not emptied.
 _SMALL = 0.5
-# That a saliency is 0 by chance, as where it underflows, makes no collapse.
-_CHANCE = 0.005
+# That a saliency is 0 by chance, as where it underflows or dropout leaves a unit out,
+# makes no collapse.
+_CHANCE = 0.1
 # Without a normalisation, the saliency of a dead channel is no larger than others.
 _OVERRATED = 10
 

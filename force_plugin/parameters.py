@@ -227,6 +227,9 @@ def find_weights(
                 problem, advice = no_parameter(computed[0], "weight"), ""
             elif any(map(is_scripted, model.modules())):
                 problem += " outside of its TorchScript parts"
+            elif any(".quantized." in type(m).__module__ for m in model.modules()):
+                problem += ", and its quantised layers have no parameters"
+                advice = "prune the model before it is quantised"
             if advice and (passed := passed_over(model, ())):
                 advice += f" among what was passed over: {_listed(passed)}"
         raise NothingToPruneError(f"nothing to prune: {problem}", advice)

@@ -68,6 +68,7 @@ Forward = Callable[[nn.Module, Any], Tensor]
 # such as a full disk, arrives as it was.
 _OF_THE_LOOK = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     RuntimeError,
@@ -716,11 +717,26 @@ class Probe:
             if type(tensor) in (Tensor, nn.Parameter)
             if tensor.layout == torch.strided and not tensor.is_meta
         }
+        kept |= {
+            f"the gradient of {name}": _Kept(gradient)
+            for name, weight in self.parameters.items()
+            if type(gradient := weight.dense.grad) is Tensor
+            and gradient.layout == torch.strided
+        }
+        flags = {
+            name: (weight.dense.requires_grad, weight.dense.grad)
+            for name, weight in self.parameters.items()
+        }
         written: list[str] = []
         try:
             yield
         finally:
             written += [name for name, one in kept.items() if one.put_back()]
+            for name, (trained, gradient) in flags.items():
+                dense = self.parameters[name].dense
+                if dense.requires_grad != trained or dense.grad is not gradient:
+                    dense.requires_grad_(trained).grad = gradient
+                    written.append(name)
             for name in self.weights.keys() - self.gates.keys():
                 part, now = self.parameters[name].part, self.weights[name]
                 if (now.data_ptr(), now.shape) != (part.data_ptr(), part.shape):
@@ -897,7 +913,17 @@ class Probe:
                 return self._checked_loss(batch, temperature), self._leaves
 
         with self._compiled():
+            first = self._measure is None
             loss, _ = self._revealed(measure)
+        if first and gates.recomputes(loss):
+            raise NoGradientError(
+                "the model recomputes activations by torch.utils.checkpoint with "
+                "use_reentrant=True, which hides weights from the gradients that "
+                "scoring takes",
+                "pass use_reentrant=False there, as transformers' "
+                'gradient_checkpointing_enable({"use_reentrant": False}) does, or turn '
+                "it off until the model is pruned",
+            )
         return loss
 
     @contextmanager
@@ -945,7 +971,7 @@ class Probe:
                 "compute it from the model's outputs, without detach or no_grad",
             )
         if not torch.isfinite(loss):
-            cause, advice = self._explain_loss(batch)
+            cause, advice = self._explain_loss(batch, bool(loss.isnan()))
             raise NotFiniteError(
                 f"the loss is {loss.item()} at step {self.step}: {cause}", advice
             )
@@ -1044,20 +1070,39 @@ class Probe:
         if problem not in self.problems:
             self.problems.append(problem)
 
-    def _explain_loss(self, batch: Any) -> tuple[str, str]:
+    def _explain_loss(self, batch: Any, is_nan: bool) -> tuple[str, str]:
         """Why the loss of a batch is not finite, and what to do."""
         if broken := self.broken():
             advice = "look at the initialisation, or where these values come from"
             return f"there is a NaN or inf in {name_some(broken)}", advice
+        if without := self._without_norm():
+            return (
+                f"a channel of {name_some(without)} has lost every weight, and "
+                "weight_norm divides by its norm, which is 0",
+                "take fewer steps or a lower sparsity, remove the weight norm before "
+                "pruning, or leave these out with parameters=",
+            )
         numbers = [t for t in tensors(batch) if t.is_floating_point()]
         if any(bool(t.isnan().any()) for t in numbers):
             return "there is a NaN in the batch", "look at the data"
         cause = f"an overflow in the network or in the loss, in {self.precision}"
+        if is_nan:
+            kinds = "0 divided by 0, the root or logarithm of a negative number"
+            cause = f"an undefined result ({kinds}) or {cause}"
         advice = f"look at the initialisation and the loss{self.wider()}"
         if any(bool(t.isinf().any()) for t in numbers):
             cause = f"there is an inf in the batch, or {cause}"
             advice = advice.replace("look at ", "look at the data, ", 1)
         return cause, advice
+
+    def _without_norm(self) -> list[str]:
+        """Directions of weight_norm of which the mask has left a channel nothing."""
+        return [
+            name
+            for name, mask in (self.masks or {}).items()
+            if name.endswith(("_v", ".original1")) and not self.parts.sharded
+            if mask.dim() > 1 and not mask.flatten(1).any(1).all()
+        ]
 
     @property
     def precision(self) -> str:

@@ -7,6 +7,8 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,15 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from force_plugin import diagnose, force_prune, saliency
+from force_plugin import (
+    apply_masks,
+    compact,
+    diagnose,
+    force_prune,
+    saliency,
+    snap_prune,
+)
+from force_plugin.hold import save_pruned
 
 Batch = tuple[Tensor, Tensor]
 
@@ -635,6 +645,34 @@ def test_containers_are_what_they_were_whatever_their_class_allows(
     assert weight is model.get_parameter(
         "0.weight_orig" if prune.is_pruned(model) else "0.weight"
     )
+
+
+@pytest.mark.parametrize("name", [*CONTAINERS, "proxy"])
+@pytest.mark.parametrize("call", ["compact", "snap_prune", "save_pruned"])
+def test_a_copy_takes_containers_of_any_class(
+    call: str, name: str, tmp_path: Path
+) -> None:
+    proxy = MappingProxyType({"a": 1})
+    torch.manual_seed(0)
+    model = Settings(CONTAINERS.get(name, lambda: proxy))
+    x = torch.randn(4, 2, 4, 4)
+    masks = {"0.weight": torch.ones(4, 2, 3, 3, dtype=torch.bool)}
+    masks["0.weight"][1] = False
+    before = settings_of(model)
+    if call == "snap_prune":
+        data = [(x, torch.tensor([0, 1, 2, 0]))]
+        small = snap_prune(model, data, x, 0.5, progress=False)
+        assert small[0].out_channels == 2
+    elif call == "compact":
+        apply_masks(model, masks)
+        model[0].bias.data.zero_()
+        small = compact(model, x)
+        assert small[0].out_channels == 3 and torch.equal(small(x), small(x))
+        torch.testing.assert_close(small(x), model(x))
+    else:
+        apply_masks(model, masks)
+        save_pruned(model, tmp_path / "weights")
+    assert settings_of(model) == before
 
 
 @pytest.mark.parametrize("call", ["saliency", "a loss that fails"])
