@@ -23,6 +23,7 @@ from force_plugin.methods import SaliencyMethod
 from force_plugin.names import fitted
 from force_plugin.parameters import (
     Weight,
+    check_names,
     is_sharded,
     name_some,
     named_parameters,
@@ -141,6 +142,8 @@ def prune_with(
         method: Class of the hook that PyTorch's reparametrisation gets.
     """
     pairs = list(masks)
+    for weight, _ in pairs:
+        check_names(weight)
     touched = [module for weight, _ in pairs for module, _ in weight.owners]
     with restored(touched, only_on_error=True):
         for weight, mask in pairs:

@@ -451,6 +451,25 @@ def _check(weight: Weight) -> None:
             f"{name} is on the meta device and has no values: materialise and "
             "initialise the model before pruning it"
         )
+    check_names(weight)
+
+
+def check_names(weight: Weight) -> None:
+    """Make sure that a pruning takes no name that a module uses for itself.
+
+    Raises:
+        ValueError: It would.
+    """
+    for module, tensor in weight.owners:
+        if mask_of(module, tensor) is None:
+            for key in (f"{tensor}_orig", f"{tensor}_mask"):
+                if hasattr(module, key):
+                    raise ValueError(
+                        f"{weight.name} cannot be pruned: its module has a {key} of "
+                        "its own, and torch.nn.utils.prune keeps something else under this "
+                        "name; give it another one, or leave the layer out with "
+                        "parameters="
+                    )
 
 
 def name_some(names: Sequence[str]) -> str:

@@ -204,9 +204,16 @@ def random_states(model: nn.Module) -> Callable[[], None]:
             states.append((backend.set_rng_state, backend.get_rng_state(*which), which))
 
     for module in model.modules():
-        for value in vars(module).values():
+        ahead: list[Any] = [*vars(module).values()]
+        seen = {id(vars(module).get(key)) for key in ("_modules", "_parameters")}
+        while ahead:
+            value = ahead.pop()
             if isinstance(value, torch.Generator):
                 states.append((value.set_state, value.get_state(), ()))
+            elif isinstance(value, _KINDS) and id(value) not in seen:
+                seen.add(id(value))
+                inside = _items(value)
+                ahead += inside.values() if isinstance(inside, dict) else inside
 
     def restore() -> None:
         random.setstate(python_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from state import unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 from force_plugin import (
@@ -39,6 +42,7 @@ from force_plugin.errors import (
     MethodError,
     NoGradientError,
     NotFiniteError,
+    NothingToPruneError,
     PruningError,
 )
 
@@ -478,7 +482,7 @@ def test_a_product_that_overflows_under_synflow_is_called_one() -> None:
         (
             {"loader": [(batch()[0].fill_(INF), batch()[1])]},
             network,
-            "there is an inf in the batch, or an overflow in the network or in the ",
+            "there is an inf in the batch, or an undefined .* or an overflow in the ",
         ),
         (
             {"loss_fn": lambda o, t: cross_entropy(o, t) * INF},
@@ -513,6 +517,71 @@ def test_a_loss_that_is_not_finite_is_blamed_on_what_made_it(
 ) -> None:
     message = rf"^the loss is \w+ at step 1: {message}"
     refused("force_prune", NotFiniteError, message, model(), **options)
+
+
+@pytest.mark.parametrize("norm", [old_weight_norm, parametrizations.weight_norm])
+def test_a_norm_of_what_was_pruned_is_blamed_for_its_nan(norm: Any) -> None:
+    model = network()
+    layer = norm(model[0])
+    pair = (layer, "weight_v") if hasattr(layer, "weight_v") else None
+    pair = pair or (layer.parametrizations.weight, "original1")
+    with torch.no_grad():
+        getattr(*pair)[0] *= 1e-9  # a channel that nobody misses
+        model[2].weight[:, 0] = 0
+    message = r"^the loss is nan at step 2: a channel of .* has lost every weight, and "
+    named = [pair, (model[2], "weight")]
+    refused("force_prune", NotFiniteError, message, model, steps=3, parameters=named)
+
+
+class Recomputed(nn.Sequential):
+    """Layers of which the first is computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = checkpoint(self[0], x.requires_grad_(), use_reentrant=True)
+        return self[2](self[1](first))  # type: ignore[no-any-return]
+
+
+def test_a_reentrant_checkpoint_is_blamed_for_gradients_that_are_not_there() -> None:
+    for options in ({}, {"method": "grasp"}):
+        model, message = Recomputed(*network()), "use_reentrant=True, which hides"
+        refused("force_prune", NoGradientError, message, model, **options)
+
+
+def test_a_network_that_insists_on_its_arguments_is_told_of_forward() -> None:
+    class Insisting(TwoInputs):
+        def forward(self, x: Tensor, y: Any = None) -> Tensor:
+            assert y is not None, "y is needed"
+            return super().forward(x, y)
+
+    model = Insisting()
+    with pytest.raises(AssertionError, match="y is needed") as caught:
+        force_prune(model, [batch()], 0.5, progress=False)
+    if sys.version_info >= (3, 11):
+        assert "pass forward=" in "".join(caught.value.__notes__)
+
+
+def test_quantised_layers_are_called_so() -> None:
+    model = nn.Sequential(torch.ao.nn.quantized.Linear(6, 4))
+    with pytest.raises(NothingToPruneError, match="prune the model before it is quant"):
+        force_prune(model, [batch()], 0.5, progress=False)
+
+
+@pytest.mark.parametrize("key", ["weight_mask", "weight_orig"])
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "attribute"])
+def test_a_name_that_a_layer_uses_itself_is_not_taken(kind: str, key: str) -> None:
+    model = network()
+    if kind == "buffer":
+        model[2].register_buffer(key, torch.ones(4, 6))
+    elif kind == "parameter":
+        model[2].register_parameter(key, nn.Parameter(torch.ones(4, 6)))
+    else:
+        setattr(model[2], key, 1)
+    message = rf"^2\.weight cannot be pruned: its module has a {key} of its own"
+    for call in ("force_prune", "saliency"):
+        refused(call, ValueError, message, model)
+    mask = torch.ones_like(model[2].weight, dtype=torch.bool)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        apply_masks(model, {"2.weight": mask})
 
 
 # Networks that are called otherwise

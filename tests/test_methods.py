@@ -373,6 +373,62 @@ def test_a_score_of_any_kind_that_writes_is_named(
         CALLS["force_prune"](model, scoring(Tensor.zero_, **kind))
 
 
+# What a reference to a weight and to a buffer of the model can be used for.
+ELSEWHERE: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
+    "a parameter": lambda w, b: w.data.mul_(2),
+    "other data": lambda w, b: setattr(w, "data", w.data.double()),
+    "a buffer": lambda w, b: b.add_(1),
+    "a gradient": lambda w, b: w.grad.add_(1),  # type: ignore[union-attr]
+    "no gradient": lambda w, b: setattr(w, "grad", None),
+    "a new gradient": lambda w, b: setattr(w, "grad", torch.zeros_like(w)),
+    "frozen": lambda w, b: w.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("by", ["score", "measure"])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("way", ELSEWHERE)
+def test_a_method_that_writes_elsewhere_into_the_model_is_named(
+    way: str, call: str, by: str
+) -> None:
+    model: Any = network()
+    model.register_buffer("counter", torch.zeros(2))
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    # While it is measured the model itself has stand-ins, which are there for that.
+    weight, buffer = model[0].weight, model.counter
+
+    def write(anything: Any) -> None:
+        with torch.no_grad():
+            ELSEWHERE[way](weight, buffer)
+
+    method = scoring(write) if by == "score" else measuring(write)
+    with (
+        unchanged(model),
+        pytest.raises(MethodError, match=rf"^Mine\.{by} has written into "),
+    ):
+        CALLS[call](model, method)
+
+
+def test_a_measure_that_leaves_a_weight_out_is_named() -> None:
+    class Mine(SaliencyMethod):
+        @classmethod
+        def measure(cls, probe: Any) -> Mapping[str, Tensor]:
+            signal = probe.gradients()
+            return {f"module.{name}": value for name, value in signal.items()}
+
+        @staticmethod
+        def score(weight: Tensor, signal: Tensor) -> Tensor:
+            return signal.abs()
+
+    for call in CALLS.values():
+        model = network()
+        message = (
+            r"^Mine\.measure: expected a signal for each .* none for 0\.weight, 3\."
+        )
+        with unchanged(model), pytest.raises(MethodError, match=message):
+            call(model, Mine)
+
+
 @pytest.mark.parametrize("error", [ArithmeticError("mine"), KeyboardInterrupt()])
 def test_a_score_that_writes_and_fails_leaves_the_model_as_it_was(
     error: BaseException,

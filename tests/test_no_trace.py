@@ -174,6 +174,21 @@ def test_a_weight_that_the_forward_clips_keeps_its_value() -> None:
         saliency(model, [batch], "snip")
 
 
+def test_generators_in_a_models_containers_are_put_back() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.randn(x.shape, generator=self.own["deep"][0])
+            return super().forward(x + noise)
+
+    model, batch = Noisy(6, 4), (torch.randn(5, 6), torch.arange(5) % 4)
+    generator = torch.Generator().manual_seed(3)
+    model.own = {"deep": [generator]}  # type: ignore[assignment]
+    before = generator.get_state()
+    for call in (saliency, diagnose):
+        call(model, [batch])  # type: ignore[operator]
+        assert torch.equal(generator.get_state(), before)
+
+
 @pytest.mark.parametrize("place", ["loader", "sampler", "batch_sampler"])
 def test_a_loaders_own_generator_is_put_back(place: str) -> None:
     generator = torch.Generator().manual_seed(3)
