@@ -466,8 +466,8 @@ def check_names(weight: Weight) -> None:
                 if hasattr(module, key):
                     raise ValueError(
                         f"{weight.name} cannot be pruned: its module has a {key} of "
-                        "its own, and torch.nn.utils.prune keeps something else under this "
-                        "name; give it another one, or leave the layer out with "
+                        "its own, and torch.nn.utils.prune keeps something else under "
+                        "this name; give it another one, or leave the layer out with "
                         "parameters="
                     )
 

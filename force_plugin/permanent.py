@@ -528,11 +528,15 @@ def _has_zeros(parameter: Tensor, kept: Tensor, also_alone: bool) -> bool:
 def _watch() -> None:
     """Have optimizers and modules say what they do, from the first zeros on."""
     if not _handles:
+        # A training step that is compiled as a whole is not to trace them.
+        before, after, take_over = map(
+            torch.compiler.disable, (_before_step, _after_step, _take_over)
+        )
         _handles.extend(
             (
-                register_optimizer_step_pre_hook(_before_step),
-                register_optimizer_step_post_hook(_after_step),
-                register_module_parameter_registration_hook(_take_over),
+                register_optimizer_step_pre_hook(before),
+                register_optimizer_step_post_hook(after),
+                register_module_parameter_registration_hook(take_over),
             )
         )
 

@@ -113,9 +113,11 @@ def force_prune(
             model keeps its own values.
         microbatch: Pass each batch through the network in equal parts of at most this
             many samples, so that no more than one of them has to fit into memory;
-            ``None``: as a whole. The tensors of a batch, in tuples, lists, mappings and
-            dataclasses, are split if their first dimension is that of the first of
-            them; the rest goes with each part, which has the types of the batch. A
+            ``None``: as a whole. The tensors and arrays of a batch, in tuples, lists,
+            mappings and dataclasses, are split if their first dimension is that of the
+            first of them, and so are lists with an item a sample (images of different
+            sizes, a dictionary for each). The rest goes with each part, which has the
+            types of the batch. A
             part's loss counts by its share of the samples, so of a loss that is a mean
             over samples the gradient is that of the whole batch, but for what looks at
             several samples: batch normalisation in training mode normalises over a

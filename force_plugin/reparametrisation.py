@@ -50,8 +50,11 @@ class PrunedTensor(Tensor):
         """Make one that refers to its module."""
         owner = ref(module)
         with torch.inference_mode(False), torch.enable_grad():
+            leaf = original
+            if not original.requires_grad:  # it may be trained later
+                leaf = torch.zeros((), requires_grad=True)
             made: PrunedTensor
-            made = _Masked.apply(original, owner, name).as_subclass(cls)
+            made = _Masked.apply(leaf, original, owner, name).as_subclass(cls)
         made._owner, made._name, made._original = owner, name, id(original)
         made._kept = None
         return made
@@ -61,7 +64,6 @@ class PrunedTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return (
                 self._original == id(original)
-                and self.requires_grad == original.requires_grad
                 and self.dtype == original.dtype
                 and self.device == original.device
             )
@@ -135,29 +137,38 @@ class _Masked(torch.autograd.Function):
     """The graph of a pruned tensor, which saves nothing, so that it serves for ever."""
 
     @staticmethod
-    def forward(ctx: Any, original: Tensor, owner: ref[nn.Module], name: str) -> Tensor:
-        ctx.owner, ctx.name = owner, name
+    def forward(
+        ctx: Any, leaf: Tensor, original: Tensor, owner: ref[nn.Module], name: str
+    ) -> Tensor:
+        ctx.leaf, ctx.owner, ctx.name = id(leaf), owner, name
         # NaN is what code would read that passes __torch_function__ by.
         number = torch.full((), math.nan, dtype=original.dtype, device=original.device)
         return number.expand(original.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         module = ctx.owner()
-        mask = None if module is None else getattr(module, f"{ctx.name}_mask", None)
-        if mask is None:  # it is not pruned any more
-            return gradient, None, None
-        return gradient.masked_fill(mask == 0, 0), None, None
+        own = {} if module is None else module._parameters
+        original = own.get(f"{ctx.name}_orig", own.get(ctx.name))
+        if f"{ctx.name}_orig" in own:
+            gradient = gradient.masked_fill(getattr(module, f"{ctx.name}_mask") == 0, 0)
+        if original is None or not original.requires_grad:
+            return None, None, None, None
+        if id(original) == ctx.leaf and original.dtype == gradient.dtype:
+            return gradient, None, None, None
+        # It was frozen then, has taken another's place, or is of another type by now.
+        torch.autograd.backward(original, gradient.to(original))
+        return None, None, None, None
 
 
 def _getters(*names: str) -> set[Callable[..., Any]]:
     return {getattr(Tensor, name).__get__ for name in names}
 
 
-_OF_ITSELF = _getters("is_leaf", "requires_grad", "grad_fn", "grad") | {Tensor.stride}
-"""What there is no graph for, and the strides, by which torch.compile knows it."""
+_OF_ITSELF = _getters("is_leaf", "grad_fn", "grad") | {Tensor.stride}
+"""Its own graph, and the strides, by which torch.compile knows it."""
 
-_OF_THE_PARAMETER = _getters("shape", "dtype", "device", "ndim") | {
+_OF_THE_PARAMETER = _getters("shape", "dtype", "device", "ndim", "requires_grad") | {
     Tensor.size,
     Tensor.dim,
     Tensor.numel,

@@ -691,6 +691,7 @@ class Probe:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[key] = twin(parameter)
+        show_all(self.model)
         return {name: self._twins[id(leaf)] for name, leaf in self._leaves.items()}
 
     @contextmanager
