@@ -45,7 +45,7 @@ from force_plugin import (
     save_compact,
 )
 from force_plugin.files import write_whole
-from force_plugin.gates import CLOSED
+from force_plugin.scoring.gates import CLOSED
 
 HERE = Path(__file__).parent
 SPARSITIES = (0.9, 0.99, 0.995)

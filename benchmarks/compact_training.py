@@ -50,7 +50,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from force_plugin import compact, force_prune
-from force_plugin.size import multiplications
+from force_plugin.structure.size import multiplications
 
 Row = dict[str, Any]
 

@@ -62,12 +62,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from force_plugin import force_prune, get_masks
-from force_plugin.allocation import freed_memory_kept
 from force_plugin.files import write_whole
-from force_plugin.methods import SaliencyMethod, scores_of
-from force_plugin.notes import Notes
-from force_plugin.scoring import Probe, _Sums
-from force_plugin.selection import top_k_masks
+from force_plugin.methods.base import SaliencyMethod
+from force_plugin.methods.registry import scores_of
+from force_plugin.pruning.doubts import Notes
+from force_plugin.scoring.malloc import freed_memory_kept
+from force_plugin.scoring.probe import Probe, _Sums
+from force_plugin.selection.top_k import top_k_masks
 from force_plugin.zoo import digits
 
 Row = dict[str, Any]

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from force_plugin.files import write_whole
-from force_plugin.selection import top_k_masks
+from force_plugin.selection.top_k import top_k_masks
 
 Method = Callable[[list[Tensor], int], float]
 

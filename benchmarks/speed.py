@@ -55,7 +55,7 @@ from torch.utils.data import DataLoader
 
 from force_plugin import compact, force_prune, make_permanent
 from force_plugin.files import write_whole
-from force_plugin.size import multiplications
+from force_plugin.structure.size import multiplications
 from force_plugin.zoo import digits, load_data, load_model
 
 Row = dict[str, Any]

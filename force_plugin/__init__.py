@@ -1,8 +1,5 @@
 """Prune a network before it is trained: a plugin for :mod:`torch.nn.utils.prune`."""
 
-from force_plugin.compact_files import load_compact, save_compact
-from force_plugin.compaction import compact
-from force_plugin.diagnosis import Diagnosis, StageDiagnosis, diagnose
 from force_plugin.errors import (
     BatchError,
     CollapseError,
@@ -18,33 +15,32 @@ from force_plugin.errors import (
     RankError,
     Remark,
 )
-from force_plugin.masks import (
-    apply_masks,
-    get_masks,
-    load_masks,
-    load_metadata,
-    save_masks,
-)
-from force_plugin.methods import (
+from force_plugin.masks.apply import apply_masks, get_masks
+from force_plugin.masks.files import load_masks, load_metadata, save_masks
+from force_plugin.masks.permanent import make_permanent
+from force_plugin.masks.sanity import reinitialise, shuffle_masks
+from force_plugin.masks.state_dicts import load_pruned_state_dict
+from force_plugin.methods.base import SaliencyMethod
+from force_plugin.methods.criteria import (
     FORCE,
-    METHODS,
     SNIP,
     GraSP,
     GraSPIt,
     IterSNIP,
     Magnitude,
     Random,
-    SaliencyMethod,
     SNIPIt,
     SynFlow,
 )
-from force_plugin.permanent import make_permanent
-from force_plugin.pruning import force_prune, saliency
-from force_plugin.report import LayerReport, SparsityReport, sparsity_report
-from force_plugin.sanity import reinitialise, shuffle_masks
-from force_plugin.size import CompactReport, LayerSize, compact_report
-from force_plugin.state_dicts import load_pruned_state_dict
-from force_plugin.structured import SaliencyImportance, snap_prune
+from force_plugin.methods.registry import METHODS
+from force_plugin.pruning.diagnosis import Diagnosis, StageDiagnosis, diagnose
+from force_plugin.pruning.loop import force_prune, saliency
+from force_plugin.report.sparsity import LayerReport, SparsityReport, sparsity_report
+from force_plugin.structure.compaction import compact
+from force_plugin.structure.files import load_compact, save_compact
+from force_plugin.structure.importance import SaliencyImportance
+from force_plugin.structure.size import CompactReport, LayerSize, compact_report
+from force_plugin.structure.snap import snap_prune
 
 __version__ = "0.1.0"
 

@@ -35,7 +35,6 @@ from force_plugin import (
     get_masks,
     save_masks,
 )
-from force_plugin.distributed import Ranks
 from force_plugin.errors import (
     BatchError,
     CollapseError,
@@ -46,8 +45,9 @@ from force_plugin.errors import (
 )
 from force_plugin.files import write_whole
 from force_plugin.hold import save_pruned
-from force_plugin.methods import METHODS
-from force_plugin.schedules import SCHEDULES
+from force_plugin.methods.registry import METHODS
+from force_plugin.parallel.ranks import Ranks
+from force_plugin.selection.schedules import SCHEDULES
 from force_plugin.zoo import count_classes, load_data, load_dataset, load_model
 
 DESCRIPTION = """\

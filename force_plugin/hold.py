@@ -38,14 +38,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from force_plugin.copies import deep_copy
-from force_plugin.distributed import unwrap
 from force_plugin.errors import FileFormatError, NotPrunedError
 from force_plugin.files import write_whole
-from force_plugin.masks import apply_masks, get_masks
-from force_plugin.names import unwrapped
-from force_plugin.parameters import name_some, named_parameters
-from force_plugin.permanent import make_permanent
+from force_plugin.masks.apply import apply_masks, get_masks
+from force_plugin.masks.permanent import make_permanent
+from force_plugin.model.names import name_some, unwrapped
+from force_plugin.model.weights import named_parameters
+from force_plugin.parallel.ranks import unwrap
+from force_plugin.structure.copies import deep_copy
 
 USAGE = """\
 usage: python -m force_plugin.hold [--initial-weights FILE] SCRIPT [ARGUMENT ...]

@@ -33,16 +33,20 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from force_plugin.batches import describe, mapped, to_device
-from force_plugin.connection import tensors
+from force_plugin.data.containers import describe, mapped, tensors, to_device
 from force_plugin.errors import BatchError
-from force_plugin.masks import apply_masks, get_masks
-from force_plugin.methods import SaliencyMethod, find_method
-from force_plugin.parameters import find_weights, named_parameters, parameter_key
-from force_plugin.permanent import make_permanent
-from force_plugin.pruning import force_prune, saliency
-from force_plugin.report import SparsityReport, sparsity_report
-from force_plugin.snapshot import restored, rewound
+from force_plugin.masks.apply import apply_masks, get_masks
+from force_plugin.masks.permanent import make_permanent
+from force_plugin.methods.base import SaliencyMethod
+from force_plugin.methods.registry import find_method
+from force_plugin.model.choice import find_weights
+from force_plugin.model.restoring import restored, rewound
+from force_plugin.model.weights import (
+    named_parameters,
+    parameter_key,
+)
+from force_plugin.pruning.loop import force_prune, saliency
+from force_plugin.report.sparsity import SparsityReport, sparsity_report
 
 T = TypeVar("T")
 

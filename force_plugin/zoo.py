@@ -27,8 +27,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import v2
 
-from force_plugin.distributed import Ranks
 from force_plugin.errors import BatchError
+from force_plugin.parallel.ranks import Ranks
 
 DIGITS_SIZE = 32
 """Height and width of the digits, in pixels, for models that take any size."""

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-import force_plugin.pruning
+import force_plugin.pruning.loop
 from force_plugin import (
     METHODS,
     diagnose,
@@ -31,7 +31,7 @@ from force_plugin import (
     saliency,
     sparsity_report,
 )
-from force_plugin.methods import SaliencyMethod
+from force_plugin.methods.base import SaliencyMethod
 
 Batch = tuple[Tensor, Tensor]
 STEPS = {"steps": 4, "progress": False, "on_collapse": "warn"}
@@ -337,13 +337,13 @@ def run(rank: int) -> dict[str, Any]:
         )
 
     if rank == 1:
-        select = force_plugin.pruning.top_k_masks
+        select = force_plugin.pruning.loop.top_k_masks
 
         def other(scores: list[Tensor], *rest: Any) -> tuple[list[Tensor], float]:
             masks, threshold = select(scores, *rest)
             return [masks[0].roll(1), *masks[1:]], threshold
 
-        force_plugin.pruning.top_k_masks = other
+        force_plugin.pruning.loop.top_k_masks = other
     model = Network()
     seen["other masks"] = failed(
         lambda: force_prune(model, batches, 0.8, **STEPS), model

@@ -39,7 +39,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.functional import cross_entropy, linear, mse_loss
 from torch.utils.checkpoint import checkpoint
 
-import force_plugin.pruning
+import force_plugin.pruning.loop
 from force_plugin import (
     METHODS,
     apply_masks,
@@ -48,13 +48,13 @@ from force_plugin import (
     get_masks,
     make_permanent,
     saliency,
-    selection,
     sparsity_report,
 )
-from force_plugin.distributed import Ranks
-from force_plugin.methods import SaliencyMethod
-from force_plugin.selection import top_k_masks
-from force_plugin.sharding import Parts
+from force_plugin.methods.base import SaliencyMethod
+from force_plugin.parallel.ranks import Ranks
+from force_plugin.parallel.shards import Parts
+from force_plugin.selection import top_k as selection
+from force_plugin.selection.top_k import top_k_masks
 
 
 class Gated(nn.Module):
@@ -306,14 +306,14 @@ def run(rank: int) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     # All methods, and how much of the scores a rank ever sees.
-    select, largest = force_plugin.pruning.top_k_masks, [0]
+    select, largest = force_plugin.pruning.loop.top_k_masks, [0]
 
     def watched(scores: list[Tensor], *rest: Any) -> tuple[list[Tensor], float]:
         assert not any(isinstance(score, DTensor) for score in scores)
         largest[0] = max(largest[0], sum(score.numel() for score in scores))
         return select(scores, *rest)
 
-    force_plugin.pruning.top_k_masks = watched
+    force_plugin.pruning.loop.top_k_masks = watched
     for method in METHODS:
         for per_step in (1, 2, None):
             model = shard(Network())
@@ -330,7 +330,7 @@ def run(rank: int) -> dict[str, Any]:
         assert all(isinstance(score, DTensor) for score in scores.values())
         seen[f"scores {method}"] = {n: whole(score) for n, score in scores.items()}
     seen["held"] = largest[0]
-    force_plugin.pruning.top_k_masks = select
+    force_plugin.pruning.loop.top_k_masks = select
     model = shard(Network())
     seen["rows"] = {
         n: whole(s) for n, s in saliency(model, batches, Normalised).items()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = """
 import resource
 from contextlib import nullcontext
-from force_plugin.allocation import freed_memory_kept
+from force_plugin.scoring.malloc import freed_memory_kept
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -22,10 +22,17 @@ from transformers import BatchEncoding, BatchFeature
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from force_plugin import force_prune, saliency
-from force_plugin.batches import attributes, count_samples, cut, mapped, to_device
-from force_plugin.connection import find_flow, tensors
+from force_plugin.data.containers import (
+    attributes,
+    count_samples,
+    cut,
+    mapped,
+    tensors,
+    to_device,
+)
 from force_plugin.errors import BatchError
-from force_plugin.example_inputs import call, checked_inputs, jittered
+from force_plugin.scoring.connectivity import find_flow
+from force_plugin.structure.example_inputs import call, checked_inputs, jittered
 
 CPU = torch.device("cpu")
 

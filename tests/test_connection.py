@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from force_plugin.connection import find_flow, responds
+from force_plugin.scoring.connectivity import find_flow, responds
 
 
 class Residual(nn.Module):

@@ -40,8 +40,8 @@ from force_plugin import (
     saliency,
     sparsity_report,
 )
-from force_plugin.parameters import named_parameters
-from force_plugin.products import looks_up, output_axis
+from force_plugin.model.products import looks_up, output_axis
+from force_plugin.model.weights import named_parameters
 
 
 def module(
@@ -396,7 +396,7 @@ def test_the_gate_of_a_transposed_matrix_is_opened_by_its_inputs() -> None:
         model, [(torch.ones(3, 400), torch.arange(3))], "magnitude", open_gates=True
     )
     assert not scores["0.weight"].any()
-    from force_plugin.scoring import Probe
+    from force_plugin.scoring.probe import Probe
 
     weights = list(named_parameters(model).values())
     layers = [weight for weight in weights if weight.prunable]

@@ -30,7 +30,7 @@ from force_plugin import (
     saliency,
 )
 from force_plugin.errors import NoGradientError
-from force_plugin.gates import NORMALISATION, SCALE, WEIGHT, Gate
+from force_plugin.scoring.gates import NORMALISATION, SCALE, WEIGHT, Gate
 
 # What a pruning says of its network is asserted where it matters.
 pytestmark = pytest.mark.filterwarnings("ignore:.*saliency of exactly 0 everywhere")

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from force_plugin import SaliencyMethod, SparsityReport, force_prune, saliency
-from force_plugin.scoring import Probe
+from force_plugin.scoring.probe import Probe
 
 EVERY_METHOD = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it", "synflow"]
 

@@ -38,7 +38,7 @@ from force_plugin import (
     save_masks,
     sparsity_report,
 )
-from force_plugin.reparametrisation import Container
+from force_plugin.model.reparametrisation import Container
 
 
 def random_masks(

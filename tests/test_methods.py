@@ -32,7 +32,7 @@ from force_plugin import (
     saliency,
 )
 from force_plugin.errors import MethodError
-from force_plugin.methods import elementwise
+from force_plugin.methods.base import elementwise
 
 CLASSES = list(METHODS.values())
 NEED_SCORES = [m for m in CLASSES if m not in (Magnitude, Random)]

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from force_plugin import SaliencyImportance, apply_masks, compact, snap_prune
-from force_plugin.connection import tensors
-from force_plugin.copies import plain_copy
-from force_plugin.modes import Behaviour, in_mode
+from force_plugin.data.containers import tensors
+from force_plugin.structure.copies import plain_copy
+from force_plugin.structure.modes import Behaviour, in_mode
 
 
 class Pair(NamedTuple):

@@ -18,8 +18,8 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from force_plugin import METHODS, force_prune, get_masks, saliency
-from force_plugin.parameters import find_weights
-from force_plugin.scoring import Probe
+from force_plugin.model.choice import find_weights
+from force_plugin.scoring.probe import Probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:1 of 4 layers:UserWarning")
 

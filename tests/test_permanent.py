@@ -39,8 +39,14 @@ from torch.nn.utils.parametrize import remove_parametrizations
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from force_plugin import apply_masks, force_prune, get_masks, make_permanent, permanent
+from force_plugin import (
+    apply_masks,
+    force_prune,
+    get_masks,
+    make_permanent,
+)
 from force_plugin.hold import save_pruned
+from force_plugin.masks import permanent
 
 Masks = dict[str, Tensor]
 

@@ -23,8 +23,8 @@ from force_plugin import (
     load_masks,
     save_masks,
 )
-from force_plugin.schedules import SCHEDULES, kept_per_step
-from force_plugin.selection import top_k_masks
+from force_plugin.selection.schedules import SCHEDULES, kept_per_step
+from force_plugin.selection.top_k import top_k_masks
 
 # The same examples in every run: a failure is one of the code, not of the day.
 thorough = settings(max_examples=100, deadline=None, derandomize=True)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss
 
 from force_plugin import FORCE, SNIPIt, force_prune, get_masks, saliency, snap_prune
-from force_plugin.schedules import count_kept, kept_per_step
-from force_plugin.scoring import Probe
+from force_plugin.scoring.probe import Probe
+from force_plugin.selection.schedules import count_kept, kept_per_step
 
 Batch = tuple[Tensor, Tensor]
 

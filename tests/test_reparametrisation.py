@@ -34,9 +34,9 @@ from force_plugin import (
     get_masks,
     load_pruned_state_dict,
     make_permanent,
-    reparametrisation,
 )
-from force_plugin.reparametrisation import PrunedTensor
+from force_plugin.model import reparametrisation
+from force_plugin.model.reparametrisation import PrunedTensor
 from force_plugin.zoo import digits, load_data
 
 Form = Callable[[nn.Module], object]

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from force_plugin.labels import numbered_names, shorten_names
-from force_plugin.report import LayerReport, SparsityReport
+from force_plugin.report.sparsity import LayerReport, SparsityReport
+from force_plugin.report.text import numbered_names, shorten_names
 
 NAMES = ("conv1.weight", "conv2.weight", "conv3.weight", "fc.weight")
 
@@ -383,7 +383,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, package: str, call: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "force_plugin.figure", raising=False)
+    monkeypatch.delitem(sys.modules, "force_plugin.report.figure", raising=False)
     name = package.partition(".")[0]
     with pytest.raises(ImportError, match=rf"{call}\(\) needs .*pip install {name}"):
         getattr(make_report(), call)()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from force_plugin.schedules import SCHEDULES, count_kept, kept_per_step
+from force_plugin.selection.schedules import SCHEDULES, count_kept, kept_per_step
 
 NAMES = ["exponential", "linear", "snip_it"]
 NAN, INF = math.nan, math.inf

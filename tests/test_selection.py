@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from force_plugin import selection
-from force_plugin.selection import top_k_masks
+from force_plugin.selection import top_k as selection
+from force_plugin.selection.top_k import top_k_masks
 
 INF = math.inf
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from force_plugin import diagnose, force_prune, saliency
 from force_plugin.errors import NoGradientError
-from force_plugin.silence import describe, find_ends
+from force_plugin.scoring.dead_gradients import describe, find_ends
 
 pytestmark = pytest.mark.filterwarnings("ignore:the network collapsed:UserWarning")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from force_plugin.distributed import Ranks
+from force_plugin.parallel.ranks import Ranks
 from force_plugin.zoo import (
     _part_of,
     count_classes,

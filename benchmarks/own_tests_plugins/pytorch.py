@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from force_plugin import Magnitude, Random
-from force_plugin.reparametrisation import Container, Reparametrisation
+from force_plugin.model.reparametrisation import Container, Reparametrisation
 
 
 class FromMask(Reparametrisation):

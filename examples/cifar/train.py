@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from force_plugin import force_prune, make_permanent, sparsity_report
-from force_plugin.methods import METHODS
+from force_plugin.methods.registry import METHODS
 
 DATASETS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 # Mean and standard deviation of the training images.

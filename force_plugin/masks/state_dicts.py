@@ -1,0 +1,161 @@
+"""Load the state of a pruned model into one that has just been made."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from force_plugin.errors import NotPrunedError
+from force_plugin.masks.apply import checked_masks
+from force_plugin.methods.base import SaliencyMethod
+from force_plugin.model.names import fitted, name_some
+from force_plugin.model.reparametrisation import reorder, reparametrise, show
+from force_plugin.model.restoring import snapshot, tensor_as_it_is
+from force_plugin.model.weights import (
+    mask_of,
+    named_parameters,
+)
+
+
+@torch.inference_mode(False)
+def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load the state dict of a pruned model into a fresh, unpruned one, in place.
+
+    Mirrors :meth:`torch.nn.Module.load_state_dict` with ``strict=True``, after pruning
+    each parameter ``X`` that ``state_dict`` has as ``X_orig`` and ``X_mask``.
+    Afterwards the model has the pruned one's values and masks, and trains as it does.
+    Its parameters are the same objects as before, so that an optimizer made before goes
+    on with them. If anything fails, Ctrl-C included, the model is bit for bit what it
+    was; for that, its parameters and buffers are held twice meanwhile.
+
+    Args:
+        model: Any module with the pruned model's parameters. Where it is pruned itself,
+            the masks given replace its own, and what it had pruned may return.
+        state_dict: Of a model that was pruned with :mod:`torch.nn.utils.prune`, by any
+            method; masks are bool (True = kept), or of another type with values 0 and
+            1. Values take the model's types and devices. Names may have what
+            ``DistributedDataParallel`` (``module.``), ``torch.compile``
+            (``_orig_mod.``) and other wrappers add to them, or lack it.
+
+    Raises:
+        TypeError: ``model`` is no module, ``state_dict`` no mapping of names, or a mask
+            no tensor.
+        ValueError: Nothing is pruned in ``state_dict`` (load it with
+            ``model.load_state_dict``), a mask has no values, or others than 0 and 1, or
+            the model has no values yet (a lazy module, the meta device).
+        RuntimeError: Names or shapes differ. It is PyTorch's own error, with every name
+            that is missing or unexpected, and both shapes where they differ.
+    """
+    weights = named_parameters(model)
+    for weight in weights.values():
+        if is_lazy(weight.dense) or weight.dense.is_meta:
+            raise ValueError(
+                f"model: {weight.name} has no values yet (a lazy module, or the meta "
+                "device); run one batch through the model, or materialise it, and load "
+                "then"
+            )
+    state = _unwrapped(state_dict, model)
+    pruned = {
+        key.removesuffix("_orig")
+        for key in state
+        if key.endswith("_orig") and key.removesuffix("_orig") + "_mask" in state
+    }
+    if not pruned:
+        raise NotPrunedError(
+            "state_dict: expected that of a pruned model, with X_orig and X_mask for "
+            f"each pruned parameter X, got {name_some(list(state)) or 'an empty one'}",
+            "a model without masks is loaded with model.load_state_dict",
+        )
+    masks = {f"{name}_mask": state[f"{name}_mask"] for name in sorted(pruned)}
+    masks = checked_masks(masks, "state_dict")
+    paths = {m: f"{path}." if path else "" for path, m in _paths(model)}
+    slots = [
+        (weight, module, name)
+        for weight in weights.values()
+        for module, name in weight.owners
+        if paths[module] + name in pruned
+    ]
+    with ExitStack() as undo:
+        undo.callback(snapshot(model.modules()))
+        for tensor in (*model.parameters(), *model.buffers()):
+            undo.callback(tensor_as_it_is(tensor))
+        # Masks that keep everything, of the model's own shapes: what does not fit is
+        # then all in one error, that of load_state_dict.
+        for weight, module, name in slots:
+            earlier = mask_of(module, name)
+            if earlier is None:
+                removed = ~masks[f"{paths[module]}{name}_mask"]
+                method = SaliencyMethod(int(removed.count_nonzero()))
+                mask = torch.ones_like(weight.dense, dtype=torch.bool)
+                reparametrise(module, name, mask, method)
+            else:
+                # Not written over: owners of a shared weight may share a mask as well.
+                module.register_buffer(f"{name}_mask", torch.ones_like(earlier))
+        model.load_state_dict(state)
+        for _, module, name in slots:
+            show(module, name)
+        # PyTorch's pruning puts a parameter behind its module's others, and optimizers
+        # number their state in that order. Without metadata, the state comes from a
+        # file of another kind (safetensors), which sorts by name.
+        if hasattr(state, "_metadata"):
+            places = {key: place for place, key in enumerate(state)}
+            for _, module, _ in slots:
+                path = paths[module]
+                order = sorted(
+                    module._parameters, key=lambda k: places.get(path + k, -1)
+                )
+                reorder(module, order)
+        undo.pop_all()
+
+
+def _unwrapped(
+    state_dict: Mapping[str, Any], model: nn.Module
+) -> OrderedDict[str, Any]:
+    """A copy with the model's names, whatever is or was wrapped around either."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "state_dict: expected a mapping as model.state_dict() returns it, got "
+            f"{type(state_dict).__name__}"
+        )
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict: expected names, got a {type(key).__name__}")
+    values = model.state_dict(keep_vars=True)
+    own = {_dense(key, values) for key in values}
+    dense = {key: _dense(key, state_dict) for key in state_dict}
+    names = fitted(dict.fromkeys(dense.values()), own)
+    state = OrderedDict(
+        (names[dense[key]] + key.removeprefix(dense[key]), value)
+        for key, value in state_dict.items()
+    )
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        # Modules find the version of their state in it, as in load_state_dict.
+        paths = fitted(metadata, [path for path, _ in _paths(model)])
+        state._metadata = OrderedDict(  # type: ignore[attr-defined]
+            (paths[path], value) for path, value in metadata.items()
+        )
+    return state
+
+
+def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by their names in a state dict."""
+    for path, module in model.named_modules():
+        # The wrapper of activation checkpointing leaves itself out of state dicts.
+        parts = (p for p in path.split(".") if p != "_checkpoint_wrapped_module")
+        yield ".".join(parts), module
+
+
+def _dense(key: str, keys: Collection[str]) -> str:
+    """The name that a value has in an unpruned model."""
+    for suffix, other in (("_orig", "_mask"), ("_mask", "_orig")):
+        name = key.removesuffix(suffix)
+        if name != key and f"{name}{other}" in keys:
+            return name
+    return key

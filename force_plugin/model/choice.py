@@ -1,0 +1,197 @@
+"""Which weights are pruned: those of layers, or what the caller names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from force_plugin.errors import NothingToPruneError
+from force_plugin.model.coverage import listed, passed_over
+from force_plugin.model.names import name_some
+from force_plugin.model.weights import (
+    PRUNABLE_MODULES,
+    Weight,
+    is_scripted,
+    mask_of,
+    owners_of_parameters,
+    parameter_key,
+)
+
+
+def find_weights(
+    model: nn.Module, parameters: Iterable[tuple[nn.Module, str]] | None = None
+) -> list[Weight]:
+    """List the prunable weights of a model, in the order of its modules.
+
+    Args:
+        model: Any module, pruned before or not.
+        parameters: ``(module, tensor name)`` pairs as
+            :func:`torch.nn.utils.prune.global_unstructured` takes them. Default:
+            the weight of every convolution and linear layer, and of what behaves as a
+            linear layer, but none that is an embedding's too.
+
+    Returns:
+        The weights; one that several modules share is listed once, with all its
+        owners.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``parameters`` holds something else
+            than pairs.
+        NothingToPruneError: Nothing is left to prune.
+        ValueError: A pair names no parameter of the model, or a weight has no values
+            yet (lazy modules).
+    """
+    known = owners_of_parameters(model)
+    for weight in known.values():
+        if is_lazy(weight.dense):
+            raise ValueError(
+                f"{weight.name} has no shape yet (a lazy module): run one batch "
+                "through the model before pruning it"
+            )
+    if parameters is None:
+        # A parametrised weight (weight_norm, spectral_norm) is computed, not stored:
+        # there is no parameter that a mask could be put on, and none is listed here.
+        chosen = [weight for weight in known.values() if weight.prunable]
+    else:
+        if not isinstance(parameters, Iterable):
+            raise TypeError(
+                'parameters: expected pairs [(module, "weight"), ...], got '
+                f"{type(parameters).__name__}"
+            )
+        chosen = [_chosen(pair, known) for pair in parameters]
+    for weight in chosen:
+        _check(weight)
+    weights = {weight.name: weight for weight in chosen if weight.dense.numel()}
+    if not weights:
+        problem = "parameters= is empty"
+        advice = 'name what to prune with parameters=[(module, "weight"), ...]'
+        if chosen:
+            empty = name_some([weight.name for weight in chosen])
+            problem = f"the weights ({empty}) have no elements"
+        elif parameters is None:
+            problem = "the model has no convolution or linear weight"
+            usual = (m for m in model.modules() if isinstance(m, PRUNABLE_MODULES))
+            computed = [m for m in usual if computed_from(m, "weight")]
+            if computed:
+                problem, advice = no_parameter(computed[0], "weight"), ""
+            elif any(map(is_scripted, model.modules())):
+                problem += " outside of its TorchScript parts"
+            elif any(".quantized." in type(m).__module__ for m in model.modules()):
+                problem += ", and its quantised layers have no parameters"
+                advice = "prune the model before it is quantised"
+            if advice and (passed := passed_over(model, ())):
+                advice += f" among what was passed over: {listed(passed)}"
+        raise NothingToPruneError(f"nothing to prune: {problem}", advice)
+    return list(weights.values())
+
+
+def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
+    if not (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], nn.Module)
+        and isinstance(pair[1], str)
+    ):
+        raise TypeError(
+            'parameters: expected pairs (module, "weight") as torch.nn.utils.prune '
+            f"takes them, got {type(pair).__name__}: {str(pair)[:60]}"
+        )
+    module, name = pair
+    parameter = find_parameter(module, name)
+    if parameter is None:
+        raise ValueError(f"parameters: {no_parameter(module, name)}")
+    if id(parameter) not in known:
+        raise ValueError(
+            f"parameters: a {type(module).__name__} given with {name!r} is not part "
+            "of the model; take the pair from model.named_modules()"
+        )
+    return known[id(parameter)]
+
+
+def find_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter of a module, pruned or not; ``None`` if it has none of that name."""
+    if is_scripted(module):
+        return None
+    return module._parameters.get(parameter_key(module, name))
+
+
+def no_parameter(module: nn.Module, name: str) -> str:
+    """Say that a module has no parameter of a name, and what it has instead."""
+    if is_scripted(module):
+        return (
+            f"{name!r} belongs to a {module.original_name} that is TorchScript, whose "
+            "weights cannot be replaced; leave it out, or prune the model before "
+            "torch.jit.script or torch.jit.trace"
+        )
+    missing = f"{type(module).__name__} has no parameter {name!r}"
+    if source := computed_from(module, name):
+        holder, key = source
+        where = "" if holder is module else f".parametrizations.{name}"
+        return (
+            f"{missing}: it is computed from others whenever the module is called; "
+            f'name what it is computed from, as a rule (module{where}, "{key}")'
+        )
+    own = ", ".join(key for key, p in module._parameters.items() if p is not None)
+    what = f", and {name!r} is a buffer" if name in module._buffers else ""
+    return f"{missing}; it has {own or 'none'}{what}"
+
+
+def computed_from(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """Where the values of a tensor lie that its module computes, if it does.
+
+    That is weight normalisation, spectral normalisation and their like, as
+    parametrisations or as the forward pre-hooks of old.
+
+    Returns:
+        The module that holds the parameter, and its key there.
+    """
+    if parametrize.is_parametrized(module, name):
+        holder: nn.Module = module.parametrizations[name]  # type: ignore[index, assignment]
+        # Of a weight normalisation the first are the lengths, the second the weight.
+        return holder, max(holder._parameters, default="original")
+    for key in (f"{name}_v", f"{name}_orig"):
+        if mask_of(module, name) is None and module._parameters.get(key) is not None:
+            return module, key
+    return None
+
+
+def _check(weight: Weight) -> None:
+    name, parameter = weight.name, weight.dense
+    if not parameter.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {parameter.dtype}; only floating-point weights can be "
+            "scored: prune before quantising"
+        )
+    if parameter.layout != torch.strided:
+        raise ValueError(
+            f"{name} is sparse ({parameter.layout}): make it dense with .to_dense(); "
+            "its mask will hold the zeros"
+        )
+    if parameter.device == torch.device("meta"):
+        raise ValueError(
+            f"{name} is on the meta device and has no values: materialise and "
+            "initialise the model before pruning it"
+        )
+    check_names(weight)
+
+
+def check_names(weight: Weight) -> None:
+    """Make sure that a pruning takes no name that a module uses for itself.
+
+    Raises:
+        ValueError: It would.
+    """
+    for module, tensor in weight.owners:
+        if mask_of(module, tensor) is None:
+            for key in (f"{tensor}_orig", f"{tensor}_mask"):
+                if hasattr(module, key):
+                    raise ValueError(
+                        f"{weight.name} cannot be pruned: its module has a {key} of "
+                        "its own, and torch.nn.utils.prune keeps something else under "
+                        "this name; give it another one, or leave the layer out with "
+                        "parameters="
+                    )

@@ -1,0 +1,264 @@
+"""Whether a module multiplies what it is given by its own weight, as a layer does.
+
+Not by its class: transformers' ``Conv1D`` and the linear layers that people write
+themselves are modules like any other. A stand-in of the module, with random parameters
+and without hooks, is given random vectors. If its weight is used in a matrix product,
+the gradient of whatever comes out for one of them is an outer product with what went
+in; it is none where the weight is a table to look up, is added, scales each value by
+itself, or is compared by distances. The module itself is neither called nor changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from force_plugin.model.names import unwrapped
+from force_plugin.model.reparametrisation import find_hook
+from force_plugin.model.restoring import random_states
+
+_SAMPLES = 3
+_TOLERANCE = 1e-3
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
+
+Verdict = Callable[[nn.Module, nn.Parameter], int | None]
+# One model has many modules of a kind.
+_known: WeakKeyDictionary[type, dict[tuple[Any, ...], int | None]] = WeakKeyDictionary()
+
+
+def output_axis(module: nn.Module, name: str) -> int | None:
+    """Along which axis of a module's matrix its outputs lie, if it multiplies by it.
+
+    Args:
+        module: Any module.
+        name: Of a tensor of two dimensions that is a parameter of it, pruned or not.
+
+    Returns:
+        0 for a matrix ``[outputs, inputs]`` as that of :class:`torch.nn.Linear`, 1 for
+        ``[inputs, outputs]``, ``None`` where it is no factor of a matrix product. A
+        module that takes something else than one tensor of vectors cannot be told, nor
+        one whose submodules have more parameters than the matrix has.
+    """
+    return _tried(module, name, _axis)
+
+
+def looks_up(module: nn.Module, name: str) -> bool:
+    """Whether a module takes rows of its matrix by their numbers, as an embedding.
+
+    Args:
+        module: Any module.
+        name: Of a tensor of two dimensions that is a parameter of it, pruned or not.
+    """
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return True
+    return _tried(module, name, _row) is not None
+
+
+def _tried(module: nn.Module, name: str, verdict: Verdict) -> int | None:
+    # Of PyTorch's own it is known.
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    key = name if find_hook(module, name) is None else f"{name}_orig"
+    matrix = module._parameters[key]
+    assert matrix is not None
+    every = sum(0 if is_lazy(p) else p.numel() for p in module.parameters())
+    if matrix.numel() < 2 or every > 2 * matrix.numel():
+        return None
+    likeness = [_likeness(one) for one in module.modules()]
+    if None in likeness:
+        return _isolated(module, name, verdict)
+    known = _known.setdefault(type(module), {})
+    case = (verdict.__name__, name, *likeness)
+    if case not in known:
+        known[case] = _isolated(module, name, verdict)
+    return known[case]
+
+
+def _likeness(module: nn.Module) -> tuple[Any, ...] | None:
+    """What modules have in common that behave alike, if that is plain to see."""
+    kind, settings = type(module), []
+    for key, value in vars(module).items():
+        if key in _VANILLA or isinstance(value, Tensor):
+            continue
+        if isinstance(value, FunctionType | BuiltinFunctionType):
+            value = f"{value.__module__}.{value.__qualname__}"
+        for one in value if isinstance(value, tuple) else (value,):
+            if not isinstance(one, _PLAIN):
+                return None
+        settings.append((key, value))
+    shapes = [
+        (key, None if p is None or is_lazy(p) else tuple(p.shape))
+        for key, p in module._parameters.items()
+    ]
+    return kind.__module__, kind.__qualname__, tuple(settings), tuple(shapes)
+
+
+_VANILLA = frozenset(vars(nn.Module()))
+
+
+def _isolated(module: nn.Module, name: str, verdict: Verdict) -> int | None:
+    """Ask a stand-in of a module, and leave no trace in the process either."""
+    with ExitStack() as state:
+        state.callback(random_states(module))
+        state.enter_context(torch.inference_mode(False))
+        state.enter_context(torch.enable_grad())
+        state.enter_context(torch.autocast("cpu", enabled=False))
+        state.enter_context(torch.device("cpu"))
+        state.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            stand_in = _stand_in(module)
+            matrix = stand_in._parameters[name]
+            assert matrix is not None
+            return verdict(stand_in, matrix)
+        # Whatever the code of a module raises that is called in another way.
+        except Exception:
+            return None
+
+
+def _axis(module: nn.Module, matrix: nn.Parameter) -> int | None:
+    sizes = dict(enumerate(reversed(matrix.shape)))  # of inputs, by the axis of outputs
+    # Vectors; sequences of one vector; one vector along the axis of channels.
+    for before, after in (((), ()), ((1,), ()), ((), (1,))):
+        found = []
+        for size in set(sizes.values()):
+            inputs = _random(0, _SAMPLES, *before, size, *after)
+            try:
+                gradients = _gradients(module, matrix, inputs)
+            except Exception:  # another size, as a rule
+                continue
+            axes = [axis for axis in _outer(*gradients) if sizes[axis] == size]
+            found.append(axes[0] if axes else None)
+        # What takes vectors of both sizes multiplies them by no matrix.
+        if len(found) == 1 and found[0] is not None:
+            return found[0]
+    return None
+
+
+def _row(module: nn.Module, matrix: nn.Parameter) -> int | None:
+    row = len(matrix) // 2
+    for shape in ((_SAMPLES,), (_SAMPLES, 1)):
+        try:
+            gradient, *_ = _gradients(module, matrix, torch.full(shape, row))
+        except Exception:  # it takes no numbers, as a rule
+            continue
+        chosen = gradient[row].norm()
+        if chosen > 0 and gradient.norm() <= chosen * (1 + _TOLERANCE):
+            return row
+    return None
+
+
+def _gradients(
+    module: nn.Module, matrix: nn.Parameter, inputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of two random sums of what comes out for one sample, and of one for another."""
+    output: Any = type(module).forward(module, inputs)
+    while isinstance(output, tuple | list):
+        output = output[0]
+    if len(output) != len(inputs):
+        raise ValueError("expected as many samples as went in")
+    one, other, next_one = (
+        torch.autograd.grad(of, matrix, _random(seed, *of.shape), retain_graph=True)[0]
+        for of, seed in ((output[0], 1), (output[0], 2), (output[1], 1))
+    )
+    return one.to_dense(), other.to_dense(), next_one.to_dense()
+
+
+def _random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _outer(one: Tensor, other: Tensor, next_one: Tensor) -> list[int]:
+    """Possible axes of the outputs, where gradients are outer products with an input.
+
+    Args:
+        one: Gradient of a sum of outputs.
+        other: Of another sum of the same outputs.
+        next_one: Of a sum of outputs for another input.
+    """
+    factors = [_factors(gradient) for gradient in (one, other, next_one)]
+    axes = []
+    for axis in (0, 1):
+        # What went in, if it does not depend on what the outputs are wanted for.
+        went_in, again, next_in = (pair[1 - axis] for pair in factors)
+        alike, changes = _alike(went_in, again), not _alike(went_in, next_in)
+        # Of a single row, which is looked up or added, any gradient is a product.
+        several = went_in.count_nonzero() > 1
+        if alike and (len(went_in) == 1 or (changes and several)):
+            axes.append(axis)
+    return axes
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two unit vectors have one direction."""
+    return bool((one - (one @ other) * other).norm() <= _TOLERANCE)
+
+
+def _factors(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors of which a matrix is the outer product, NaN where it is none."""
+    right = gradient[gradient.norm(dim=1).argmax()]
+    right = right / right.norm()
+    left = gradient @ right
+    if not (gradient - left.outer(right)).norm() <= _TOLERANCE * left.norm():
+        right = right * float("nan")
+    return left / left.norm(), right
+
+
+def _stand_in(module: nn.Module) -> nn.Module:
+    """A module of the same class with values of its own, in evaluation mode."""
+    made: dict[int, nn.Parameter] = {}
+
+    def values(parameter: nn.Parameter) -> nn.Parameter:
+        fresh = nn.Parameter(_random(3 + len(made), *parameter.shape))
+        return made.setdefault(id(parameter), fresh)
+
+    def twin(module: nn.Module) -> nn.Module:
+        module = unwrapped(module)
+        result: nn.Module = object.__new__(type(module))
+        state = {
+            key: _apart(value)
+            for key, value in vars(module).items()
+            if f"{key}_orig" not in module._parameters  # a pruned tensor
+        }
+        state |= vars(nn.Module())  # no hooks
+        # Of an instance, as some trainers set them: bound to the module itself.
+        for key in ("forward", "_compiled_call_impl"):
+            state.pop(key, None)
+        buffers = {key: _apart(value) for key, value in module._buffers.items()}
+        parameters = {}
+        for key, parameter in module._parameters.items():
+            name = key.removesuffix("_orig")
+            if find_hook(module, name) is None:
+                name = key
+            else:
+                buffers.pop(f"{name}_mask")
+            parameters[name] = None if parameter is None else values(parameter)
+        modules = {
+            key: None if child is None else twin(child)
+            for key, child in module._modules.items()
+        }
+        state |= {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
+        vars(result).update(state, training=False)
+        return result
+
+    return twin(module)
+
+
+def _apart(value: Any) -> Any:
+    """A value that can be changed without the original, on the CPU."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        value = torch.zeros(value.shape) if value.is_meta else value.cpu().clone()
+        return value.float() if value.is_floating_point() else value
+    return copy.copy(value) if type(value) in (list, dict, set) else value

@@ -1,0 +1,384 @@
+"""A network that FSDP2 has sharded: each rank holds a part of every parameter.
+
+While it is measured, a parameter is put together where the network reads it, again for
+the backward pass, and never kept; its gradient is divided among the ranks as soon as it
+is there. So a rank holds its parts of weights, scores and masks, and the whole of what
+is at work. FSDP2 does as much in training, but its backward pass has no derivative,
+which GraSP needs, and with it a rank that fails leaves the others waiting.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from force_plugin.model.weights import (
+    Weight,
+    is_sharded,
+    mask_of,
+    named_parameters,
+    part_of,
+)
+from force_plugin.parallel.ranks import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+class Parts:
+    """Which part of a network's parameters this process holds.
+
+    Of a network that is not sharded every part is the whole, and nothing is exchanged.
+
+    Args:
+        model: The network. What FSDP2 has put together of it is let go.
+        ranks: The processes that hold it.
+
+    Attributes:
+        ranks: As given.
+        sharded: Whether there is more than one part.
+
+    Raises:
+        ValueError: It is sharded otherwise than by ``fully_shard`` alone (FSDP1, tensor
+            parallelism), over other ranks, off its device, or it was pruned before it
+            was sharded.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks = ALONE) -> None:  # noqa: D107
+        self.ranks = ranks
+        self._layouts: dict[str, DTensor] = {}
+        # The ranks that hold one part each; with replicas (HSDP), those of the first.
+        self._holders: Sequence[int] = [ranks.rank]
+        self._mine = 0
+        # Where autograd finds again what it has saved of a parameter, by its memory.
+        self._open: dict[int, tuple[ref[Tensor], Tensor, str]] = {}
+        units = sharded_modules(model)
+        if units:
+            ranks.vote()  # what follows is collective
+        for unit in units:
+            unit.reshard()
+        for name, weight in named_parameters(model).items():
+            if is_sharded(weight.dense):
+                self._layouts[name] = _checked(weight, units, ranks)
+        self._tags = {name: tag for tag, name in enumerate(self._layouts, start=1)}
+        self.sharded = bool(self._layouts)
+        if self.sharded:
+            first, layout = next(iter(self._layouts.items()))
+            for name, other in self._layouts.items():
+                if other.device_mesh != layout.device_mesh:
+                    raise ValueError(
+                        f"{name} is sharded over another mesh than {first}: expected "
+                        "the same for the whole model"
+                    )
+            across = layout.device_mesh.mesh
+            for placement in layout.placements:
+                across = across.movedim(0, -1) if placement.is_shard() else across[0]
+            self._holders = across.tolist()
+            at: Sequence[int] = layout.device_mesh.get_coordinate() or []
+            self._mine = sum(
+                place
+                for place, placement in zip(at, layout.placements, strict=True)
+                if placement.is_shard()
+            )
+
+    def check(self, weights: Iterable[Weight]) -> None:
+        """Make sure that all weights are in parts, or none.
+
+        Raises:
+            ValueError: The model is sharded, but not one of these.
+        """
+        for weight in weights:
+            if self.sharded and weight.name not in self._layouts:
+                raise ValueError(
+                    f"{weight.name} is not sharded, and other weights are: call "
+                    "fully_shard with the model too, which takes what is left, or "
+                    "leave it out with parameters="
+                )
+
+    def agree(self, what: str, advice: str, *tensors: Tensor) -> None:
+        """Make sure that all ranks have the same, where they have the same part.
+
+        As :meth:`force_plugin.parallel.ranks.Ranks.agree`. Parts are not compared.
+        """
+        if not self.sharded:
+            self.ranks.agree(what, advice, *tensors)
+
+    def detach(self, model: nn.Module) -> None:
+        """Take FSDP2's hooks off, so that modules work by themselves."""
+        for module in model.modules() if self.sharded else ():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if (getattr(hook, "__module__", None) or "").startswith(
+                        "torch.distributed.fsdp"
+                    ):
+                        del hooks[key]
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """All values of a tensor of which each rank has the part of a parameter.
+
+        Args:
+            name: Name of the parameter.
+            part: This rank's.
+        """
+        if name not in self._layouts:
+            return part
+        self.ranks.vote(self._tags[name])
+        return self.joined(name, part).full_tensor()  # type: ignore[attr-defined, no-any-return]
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor that is whole or sharded; nothing is sent."""
+        layout = self._layouts.get(name)
+        return whole if layout is None else shard_like(layout, whole).clone()
+
+    def joined(self, name: str, part: Tensor) -> Tensor:
+        """The parts of all ranks as one tensor, of which each holds its own."""
+        layout = self._layouts.get(name)
+        if layout is None:
+            return part
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            part.detach().contiguous(),
+            layout.device_mesh,
+            layout.placements,
+            run_check=False,
+            shape=layout.shape,
+            stride=layout.stride(),
+        )
+
+    def shape(self, name: str, part: Tensor) -> torch.Size:
+        """The shape of a whole tensor."""
+        return self._layouts[name].shape if name in self._layouts else part.shape
+
+    def sum(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of the sum of what the ranks have.
+
+        Args:
+            name: Name of a parameter that is sharded.
+            whole: This rank's summand, of the shape of the whole parameter.
+        """
+        from torch.distributed.tensor import DTensor, Partial
+
+        self.ranks.vote(self._tags[name])
+        layout = self._layouts[name]
+        summands = [Partial()] * layout.device_mesh.ndim
+        summand = whole.to_dense().contiguous()
+        return (
+            DTensor.from_local(summand, layout.device_mesh, summands, run_check=False)
+            .redistribute(placements=layout.placements)
+            .to_local()
+        )
+
+    def read(self, name: str, leaf: Tensor) -> Tensor:
+        """A parameter of which every rank has a leaf, for a differentiable pass.
+
+        The gradient of the leaf is this rank's part of the sum over the ranks.
+        """
+        if name not in self._layouts:
+            return leaf
+        value: Tensor = _Whole.apply(leaf, name, self)
+        where = value.untyped_storage().data_ptr()
+        self._open[where] = (
+            ref(value, lambda _: self._open.pop(where, None)),
+            leaf,
+            name,
+        )
+        return value
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Let autograd save of each parameter that was read where to read it again."""
+        if not self.sharded:
+            yield
+            return
+
+        def pack(tensor: Tensor) -> Any:
+            if tensor.layout != torch.strided or type(tensor) is not Tensor:
+                return tensor
+            # The tensor that was read is alive, so this memory is still its own.
+            opened = self._open.get(tensor.untyped_storage().data_ptr())
+            value = None if opened is None else opened[0]()
+            if value is None or value.dtype != tensor.dtype or value._version:
+                return tensor
+            shape = tensor.size(), tensor.stride(), tensor.storage_offset()
+            return opened[1:], shape  # type: ignore[index]
+
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            (leaf, name), shape = saved
+            return self.whole(name, leaf.detach()).as_strided(*shape)
+
+        with saved_tensors_hooks(pack, unpack):
+            yield
+
+    def average(self, tensors: dict[str, Tensor]) -> None:
+        """Put in the place of each tensor its mean over the ranks.
+
+        Args:
+            tensors: By parameter name; of one that is sharded, this rank's part of the
+                sum. The tensors themselves are not written to.
+        """
+        rest = {n: t for n, t in tensors.items() if n not in self._layouts}
+        self.ranks.average(rest)
+        for name, tensor in tensors.items():
+            tensors[name] = rest[name] if name in rest else tensor / self.ranks.size
+
+    def each(self, number: float) -> tuple[Sequence[float], int]:
+        """A number of every part, and which of them is this process's own."""
+        if not self.sharded:
+            return [number], 0
+        rows = self.ranks.gather(number)
+        return [rows[rank][0] for rank in self._holders], self._mine
+
+    def total(self, *numbers: float) -> Sequence[float]:
+        """Sums over all parts of numbers that each process has of its own."""
+        if not self.sharded or not numbers:
+            return numbers
+        rows = self.ranks.gather(*numbers)
+        held = [rows[rank] for rank in self._holders]
+        return [sum(column) for column in zip(*held, strict=True)]
+
+    def largest(self, *numbers: float) -> Sequence[float]:
+        """The largest of what the parts have, of each number."""
+        if not self.sharded or not numbers:
+            return numbers
+        rows = self.ranks.gather(*numbers)
+        return [max(column) for column in zip(*rows, strict=True)]
+
+    def count(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many values are not 0, in all parts together, by name."""
+        counts = self.total(*(int(t.count_nonzero()) for t in tensors.values()))
+        return {name: int(n) for name, n in zip(tensors, counts, strict=True)}
+
+    def empty(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The names of those whose values are 0, in all parts."""
+        found = self.total(*(_any(tensor) for tensor in tensors.values()))
+        return [name for name, some in zip(tensors, found, strict=True) if not some]
+
+    def size(self, tensors: Sequence[Tensor]) -> int:
+        """How many values tensors have, all parts together."""
+        return int(*self.total(sum(tensor.numel() for tensor in tensors)))
+
+    def concatenate(self, values: Tensor) -> Tensor:
+        """The values of all parts, one after the other.
+
+        Args:
+            values: One dimension, any length.
+        """
+        if not self.sharded:
+            return values
+        lengths = [int(row[0]) for row in self.ranks.gather(values.numel())]
+        # Bytes are exchanged, which any backend can, and as many from each.
+        padded = values.new_zeros(max(lengths))
+        padded[: values.numel()] = values
+        rows = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(
+            [row.view(torch.uint8) for row in rows], padded.view(torch.uint8)
+        )
+        return torch.cat([rows[rank][: lengths[rank]] for rank in self._holders])
+
+
+def _any(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.bool and tensor.device.type == "cpu":
+        return bool(tensor.numpy().any())  # stops at the first
+    return bool(tensor.any())
+
+
+class _Whole(torch.autograd.Function):
+    """The whole of a parameter from its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, name: str, parts: Parts) -> Tensor:
+        ctx.name, ctx.parts = name, parts
+        return parts.whole(name, part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Sum.apply(gradient, ctx.name, ctx.parts), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The parts of the sum of what the ranks have."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, name: str, parts: Parts) -> Tensor:
+        ctx.name, ctx.parts = name, parts
+        return parts.sum(name, whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Whole.apply(gradient, ctx.name, ctx.parts), None, None
+
+
+def shard_like(layout: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is whole on every rank, or sharded already.
+
+    Args:
+        layout: A sharded tensor of the same shape.
+        tensor: The tensor.
+    """
+    if is_sharded(tensor):
+        return part_of(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = layout.device_mesh, layout.placements  # type: ignore[attr-defined]
+    whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return part_of(whole.redistribute(placements=placements))  # nothing is sent
+
+
+def _checked(weight: Weight, units: Sequence[FSDPModule], ranks: Ranks) -> DTensor:
+    name, layout = weight.name, cast("DTensor", weight.dense)
+    mesh = layout.device_mesh
+    divided = [p for p in layout.placements if not p.is_replicate()]
+    if not units or len(divided) != 1 or not divided[0].is_shard():
+        raise ValueError(
+            f"{name} is sharded otherwise than by fully_shard alone (tensor "
+            "parallelism): prune the model first, and shard the pruned one"
+        )
+    if mesh.size() != ranks.size:
+        raise ValueError(
+            f"{name} is sharded over {mesh.size()} of {ranks.size} ranks: expected a "
+            "model that is sharded over all of them, or not at all; prune it first, "
+            "and shard the pruned one"
+        )
+    if layout.device.type != mesh.device_type:
+        raise ValueError(
+            f"{name} is offloaded to the {layout.device.type}: prune the model before "
+            "it is sharded, or shard it without an OffloadPolicy"
+        )
+    if any(mask_of(*owner) is not None for owner in weight.owners):
+        raise ValueError(
+            f"{name} was pruned before it was sharded, and cannot be pruned again or "
+            "made permanent: do both before the model is sharded"
+        )
+    return layout
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that ``fully_shard`` was called with."""
+    # Whoever has sharded a model has imported this, which takes half a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(model, nn.Module):
+        return []
+    for name, module in model.named_modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1): "
+                "expected a model that is not sharded, or sharded by fully_shard; "
+                "prune it first, and wrap the pruned model"
+            )
+    return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+WHOLE = Parts(nn.Module())
+"""Of what is not sharded."""

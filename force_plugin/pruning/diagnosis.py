@@ -1,0 +1,368 @@
+"""What pruning will find in a network, before it is pruned."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from force_plugin.errors import NoGradientError
+from force_plugin.methods.base import SaliencyMethod
+from force_plugin.methods.registry import find_method, scores_of
+from force_plugin.model.choice import find_weights
+from force_plugin.model.coverage import Coverage, passed_over
+from force_plugin.model.names import name_layers, name_some
+from force_plugin.model.weights import Weight
+from force_plugin.parallel.ranks import ALONE, Ranks, unwrap
+from force_plugin.parallel.shards import Parts, sharded_modules
+from force_plugin.pruning.doubts import find_small, sizes
+from force_plugin.report.plot import stage_of
+from force_plugin.report.text import COLUMNS, table_rows
+from force_plugin.scoring import dead_gradients, gates
+from force_plugin.scoring.probe import Forward, Loader, LossFn, Probe
+from force_plugin.selection.schedules import count_kept
+from force_plugin.selection.top_k import top_k_masks
+
+
+@dataclass(frozen=True)
+class StageDiagnosis:
+    """What one part of a network holds.
+
+    Attributes:
+        name: Its name, e.g. ``"layer1"`` or ``"stages.0"``.
+        layers: Number of prunable layers.
+        weights: Number of their weights.
+        saliency: Its share of the network's saliency (of the magnitudes, where scores
+            have a sign) with gates open, in [0, 1]; what was pruned before has none.
+        closed: The same with gates as they are.
+    """
+
+    name: str
+    layers: int
+    weights: int
+    saliency: float
+    closed: float
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What pruning will find in a network; ``print`` shows it in 80 columns.
+
+    Attributes:
+        parameters: Number of the network's parameters.
+        prunable: Number of its prunable weights that get a gradient.
+        method: The method that was asked.
+        stages: The parts of the network, in its order.
+        gates: The closed gates that would be opened while scoring.
+        silent: Layers whose saliency is exactly 0 everywhere with gates open, and why.
+        hidden: Layers whose saliency is exactly 0 everywhere with gates as they are.
+        unused: Layers that the loss does not use.
+        emptied: By sparsity, how many layers lose every weight when the weights are
+            ranked once, with gates open and with gates as they are. What was pruned
+            before is lost already.
+        small: Of the layers that lose every weight at any of these sparsities with
+            gates open, those that start with small weights, and their size in units of
+            PyTorch's own initialisation.
+        passed_over: What is not prunable of the model's matrices and kernels, as
+            :class:`force_plugin.SparsityReport` counts it; unused layers are not here.
+        chosen: Whether ``parameters=`` has named what is to be pruned.
+    """
+
+    parameters: int
+    prunable: int
+    method: str
+    stages: tuple[StageDiagnosis, ...]
+    gates: tuple[gates.Gate, ...]
+    silent: Mapping[str, str]
+    hidden: tuple[str, ...]
+    unused: tuple[str, ...]
+    emptied: Mapping[float, tuple[int, int]]
+    small: Mapping[str, float]
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
+    chosen: bool = field(default=False, compare=False)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's matrix and kernel weights that is prunable, in [0, 1].
+
+        ``passed_over`` has the rest.
+        """
+        return Coverage(self.prunable, self.passed_over).share
+
+    @property
+    def layers(self) -> int:
+        """Number of prunable layers that get a gradient."""
+        return sum(stage.layers for stage in self.stages)
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What the user should know, a sentence each; empty where all is well."""
+        found: list[str] = []
+        if not self.chosen:
+            found += Coverage(self.prunable, self.passed_over).doubts()
+        found += gates.describe({gate.name: gate for gate in self.gates})
+        # What is silent with open gates too has a line of its own.
+        if helped := [name for name in self.hidden if name not in self.silent]:
+            found.append(
+                f"{name_layers(helped, self.layers)} have no saliency as long as "
+                "the gates are closed: keep open_gates=True"
+            )
+        found += dead_gradients.describe(self.silent, self.layers)
+        if self.small:
+            found.append(
+                f"{name_layers([*self.small], self.layers)} lose every weight and have "
+                f"small initial weights: {sizes(self.small)}"
+            )
+        if self.unused:
+            found.append(
+                f"the loss does not use {name_some(self.unused)}: leave such layers "
+                "out with parameters=, or pass a forward= whose loss uses them"
+            )
+        return tuple(found)
+
+    def __str__(self) -> str:
+        """Table of the stages, emptied layers by sparsity, and the findings."""
+        share = 100 * self.prunable / self.parameters
+        lines = [
+            *_wrap(
+                f"{self.parameters:,} parameters, {self.prunable:,} of them "
+                f"({share:.1f} %) prunable in {self.layers} layers"
+            ),
+            *self._left_out(),
+            "",
+            *self._table(),
+            "",
+            *_wrap(f"layers that lose every weight, ranked once by {self.method}"),
+        ]
+        labels = [f"at {100 * sparsity:.10g} %" for sparsity in self.emptied]
+        width = max(map(len, labels), default=0) + 3
+        for label, (opened, closed) in zip(labels, self.emptied.values(), strict=True):
+            also = f" ({closed} with gates closed)" if self.gates else ""
+            lines.append(f"  {label:<{width}}{opened} of {self.layers}{also}")
+        lines.append("")
+        for finding in self.findings:
+            lines += _wrap(f"- {finding}")
+        if not self.findings:
+            lines.append("every layer has a saliency")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _left_out(self) -> list[str]:
+        if not self.passed_over:
+            return []
+        return _wrap(f"prunable: {Coverage(self.prunable, self.passed_over)}")
+
+    def _table(self) -> list[str]:
+        rows = [
+            (
+                str(stage.layers),
+                f"{stage.weights:,}",
+                f"{100 * stage.weights / self.prunable:.2f} %",
+                f"{100 * stage.saliency:.2f} %",
+                f"{100 * stage.closed:.2f} %",
+            )
+            for stage in self.stages
+        ]
+        header = ("layers", "weights", "share", "saliency", "gates closed")
+        table = [row[: None if self.gates else -1] for row in (header, *rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        first, *rests = ("  ".join(map(str.rjust, row, widths)) for row in table)
+        names = [stage.name for stage in self.stages]
+        longest = max(map(len, ["stage", *names]))
+        width = min(longest, COLUMNS - 2 * len(widths) - sum(widths))
+        lines, note = table_rows(names, rests, width)
+        rule = "-" * (width + 2 + len(first))
+        return [f"{'stage':<{width}}  {first}", rule, *lines, rule, *note]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as plain types that :func:`json.dumps` takes."""
+        plain = asdict(self)
+        plain["silent"] = dict(self.silent)
+        plain["passed_over"] = dict(self.passed_over)
+        plain["small"] = dict(self.small)
+        plain["emptied"] = {str(key): value for key, value in self.emptied.items()}
+        return plain | {
+            "layers": self.layers,
+            "coverage": self.coverage,
+            "findings": [str(finding) for finding in self.findings],
+        }
+
+
+@torch.inference_mode(False)
+def diagnose(
+    model: nn.Module,
+    loader: Loader,
+    method: str | type[SaliencyMethod] = "force",
+    *,
+    batches: int | None = 1,
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    forward: Forward | None = None,
+    parameters: Iterable[tuple[nn.Module, str]] | None = None,
+    sparsities: Iterable[float] = (0.9, 0.95, 0.99),
+) -> Diagnosis:
+    """Say what pruning will find in a network, without pruning it.
+
+    The network is scored once as :func:`force_plugin.saliency` scores it and, where
+    gates are closed, once more as it is. It is afterwards bit for bit what it was.
+
+    Args:
+        model: Any module, pruned before or not.
+        loader: Batches, as in :func:`force_plugin.force_prune`.
+        method: A name of ``force_plugin.METHODS``, or a class.
+        batches: Number of batches; ``None``: the whole loader.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
+            ``(inputs, targets)`` pair.
+        parameters: ``[(module, "weight"), ...]``; default as in
+            :func:`force_plugin.force_prune`.
+        sparsities: Fractions of all prunable weights removed, 0 ≤ sparsity < 1, for
+            which the layers that would be emptied are counted.
+
+    In a distributed job each process looks at batches of its own, and may do so alone;
+    of a sharded model all ranks look at those of all, and every rank must call it.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        TypeError, ValueError: An argument is not as expected.
+        NothingToPruneError, BatchError, MethodError, NoGradientError, NotFiniteError:
+            As in :func:`force_plugin.force_prune`; the loss may leave some weights out,
+            but not all.
+    """
+    model = unwrap(model)
+    # The ranks of a sharded model can only look at it together.
+    with Ranks(model) if sharded_modules(model) else ALONE as ranks:
+        parts = Parts(model, ranks)
+        criterion = find_method(method)
+        weights = find_weights(model, parameters)
+        parts.check(weights)
+        fractions = _fractions(sparsities)
+        rest = passed_over(model, {weight.name for weight in weights})
+
+        def score(
+            chosen: Sequence[Weight], open_gates: bool
+        ) -> tuple[dict[str, Tensor], Probe, dict[str, str]]:
+            with Probe(
+                model,
+                chosen,
+                loader,
+                batches=batches,
+                loss_fn=loss_fn,
+                forward=forward,
+                open_gates=open_gates and criterion.looks,
+                parts=parts,
+            ) as probe:
+                scores = scores_of(criterion, probe)
+                blind = parts.empty(scores) if open_gates else ()
+                return scores, probe, probe.explain_silence(blind)
+
+        unused: tuple[str, ...] = ()
+        try:
+            scores, probe, silent = score(weights, True)
+        except NoGradientError as error:
+            unused = tuple(error.names)
+            weights = [weight for weight in weights if weight.name not in unused]
+            if not weights:
+                raise
+            scores, probe, silent = score(weights, True)
+        for problem in probe.problems if ranks.rank == 0 else ():
+            warnings.warn(problem, stacklevel=3)  # past inference_mode
+        closed = score(weights, False)[0] if probe.gates else scores
+        hidden = parts.empty(closed)
+
+        # What an earlier pruning removed has no share, and does not come back.
+        masks = {
+            w.name: parts.part(w.name, w.mask) for w in weights if w.mask is not None
+        }
+        left = [
+            {n: s[masks[n]] if n in masks else s for n, s in one.items()}
+            for one in (scores, closed)
+        ]
+        totals = [
+            dict(zip(one, parts.total(*map(_magnitude, one.values())), strict=True))
+            for one in left
+        ]
+        prunable = sum(weight.dense.numel() for weight in weights)
+        emptied = {
+            sparsity: [
+                _emptied(one, count_kept(prunable, 1 - sparsity), parts) for one in left
+            ]
+            for sparsity in fractions
+        }
+        lost = {name for opened, _ in emptied.values() for name in opened}
+        small = find_small(
+            (name, probe.parameters[name].rows(parts.whole(name, weight)))
+            for name, weight in probe.weights.items()
+            if name in lost
+        )
+    members: dict[str, list[Weight]] = {}
+    for weight in weights:
+        members.setdefault(stage_of(weight.name), []).append(weight)
+    stages = []
+    for stage, layers in members.items():
+        shares = [
+            sum(total[layer.name] for layer in layers) / (sum(total.values()) or 1.0)
+            for total in totals
+        ]
+        count = sum(layer.dense.numel() for layer in layers)
+        stages.append(StageDiagnosis(stage, len(layers), count, *shares))
+    return Diagnosis(
+        parameters=sum(w.dense.numel() for w in probe.parameters.values()),
+        prunable=prunable,
+        method=method if isinstance(method, str) else method.__name__,
+        stages=tuple(stages),
+        gates=tuple(probe.gates.values()),
+        silent=silent,
+        hidden=tuple(hidden),
+        unused=unused,
+        emptied={
+            sparsity: (len(opened), len(closed))
+            for sparsity, (opened, closed) in emptied.items()
+        },
+        small=small,
+        passed_over=rest,
+        chosen=parameters is not None,
+    )
+
+
+def _magnitude(scores: Tensor) -> float:
+    return float(scores.double().abs().sum())
+
+
+def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
+    if not isinstance(sparsities, Iterable):
+        raise TypeError(
+            "sparsities: expected fractions such as (0.9, 0.95), got "
+            f"{type(sparsities).__name__}"
+        )
+    fractions = tuple(sparsities)
+    for sparsity in fractions:
+        if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+            raise TypeError(
+                "sparsities: expected fractions such as (0.9, 0.95), got "
+                f"{type(sparsity).__name__} among them"
+            )
+        if not 0 <= sparsity < 1:
+            raise ValueError(
+                f"sparsities: expected fractions, 0 <= sparsity < 1, got {sparsity}"
+            )
+    return tuple(map(float, fractions))
+
+
+def _emptied(scores: Mapping[str, Tensor], kept: int, parts: Parts) -> list[str]:
+    """Layers that have none of the weights with the largest scores."""
+    left = parts.size([*scores.values()])
+    masks, _ = top_k_masks([*scores.values()], min(kept, left), parts)
+    return parts.empty(dict(zip(scores, masks, strict=True)))
+
+
+def _wrap(line: str) -> list[str]:
+    return textwrap.wrap(line, COLUMNS, subsequent_indent="  ")

@@ -1,0 +1,142 @@
+"""Why a layer has no saliency: where its gradient ends on the way from the loss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from force_plugin.model.names import name_layers, name_some
+from force_plugin.scoring.gates import operation
+
+_LAYERS = {
+    "ConvolutionBackward0": (1, "_saved_input"),
+    "AddmmBackward0": (2, "_saved_mat1"),
+    "MmBackward0": (1, "_saved_self"),
+}
+"""What layers are in the graph: the index of the operand that is their weight, and the
+attribute under which autograd has saved what it multiplies."""
+
+
+PRUNED = "it was pruned entirely before"
+
+
+def find_ends(output: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, str]:
+    """Where the gradient of a scalar ends that never reaches some leaves of its graph.
+
+    It ends at the operations that still get one other than 0 and from which no path to
+    the leaf crosses another such operation.
+
+    Args:
+        output: A scalar with its graph.
+        leaves: Leaves whose gradient is exactly 0, by parameter name.
+
+    Returns:
+        A cause by parameter name, e.g. ``"the gradient ends at softmax"``, or ``""``
+        where a gradient arrives after all.
+    """
+    users = _users(output.grad_fn)
+    reached: set[Node] = set()
+
+    def note(node: Node, gradients: Iterable[Tensor | None]) -> None:
+        if any(map(_alive, gradients)):
+            reached.add(node)
+
+    handles = [node.register_prehook(partial(note, node)) for node in users]
+    gradients = torch.autograd.grad(
+        output,
+        list(leaves.values()),
+        allow_unused=True,
+        retain_graph=True,  # for what it has saved
+    )
+    for handle in handles:
+        handle.remove()
+    nodes = {id(node.variable): node for node in users if hasattr(node, "variable")}
+    return {
+        name: "" if _alive(gradient) else _cause(nodes.get(id(leaf)), users, reached)
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def _alive(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.to_dense().any())
+
+
+def _users(root: Node | None) -> dict[Node, list[Node]]:
+    """By operation, leaves included, the operations that take its result."""
+    users: dict[Node, list[Node]] = {} if root is None else {root: []}
+    stack = list(users)
+    while stack:
+        node = stack.pop()
+        for operand in _operands(node):
+            if operand not in users:
+                users[operand] = []
+                stack.append(operand)
+            users[operand].append(node)
+    return users
+
+
+def _operands(node: Node) -> list[Node]:
+    return [operand for operand, _ in node.next_functions if operand is not None]
+
+
+def _cause(
+    leaf: Node | None, users: Mapping[Node, list[Node]], reached: set[Node]
+) -> str:
+    if leaf is None:
+        return "no gradient reaches it"
+    # The last operations that get a gradient, each with the operand that does not.
+    ends: list[tuple[Node, Node]] = []
+    seen, stack = {leaf}, [leaf]
+    while stack:
+        operand = stack.pop()
+        for node in users[operand]:
+            if node in reached:
+                ends.append((node, operand))
+            elif node not in seen:
+                seen.add(node)
+                stack.append(node)
+    if all(_multiplies_zeros(node, operand) for node, operand in ends):
+        return "what it multiplies is 0"
+    return f"the gradient ends at {name_some(sorted({_word(n) for n, _ in ends}))}"
+
+
+def _multiplies_zeros(node: Node, operand: Node) -> bool:
+    """Whether an operation is a layer with this weight, and its inputs are all 0."""
+    index, saved = _LAYERS.get(operation(node), (0, ""))
+    if not saved or node.next_functions[index][0] is not operand:
+        return False
+    # Between a layer and its weight is at most what belongs to the weight alone, such
+    # as a mask; what another layer makes is no weight.
+    while operands := _operands(operand):
+        if len(operands) > 1 or operation(operand) in _LAYERS:
+            return False
+        (operand,) = operands
+    inputs: Tensor = getattr(node, saved)
+    return not _alive(inputs)
+
+
+def _word(node: Node) -> str:
+    """What an operation is called: "log softmax" for LogSoftmaxBackward0."""
+    name = re.sub(r"Backward\d*$", "", operation(node).rpartition("::")[2])
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+
+
+def describe(causes: Mapping[str, str], total: int) -> list[str]:
+    """One sentence for each cause.
+
+    Args:
+        causes: Why a layer has no saliency, by parameter name.
+        total: Number of all layers.
+    """
+    kept = "; what is kept of them is not a choice of the method"
+    return [
+        f"{name_layers([n for n, c in causes.items() if c == cause], total)} had a "
+        f"saliency of exactly 0 everywhere at the first step: {cause}"
+        + (kept if cause != PRUNED else "")
+        for cause in dict.fromkeys(causes.values())
+    ]

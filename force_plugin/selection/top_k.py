@@ -1,0 +1,399 @@
+"""The k largest of all scores, exactly k, over tensors that stay where they are."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from force_plugin.parallel.shards import WHOLE, Parts
+
+Comparison = Callable[[Any, float], Any]  # of the module ``operator``
+
+# Up to this many candidates, to select among all is as cheap as to narrow further.
+_SMALL = 1 << 18
+# Up to this many, as a rule, to select among all is as cheap as to look at all of them.
+_FEW = 1 << 21
+_LARGEST_SAMPLE = 1 << 20
+# Up to this many bytes, threads wait for Python's lock longer than they work.
+_ALONE = 1 << 27
+# Values that stay in a core's cache while they are looked at.
+_BLOCK = 1 << 19
+
+
+def top_k_masks(
+    scores: Sequence[Tensor],
+    k: int,
+    parts: Parts = WHOLE,
+    among: Sequence[Tensor] = (),
+) -> tuple[list[Tensor], float]:
+    """Mark the k largest scores.
+
+    A sample brackets the k-th largest, one pass marks what lies above the bracket and
+    copies what lies inside, and only this is looked at in the next round: the idea of
+    Floyd and Rivest (1975), on tensors that stay apart (but small ones, up to a block,
+    or up to two million scores, which NumPy partitions). A misleading sample costs
+    another round, never exactness.
+
+    The order is total: of equal scores the one that comes first (earlier tensor, then
+    lower index in row-major order) counts as larger. ``-inf`` is the lowest score.
+
+    Args:
+        scores: Tensors of any shapes and devices and one floating-point dtype, without
+            NaN.
+        k: Number of scores to mark, 0 ≤ k ≤ the number that there is to choose from.
+        parts: What other processes hold the other parts of these tensors. Each learns
+            of theirs how many scores are above a threshold, and a small sample.
+        among: Bool tensors of the scores' shapes and devices, True where a score may be
+            marked; none: everywhere.
+
+    Returns:
+        Bool masks, one for each tensor, of its shape and on its device, with exactly
+        k True in all; and the k-th largest score (``inf`` for k = 0).
+
+    Raises:
+        ValueError: k is negative or larger than the number to choose from.
+    """
+    total = _count(among, parts) if among else parts.size(scores)
+    if not 0 <= k <= total:
+        raise ValueError(f"k: expected 0 <= k <= {total} scores, got {k}")
+    if k == 0:
+        return [torch.zeros_like(score, dtype=torch.bool) for score in scores], math.inf
+    flat = _Choice(
+        [_flat(score.detach(), score) for score in scores],
+        list(map(_flat, among, scores if among else ())),
+    )
+    tied: Sequence[int] = range(len(scores))
+    few = None if among or parts.sharded else _partitioned(flat.scores, k)
+    if few is not None:
+        threshold = few
+        masks = [*flat.where(operator.ge, threshold)]
+        surplus = sum(map(_number, masks)) - k
+    else:
+        found = _split(flat, *_bracket(flat, k / total, parts), parts)
+        threshold, surplus = _search(flat, k, found, parts)
+        if found.low < threshold < found.high:  # nearly always
+            for _, mask, at, values in found.blocks:
+                mask.scatter_(0, at, values >= threshold)
+            masks = [*found.masks()]
+            if not parts.sharded:
+                tied = found.having(threshold)
+        elif threshold == found.high:
+            masks = [*found.masks()]
+        else:
+            masks = [*flat.where(operator.ge, threshold)]
+    masks = list(map(_unflat, masks, scores))
+    for number in reversed(tied):
+        if not surplus:
+            break
+        score, mask = scores[number], masks[number]
+        ties = _marks(score.detach(), operator.eq, threshold)
+        if among:
+            ties &= among[number]
+        ties = ties.flatten()  # in row-major order, which need not be the memory's
+        numbers, mine = parts.each(_number(ties))
+        # What of the surplus is not in the parts that come after this one.
+        own = max(0, surplus - int(sum(numbers[mine + 1 :])))
+        if own < numbers[mine]:
+            _keep_last(ties, own)
+        mask ^= ties.view(mask.shape)
+        surplus -= min(surplus, int(sum(numbers)))
+    return masks, threshold
+
+
+def _keep_last(marks: Tensor, count: int) -> None:
+    """Clear all but the last of the marks that are set."""
+    for block in reversed(torch.split(marks, _BLOCK)):
+        if not count:
+            block.zero_()
+            continue
+        here = _number(block)
+        if here > count:
+            block[block.nonzero()[: here - count, 0]] = False
+        count -= min(here, count)
+
+
+class _Choice(NamedTuple):
+    """Flat scores, and which of them there are to choose from."""
+
+    scores: Sequence[Tensor]
+    among: Sequence[Tensor] = ()
+
+    def where(self, compare: Comparison, value: float) -> Iterator[Tensor]:
+        """Mark those that compare with a value as asked for."""
+        for number, score in enumerate(self.scores):
+            marks = _marks(score, compare, value)
+            if self.among:
+                marks &= self.among[number]
+            yield marks
+
+    def only(self, compare: Comparison, value: float) -> _Choice:
+        """Those that compare with a value as asked for."""
+        pairs = zip(self.scores, self.where(compare, value), strict=True)
+        return _Choice([score[marks] for score, marks in pairs])
+
+
+def _marks(score: Tensor, compare: Comparison, value: float) -> Tensor:
+    if _suit_numpy([score]):
+        return torch.as_tensor(compare(score.numpy(), value))
+    marks: Tensor = compare(score, value)
+    return marks
+
+
+def _partitioned(scores: Sequence[Tensor], k: int) -> float | None:
+    """The k-th largest score, if they are such that NumPy is the fastest to find it."""
+    if sum(map(len, scores)) > _FEW or not _suit_numpy(scores):
+        return None
+    merged = torch.cat([*scores]).numpy()
+    if not _differ(merged):
+        return None
+    at = len(merged) - k
+    merged.partition(at)
+    return float(merged[at])
+
+
+def _search(
+    candidates: _Choice, k: int, found: _Split, parts: Parts
+) -> tuple[float, int]:
+    """The k-th largest score, and how many more than k are at least as large.
+
+    Args:
+        candidates: All scores.
+        k: Its rank, at least 1.
+        found: How they were split.
+        parts: As in :func:`top_k_masks`.
+    """
+    while True:
+        # Both ends stay outside of the next round: a value that most scores share
+        # (0, as a rule) would otherwise be carried from round to round.
+        low, high, from_high, inside = found[:4]
+        if k <= from_high:
+            if k > _count(candidates.where(operator.gt, high), parts):
+                return high, from_high - k
+            candidates = candidates.only(operator.gt, high)
+        elif k <= from_high + inside:
+            k -= from_high
+            candidates = _Choice([found.between])
+        else:
+            k -= from_high + inside
+            at_low = 0
+            if low < high:
+                at_low = _count(candidates.where(operator.eq, low), parts)
+            if k <= at_low:
+                return low, at_low - k
+            k -= at_low
+            candidates = candidates.only(operator.lt, low)
+        left = parts.size(candidates.scores)
+        if left <= _SMALL:
+            break
+        found = _split(candidates, *_bracket(candidates, k / left, parts), parts)
+    device = candidates.scores[0].device
+    merged = parts.concatenate(torch.cat([c.to(device) for c in candidates.scores]))
+    value = _kth_of(merged, k)
+    return value, int((merged >= value).count_nonzero()) - k
+
+
+def _kth_of(values: Tensor, k: int) -> float:
+    """The k-th largest value of a tensor, whose order is lost."""
+    at = len(values) - k
+    if _suit_numpy([values]):
+        array = values.numpy()
+        if _differ(array):
+            array.partition(at)
+            return float(array[at])
+    return float(values.kthvalue(at + 1).values)
+
+
+def _differ(values: np.ndarray[Any, Any]) -> bool:
+    """Whether most values differ: NumPy's partition is by far the slowest if not."""
+    some = values[:: len(values) // 256 + 1].tolist()
+    return 2 * len(set(some)) > len(some)
+
+
+def _order(tensor: Tensor) -> list[int]:
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """Its values in the order of a memory, a view if that is its own and all of it."""
+    if like.is_contiguous():
+        return tensor.flatten()
+    return tensor.permute(_order(like)).flatten()
+
+
+def _unflat(flat: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`_flat` for values that are in the same order."""
+    if like.is_contiguous():
+        return flat.view(like.shape)
+    order = _order(like)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([like.shape[dim] for dim in order]).permute(back)
+
+
+_Block = tuple[int, Tensor, Tensor, Tensor]
+
+
+class _Split(NamedTuple):
+    """Values divided into those of at least ``high``, those between, and the rest."""
+
+    low: float
+    high: float
+    from_high: int  # how many are at least ``high``, in all parts
+    inside: int  # how many are between, in all parts
+    between: Tensor  # those of this part
+    # Of each run of tensors, which are at least ``high``, and the tensors' lengths.
+    runs: list[tuple[Tensor, list[int]]]
+    # Of each block: the number of its run, its part of that, where those between are,
+    # and they themselves.
+    blocks: list[_Block]
+
+    def masks(self) -> Iterator[Tensor]:
+        """Of each tensor, what is marked in its run by now."""
+        for marks, lengths in self.runs:
+            pieces = torch.split(marks, lengths)
+            # Each in memory of its own, as they will be saved one by one.
+            yield from pieces if len(pieces) == 1 else map(torch.clone, pieces)
+
+    def having(self, value: float) -> list[int]:
+        """The tensors whose runs have a value that is between."""
+        found = {run for run, _, _, values in self.blocks if (values == value).any()}
+        run_of = (n for n, (_, lengths) in enumerate(self.runs) for _ in lengths)
+        return [number for number, run in enumerate(run_of) if run in found]
+
+
+def _runs(tensors: Iterable[Tensor], size: int) -> list[list[Tensor]]:
+    """Tensors one after the other, up to a size together, or a single larger one."""
+    runs: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not runs or len(tensor) > room:
+            runs.append([])
+            room = size
+        runs[-1].append(tensor)
+        room -= len(tensor)
+    return runs
+
+
+def _split(candidates: _Choice, low: float, high: float, parts: Parts) -> _Split:
+    """Divide values in one pass."""
+
+    def split(
+        number: int, run: list[Tensor], may: list[Tensor], upper: Tensor
+    ) -> tuple[int, _Block]:
+        if not on_cpu:
+            (values,) = run
+            torch.ge(values, high, out=upper)
+            inner = values > low
+            for allowed in may:
+                upper &= allowed
+                inner &= allowed
+            at = (inner ^ upper).nonzero().squeeze(1) if low < high else none
+            return int(upper.count_nonzero()), (number, upper, at, values[at])
+        # NumPy finds the few that are between many times as fast as PyTorch does, whose
+        # operations would also have threads of their own in each of ours.
+        array = _joined(run)
+        above = np.greater_equal(array, high, out=upper.numpy())
+        between = array > low
+        if may:
+            permitted = _joined(may)
+            above &= permitted
+            between &= permitted
+        between ^= above
+        where = np.flatnonzero(between) if low < high else none.numpy()
+        block = number, upper, torch.from_numpy(where), torch.from_numpy(array[where])
+        return int(np.count_nonzero(above)), block
+
+    none = torch.empty(0, dtype=torch.long)
+    on_cpu = _on_cpu(candidates.scores)
+    size = _BLOCK if on_cpu else -1
+    among = iter(_runs(candidates.among, size))
+    runs: list[tuple[Tensor, list[int]]] = []
+    work: list[tuple[int, list[Tensor], list[Tensor], Tensor]] = []
+    for number, run in enumerate(_runs(candidates.scores, size)):
+        lengths = list(map(len, run))
+        marks = torch.empty(sum(lengths), dtype=torch.bool, device=run[0].device)
+        runs.append((marks, lengths))
+        may = next(among, [])
+        if on_cpu and len(run) == 1:
+            pieces = (torch.split(whole, _BLOCK) for whole in (*run, *may, marks))
+            for values, *rest, part in zip(*pieces, strict=True):
+                work.append((number, [values], rest, part))
+        else:
+            work.append((number, run, may, marks))
+    if on_cpu and sum(c.nbytes for c in candidates.scores) > _ALONE:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            done = list(pool.map(split, *zip(*work, strict=True)))
+    else:
+        done = [split(*piece) for piece in work]
+    numbers, blocks = zip(*done, strict=True)
+    device = blocks[0][-1].device
+    between = torch.cat([values.to(device) for *_, values in blocks])
+    from_high, inside = map(int, parts.total(sum(numbers), len(between)))
+    return _Split(low, high, from_high, inside, between, runs, list(blocks))
+
+
+def _on_cpu(tensors: Iterable[Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _suit_numpy(scores: Sequence[Tensor]) -> bool:
+    """Whether NumPy has these, and is the faster with them."""
+    return _on_cpu(scores) and scores[0].itemsize > 2
+
+
+def _joined(tensors: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+    """Flat tensors as one array, of a type that NumPy is quick with."""
+    narrow = tensors[0].dtype in (torch.bfloat16, torch.float16)
+    arrays = [(t.float() if narrow else t).numpy() for t in tensors]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _number(marks: Tensor) -> int:
+    """How many are set."""
+    on_cpu = _on_cpu([marks])
+    return int(np.count_nonzero(marks.numpy()) if on_cpu else marks.count_nonzero())
+
+
+def _count(masks: Iterable[Tensor], parts: Parts) -> int:
+    return int(*parts.total(sum(map(_number, masks))))
+
+
+def _bracket(candidates: _Choice, rank: float, parts: Parts) -> tuple[float, float]:
+    """Two values that most likely enclose the one of a rank (0: largest, 1: least)."""
+    total = parts.size(candidates.scores)
+    # The larger the sample, the less lies inside: about as much work each.
+    stride = total // min(_LARGEST_SAMPLE, math.ceil(2 * total ** (2 / 3)))
+    # Not in step with the rows and kernels of a weight.
+    while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
+        stride += 1
+    device = candidates.scores[0].device
+
+    def draw(tensors: Sequence[Tensor]) -> Tensor:
+        drawn, start = [], 0
+        for tensor in tensors:
+            drawn.append(tensor[start::stride].to(device))
+            start = (start - len(tensor)) % stride
+        return torch.cat(drawn)
+
+    sample = draw(candidates.scores)
+    if candidates.among:
+        sample = sample[draw(candidates.among)]
+    sample = parts.concatenate(sample)
+    if not len(sample):
+        return -math.inf, math.inf
+    # Four standard deviations of the rank of the wanted value within the sample.
+    margin = 4 * math.sqrt(len(sample) * rank * (1 - rank)) + 2
+    last = len(sample) - 1
+    first = math.floor(rank * last - margin)
+    final = math.ceil(rank * last + margin)
+    if first < 0 and final > last:  # too few to say anything but on which side it is
+        first = final = round(rank * last)
+    high = _kth_of(sample, first + 1) if first >= 0 else math.inf
+    low = _kth_of(sample, final + 1) if final <= last else -math.inf
+    return low, high

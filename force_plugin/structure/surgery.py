@@ -1,0 +1,134 @@
+"""Channels taken out of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from force_plugin.errors import CompactionError
+from force_plugin.model.weights import named_parameters
+from force_plugin.structure.channels import Use
+from force_plugin.structure.copies import deep_copy, number_values, places, slots_in
+from force_plugin.structure.graph import Graph
+from force_plugin.structure.layers import channel_axis
+from force_plugin.structure.modes import Behaviour
+
+
+class Surgery:
+    """Takes channels out of copies of a model.
+
+    Args:
+        plain: A model as :func:`plain_copy` makes it; it stays as it is.
+        behaviour: Its modes, and with what it is called.
+
+    Attributes:
+        sets: Its sets of channels by name.
+
+    Raises:
+        CompactionError: torch-pruning cannot trace it.
+    """
+
+    def __init__(self, plain: nn.Module, behaviour: Behaviour) -> None:  # noqa: D107
+        self._plain = plain
+        self._inputs = behaviour.few
+        self._modes = behaviour.traced
+        graph = Graph(deep_copy(plain), self._inputs, self._modes)
+        self.sets = graph.sets
+        graph.close()
+
+    def cut(self, removed: Mapping[str, Tensor]) -> nn.Module:
+        """A copy without these channels.
+
+        Args:
+            removed: By set, bool tensors of shape ``[size]``, True = taken out.
+
+        Raises:
+            CompactionError: Others would go with them.
+        """
+        graph = Graph(deep_copy(self._plain), self._inputs, self._modes, self.sets)
+        number_values(graph.model)
+        try:
+            graph.cut(removed)
+        finally:
+            graph.close()
+        for weight in named_parameters(self._plain).values():
+            if len(weight.owners) == 1:
+                continue
+            slots = slots_in(graph.model, self._plain, weight)
+            first, *others = [places(*slot) for slot in slots]
+            if any(not torch.equal(first, places) for places in others):
+                raise CompactionError(
+                    f"{weight.name} belongs to several modules, of which each would "
+                    "lose other channels"
+                )
+        return graph.model
+
+    def possible(
+        self,
+        wanted: Mapping[str, Tensor],
+        check: Callable[[nn.Module, Mapping[str, Tensor]], str | None],
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Find out what can be taken out.
+
+        Args:
+            wanted: By set, bool tensors of shape ``[size]``, True = to be taken out.
+            check: Given a copy without some of them, and which these are, what is wrong
+                with it, or ``None``.
+
+        Returns:
+            The sets that can, all at once; and what is wrong without each other one.
+        """
+        # The same layers of many blocks stand side by side: mostly all can, or none.
+        names = [name for name in wanted if wanted[name].any()]
+        names.sort(key=lambda name: re.sub(r"\d+", "", name))
+        good: set[str] = set()
+        problems: dict[str, str] = {}
+        size = len(names)
+        while names:
+            some = good.union(names[:size])
+            tried = {name: one for name, one in wanted.items() if name in some}
+            try:
+                problem = check(self.cut(tried), tried)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+            if problem is not None and size > 1:
+                size //= 2
+                continue
+            if problem is None:
+                good = some
+            else:
+                problems[names[0]] = problem
+            del names[:size]
+            size = min(len(names), size if problem else 2 * size)
+        return {name: one for name, one in wanted.items() if name in good}, problems
+
+
+@contextmanager
+def without_reading(
+    model: nn.Module, unread: Iterable[tuple[Use, Tensor]]
+) -> Iterator[None]:
+    """Have layers read 0 instead of some channels for a while.
+
+    Args:
+        model: The model.
+        unread: What layers read, and for each of its channels whether it is not to be
+            read.
+    """
+    with ExitStack() as hooks:
+        for use, gone in unread:
+            layer = model.get_submodule(use.layer)
+            positions = use.positions[gone]
+
+            def clear(
+                layer: nn.Module, args: tuple[Any, ...], positions: Tensor = positions
+            ) -> tuple[Any, ...]:
+                axis = channel_axis(layer, args[0])
+                return args[0].index_fill(axis, positions, 0), *args[1:]
+
+            hooks.callback(layer.register_forward_pre_hook(clear).remove)
+        yield
