@@ -1,0 +1,137 @@
+"""Closed gates of a network, found and opened before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from force_plugin.model.weights import Weight
+from force_plugin.parallel.shards import Parts
+from force_plugin.scoring import gates
+from force_plugin.scoring.stand_ins import StandIns
+
+Measure = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
+"""Makes a result and the leaves of its graph, by parameter name."""
+
+
+class Opening:
+    """Opens the gates of a network, and keeps its last measurement to make it again.
+
+    Args:
+        model: The network.
+        parameters: All of its parameters, by name.
+        scored: The weights that are scored.
+        parts: The processes that open the same gates.
+        wanted: Whether gates are to be opened at all.
+
+    Attributes:
+        gates: The closed gates that were opened, by parameter name. Weights that are 0
+            are there from the beginning, others from the first measurement on.
+        measure: Makes the last measurement again, in the modes that it was made in;
+            ``None`` before the first.
+    """
+
+    def __init__(  # noqa: D107 (the class has it)
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Weight],
+        scored: Sequence[Weight],
+        parts: Parts,
+        wanted: bool,
+    ) -> None:
+        self.gates: dict[str, gates.Gate] = {}
+        self.measure: Measure | None = None
+        self._model = model
+        self._parameters = parameters
+        self._parts = parts
+        # Parameters that may turn out to be gates when a graph is there to look at.
+        self._candidates: dict[str, float] = {}
+        if wanted:
+            shapes = {w.name: w.shape for w in scored}
+            others = {n: w.shape for n, w in parameters.items() if w.prunable}
+            small = gates.small(self._dense(), parts)
+            self.gates = gates.closed_weights(shapes | others, small)
+            matrices = {name for name, shape in shapes.items() if len(shape) > 1}
+            neither = small.keys() - self.gates.keys() - matrices
+            self._candidates = {name: small[name] for name in small if name in neither}
+
+    def values(self) -> dict[str, Tensor]:
+        """Values of the gates that are open, by parameter name."""
+        transposed = {n for n in self.gates if self._parameters[n].transposed}
+        return gates.open_values(self.gates, self._dense(), self._parts, transposed)
+
+    def revealed(
+        self, measure: Measure, stand_ins: StandIns
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """A result and the leaves of its graph, once no closed gate hides a weight.
+
+        The first graph that there is shows the gates. If it has none that is closed it
+        serves; if it has, they are opened and it is made again, as if nothing had been.
+
+        Args:
+            measure: Makes the result.
+            stand_ins: What it is made with.
+        """
+        modes = [(module, module.training) for module in self._model.modules()]
+
+        def again() -> tuple[Tensor, Mapping[str, Tensor]]:
+            for module, training in modes:
+                module.training = training
+            return measure()
+
+        self.measure = again
+        if not self._candidates:
+            return measure()
+        rewind = stand_ins.remember(self.gates)
+        # A gate that is frozen would not be in the graph.
+        frozen = [
+            leaf
+            for name in self._candidates
+            if not (leaf := stand_ins.leaves[name]).requires_grad
+        ]
+        try:
+            for leaf in frozen:
+                leaf.requires_grad_()
+            result, leaves = measure()
+            found, looked = gates.closed_gates(
+                result, leaves, candidates=self._candidates, scored=stand_ins.weights
+            )
+        except RuntimeError:
+            # Networks may write to what is frozen; any other failure comes back below.
+            if not frozen:
+                raise
+            found, looked = {}, True
+        found = self._found_by_any(found, stand_ins)
+        self._candidates = {}
+        if not (frozen or looked or found):
+            return result, leaves
+        result = leaves = None  # type: ignore[assignment]  # frees the graph
+        for leaf in frozen:
+            leaf.requires_grad_(False)
+        rewind()
+        opened = gates.open_values(found, stand_ins.leaves, self._parts)
+        for name, values in opened.items():
+            stand_ins.leaves[name].data.copy_(values)
+            if name in stand_ins.weights:
+                stand_ins.weights[name] = values
+        self.gates |= found
+        return measure()
+
+    def _found_by_any(
+        self, found: Mapping[str, gates.Gate], stand_ins: StandIns
+    ) -> dict[str, gates.Gate]:
+        """The gates that any rank has found: a graph may depend on its batch."""
+        kinds = (None, gates.NORMALISATION, gates.SCALE, gates.WEIGHT)
+        names = [name for name in stand_ins.leaves if name in self._candidates]
+        codes = {name: kinds.index(gate.kind) for name, gate in found.items()}
+        rows = self._parts.ranks.gather(*(codes.get(name, 0) for name in names))
+        agreed = {}
+        for name, *given in zip(names, *rows, strict=True):
+            if kind := kinds[int(max(given))]:
+                agreed[name] = gates.Gate(name, kind, self._candidates[name])
+        return agreed
+
+    def _dense(self) -> dict[str, Tensor]:
+        """The model's own parameters by name."""
+        return {name: weight.part for name, weight in self._parameters.items()}
