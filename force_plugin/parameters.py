@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from force_plugin.errors import NothingToPruneError, Remark
 from force_plugin.names import named_modules, unwrapped
 from force_plugin.products import looks_up, output_axis
-from force_plugin.reparametrisation import find_hook
+from force_plugin.reparametrisation import find_hook, require_free
 
 PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
 """Modules whose ``weight`` is pruned unless the caller chooses: every
@@ -460,16 +460,8 @@ def check_names(weight: Weight) -> None:
     Raises:
         ValueError: It would.
     """
-    for module, tensor in weight.owners:
-        if mask_of(module, tensor) is None:
-            for key in (f"{tensor}_orig", f"{tensor}_mask"):
-                if hasattr(module, key):
-                    raise ValueError(
-                        f"{weight.name} cannot be pruned: its module has a {key} of "
-                        "its own, and torch.nn.utils.prune keeps something else under "
-                        "this name; give it another one, or leave the layer out with "
-                        "parameters="
-                    )
+    for owner in weight.owners:
+        require_free(*owner, weight.name)
 
 
 def name_some(names: Sequence[str]) -> str:
