@@ -297,8 +297,8 @@ class _Hold:
         if not self.ran and parameter.grad is not None:
             self(parameter)
             # PyTorch left the hooks behind: they are told of again.
-            hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-            parameter._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+            hooks = parameter._post_accumulate_grad_hooks
+            parameter._post_accumulate_grad_hooks = hooks
         self.ran = False
 
     def remove(self, parameter: nn.Parameter) -> None:
