@@ -582,6 +582,8 @@ def test_a_name_that_a_layer_uses_itself_is_not_taken(kind: str, key: str) -> No
     mask = torch.ones_like(model[2].weight, dtype=torch.bool)
     with unchanged(model), pytest.raises(ValueError, match=message):
         apply_masks(model, {"2.weight": mask})
+    with unchanged(model), pytest.raises(ValueError, match=f"has a {key} of its own"):
+        FORCE.apply(model[2], "weight", 0.5, importance_scores=mask.float())
 
 
 # Networks that are called otherwise

@@ -619,7 +619,7 @@ def _random(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @given(
     st.dictionaries(
-        st.text(min_size=1, max_size=20),
+        st.text(min_size=1, max_size=20).filter(lambda name: name != "__metadata__"),
         st.lists(st.integers(0, 4), max_size=5).map(tuple),
         min_size=1,
         max_size=5,

@@ -38,6 +38,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import remove_parametrizations
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+from transformers.pytorch_utils import Conv1D
 
 from force_plugin import (
     apply_masks,
@@ -1088,6 +1089,31 @@ def as_convolution(model: nn.Sequential) -> nn.Module:
     return model
 
 
+def divided(model: nn.Sequential) -> nn.Module:
+    """As the rows of an attention's in_proj_weight become layers of their own."""
+    old, parts = model[4], nn.ModuleList(nn.Linear(16, 2) for _ in range(3))
+    for number, part in enumerate(parts):
+        part.weight = nn.Parameter(old.weight.data[2 * number : 2 * number + 2])
+    model[4] = _Beside(parts)
+    return model
+
+
+class _Beside(nn.Module):
+    def __init__(self, parts: nn.ModuleList) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], 1)
+
+
+def transposed(model: nn.Sequential) -> nn.Module:
+    old, made = model[4], Conv1D(6, 16)
+    made.weight = nn.Parameter(old.weight.data.t())
+    model[4] = made
+    return model
+
+
 def torchaos(model: nn.Sequential) -> nn.Module:
     qat = pytest.importorskip("torchao.quantization.qat")
     model[4] = qat.FakeQuantizedLinear.from_linear(model[4])
@@ -1095,7 +1121,8 @@ def torchaos(model: nn.Sequential) -> nn.Module:
 
 
 TAKEN_OVER = [own, quantisation_aware, fused, fused_and_prepared, normed, parametrised]
-TAKEN_OVER += [spectral, tied_later, rewrapped, as_convolution, torchaos]
+TAKEN_OVER += [spectral, tied_later, rewrapped, as_convolution, divided, transposed]
+TAKEN_OVER += [torchaos]
 
 
 def zeros_in(model: nn.Module) -> int:

@@ -805,6 +805,31 @@ def test_a_function_of_ones_own_trains_the_parameter_of_now(
         assert not layer.weight_orig.grad[~layer.weight_mask].any()
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.mul_(2),
+        lambda w: w.clamp_(0, 1),
+        lambda w: w.copy_(torch.ones(4, 6)),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: w.__iadd__(1),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: torch._foreach_mul_([w], 2.0),
+        nn.init.zeros_,
+        nn.init.kaiming_normal_,
+    ],
+)
+def test_what_is_written_into_a_tensor_that_is_computed_is_not_lost_in_silence(
+    write: Callable[[Tensor], object],
+) -> None:
+    model = nn.Linear(6, 4)
+    apply_masks(model, {"weight": torch.rand(4, 6) < 0.5})
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="write into weight_orig"):
+        write(model.weight)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_no_optimizer_takes_a_tensor_that_is_computed() -> None:
     model = nn.Linear(6, 4)
     apply_masks(model, {"weight": torch.rand(4, 6) < 0.5})

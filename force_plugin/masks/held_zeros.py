@@ -95,10 +95,6 @@ class _Hold:
         self.zeros: dict[_Zeros, None] = {}
         # Whether it has run since the last step.
         self.ran = False
-        self._register(parameter)
-        _held[id(parameter)] = self
-
-    def _register(self, parameter: nn.Parameter) -> None:
         frozen = not parameter.requires_grad
         if frozen:  # it may be trained later, and takes no hook as it is
             parameter.requires_grad_()
@@ -110,6 +106,7 @@ class _Hold:
         finally:
             if frozen:
                 parameter.requires_grad_(False)
+        _held[id(parameter)] = self
 
     def __call__(self, parameter: nn.Parameter) -> None:
         self.ran = True
@@ -117,11 +114,12 @@ class _Hold:
             zeros.clear_gradient(parameter)
 
     def before_step(self, parameter: nn.Parameter) -> None:
-        """Mask a gradient that came without the hook, which a swap has taken away."""
+        """Mask a gradient that came without the hook, as after a swap of tensors."""
         if not self.ran and parameter.grad is not None:
-            self._handle.remove()
-            self._register(parameter)
             self(parameter)
+            # PyTorch left the hooks behind: they are told of again.
+            hooks = parameter._post_accumulate_grad_hooks
+            parameter._post_accumulate_grad_hooks = hooks
         self.ran = False
 
     def remove(self, parameter: nn.Parameter) -> None:
@@ -305,30 +303,49 @@ def _held_before(module: nn.Module, parameter: nn.Parameter) -> list[_Zeros]:
     if is_lazy(parameter) or parameter.is_meta or is_sharded(parameter):
         return []
     for note in _notes:
-        kept = note.zeros.kept
-        if kept.numel() != parameter.numel() or is_sharded(kept):
+        zeros, kept = note.zeros, note.zeros.kept
+        if is_sharded(kept):
             continue
         owner, other = note.owner, note.find_parameter()
+        if other is not None:
+            own = _kept_of_view(parameter, other, kept)
+            if own is not None:
+                return [zeros if own is kept else _Zeros(own)]
         lost = other is None or isinstance(owner, ParametrizationList)
-        if (other is not None and _place(other) == _place(parameter) is not None) or (
-            lost and _has_zeros(parameter, kept, also_alone=owner is module)
-        ):
+        fits = lost and kept.numel() == parameter.numel()
+        if fits and _has_zeros(parameter, kept, also_alone=owner is module):
             same = kept.shape == parameter.shape
-            return [note.zeros if same else _Zeros(kept.view(parameter.shape))]
+            return [zeros if same else _Zeros(kept.view(parameter.shape))]
     return []
 
 
-def _place(parameter: nn.Parameter) -> tuple[object, ...] | None:
-    """Where its values are in memory, one after the other."""
-    try:
-        storage = parameter.untyped_storage()
-        begin = storage.data_ptr() if storage.nbytes() else 0
-    except (RuntimeError, ValueError):  # a fake tensor
+def _kept_of_view(parameter: Tensor, other: Tensor, kept: Tensor) -> Tensor | None:
+    """What is kept of a parameter that has its values in the memory of another one.
+
+    Args:
+        parameter: It may be reshaped, transposed, or a part of the other one.
+        other: The other one.
+        kept: Tensor of 0 and 1 of the other one's shape.
+    """
+    if parameter.dtype != other.dtype or not _same_memory(parameter, other):
         return None
-    layout: object = parameter.is_contiguous() or (parameter.shape, parameter.stride())
-    return (
-        (begin, parameter.dtype, parameter.storage_offset(), layout) if begin else None
-    )
+    begin = parameter.storage_offset() - other.storage_offset()
+    if (parameter.shape, parameter.stride()) == (other.shape, other.stride()):
+        return kept if begin == 0 else None
+    steps = zip(parameter.shape, parameter.stride(), strict=True)
+    end = begin + sum((size - 1) * stride for size, stride in steps)
+    if not other.is_contiguous() or begin < 0 or end >= other.numel():
+        return None
+    own = kept.contiguous().as_strided(parameter.shape, parameter.stride(), begin)
+    return None if own.all() else own.clone()
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    try:
+        places = [tensor.untyped_storage().data_ptr() for tensor in (one, other)]
+    except (RuntimeError, ValueError):  # a fake tensor
+        return False
+    return places[0] == places[1] != 0 and one.numel() > 0
 
 
 def _has_zeros(parameter: Tensor, kept: Tensor, also_alone: bool) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from force_plugin.errors import NothingToPruneError
 from force_plugin.model.coverage import listed, passed_over
 from force_plugin.model.names import name_some
+from force_plugin.model.reparametrisation import require_free
 from force_plugin.model.weights import (
     PRUNABLE_MODULES,
     Weight,
@@ -185,13 +186,5 @@ def check_names(weight: Weight) -> None:
     Raises:
         ValueError: It would.
     """
-    for module, tensor in weight.owners:
-        if mask_of(module, tensor) is None:
-            for key in (f"{tensor}_orig", f"{tensor}_mask"):
-                if hasattr(module, key):
-                    raise ValueError(
-                        f"{weight.name} cannot be pruned: its module has a {key} of "
-                        "its own, and torch.nn.utils.prune keeps something else under "
-                        "this name; give it another one, or leave the layer out with "
-                        "parameters="
-                    )
+    for owner in weight.owners:
+        require_free(*owner, weight.name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -102,6 +103,13 @@ class PrunedTensor(Tensor):
         if function in _OF_ITSELF:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
+        for written in _written(function, args, kwargs or {}):
+            raise RuntimeError(
+                f"the pruned tensor {written._name!r} is computed whenever it is read, "
+                f"and what is written into it would be lost: write into "
+                f"{written._name}_orig, or take reinitialise(model, fresh) for new "
+                "initial values"
+            )
         if function is Tensor.data_ptr:
             # What it points to is there as long as the tensor, or till the next call.
             tensor: PrunedTensor = args[0]
@@ -125,6 +133,25 @@ class PrunedTensor(Tensor):
         """A pickle has it with its module."""
         original = self.read(whole=False)
         return _from_pickle, (self._owner(), self._name, original)
+
+
+def _written(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[PrunedTensor]:
+    """The pruned tensors that a function of PyTorch is about to write into."""
+    name = getattr(function, "__name__", "")
+    targets = [kwargs.get("out")]
+    if name == "__setitem__" or (_IN_PLACE.fullmatch(name) and name not in _NO_WRITES):
+        targets += args[:1]
+    found = []
+    for target in targets:
+        several = target if isinstance(target, tuple | list) else [target]
+        found += [one for one in several if isinstance(one, PrunedTensor)]
+    return found
+
+
+_IN_PLACE = re.compile(r"__i(add|sub|mul|truediv|pow|and|or|xor)__|\w*[a-z0-9]_")
+_NO_WRITES = {"requires_grad_", "share_memory_"}
 
 
 def _from_pickle(module: nn.Module, name: str, original: Tensor) -> PrunedTensor:
@@ -280,11 +307,15 @@ def reparametrise(
 
     Returns:
         The hook that the module has afterwards.
+
+    Raises:
+        ValueError: The module has something else where parameter and mask are kept.
     """
     method._tensor_name = name
     earlier = find_hook(module, name)
     hook = method
     if earlier is None:
+        require_free(module, name, name)
         order = list(module._parameters)
         # Not register_parameter: this is no other owner of the parameter.
         module._parameters[f"{name}_orig"] = module._parameters.pop(name)
@@ -303,6 +334,23 @@ def reparametrise(
         _AtRest(module, name)
     show(module, name)
     return hook
+
+
+def require_free(module: nn.Module, name: str, shown: str) -> None:
+    """Raise ValueError if a pruning would take a name that a module uses for itself.
+
+    Args:
+        module: Owner of a tensor.
+        name: Name of the tensor within the module.
+        shown: Its name for a message.
+    """
+    for key in (f"{name}_orig", f"{name}_mask"):
+        if find_hook(module, name) is None and hasattr(module, key):
+            raise ValueError(
+                f"{shown} cannot be pruned: its module has a {key} of its own, and "
+                "torch.nn.utils.prune keeps something else under this name; give it "
+                "another one, or leave the layer out with parameters="
+            )
 
 
 def show(module: nn.Module, name: str) -> None:

@@ -251,11 +251,6 @@ def force_prune(
         said = [*notes.problems, *(["; ".join(emptied)] if emptied else [])]
         _warn(said, ranks)
         remarks = [*gates.describe(probe.gates), *notes.problems, *emptied]
-    pairs = [(weight, masks[weight.name]) for weight in weights]
-    if parts.sharded:
-        prune_in_place(pairs, parts)
-    else:
-        prune_with(pairs, criterion)
     # 60 and "exponential" are what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
@@ -266,7 +261,14 @@ def force_prune(
         remarks.append(
             f"schedule={_name(schedule)} was not used: {method_name} has {own}"
         )
-    return report_of(model, weights, kept_in, remarks, method_name)
+    report = report_of(model, weights, kept_in, remarks, method_name)
+    # Nothing comes after it that could fail.
+    pairs = [(weight, masks[weight.name]) for weight in weights]
+    if parts.sharded:
+        prune_in_place(pairs, parts)
+    else:
+        prune_with(pairs, criterion)
+    return report
 
 
 @torch.inference_mode(False)

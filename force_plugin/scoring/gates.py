@@ -281,7 +281,7 @@ def recomputes(output: Tensor) -> bool:
         node = ahead.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "CheckpointFunctionBackward":
+        if type(node).__name__ == "CheckpointFunctionBackward":
             return True
         seen.add(node)
         ahead += [following for following, _ in node.next_functions]
