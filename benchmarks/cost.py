@@ -67,7 +67,8 @@ from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import scores_of
 from force_plugin.pruning.doubts import Notes
 from force_plugin.scoring.malloc import freed_memory_kept
-from force_plugin.scoring.probe import Probe, _Sums
+from force_plugin.scoring.gradients import Gradients, Sums
+from force_plugin.scoring.probe import Probe
 from force_plugin.selection.top_k import top_k_masks
 from force_plugin.zoo import digits
 
@@ -671,8 +672,8 @@ def measure_profile(args: argparse.Namespace) -> Iterator[Row]:
 
     gradients = spent(Probe.gradients, SaliencyMethod.measure)
     ours = {
-        "forward": spent(Probe._loss, Probe.gradients),
-        "backward": spent(_Sums.add_gradients, Probe.gradients),
+        "forward": spent(Probe._loss_of, Gradients.mean),
+        "backward": spent(Sums.add_gradients, Gradients.mean),
         "scores": spent(scores_of, force_prune) - gradients,
         "selection": spent(top_k_masks, force_prune),
         "masks on stand-ins": spent(Probe.prune, force_prune),

@@ -396,11 +396,12 @@ def test_the_gate_of_a_transposed_matrix_is_opened_by_its_inputs() -> None:
         model, [(torch.ones(3, 400), torch.arange(3))], "magnitude", open_gates=True
     )
     assert not scores["0.weight"].any()
+    from force_plugin.scoring.passes import Passes
     from force_plugin.scoring.probe import Probe
 
     weights = list(named_parameters(model).values())
     layers = [weight for weight in weights if weight.prunable]
-    with Probe(model, layers, [], open_gates=True) as probe:
+    with Probe(model, layers, [], Passes(open_gates=True)) as probe:
         assert list(probe.gates) == ["0.weight"]
         assert probe.weights["0.weight"].abs().max() == pytest.approx(0.05, rel=0.02)
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from force_plugin import METHODS, force_prune, get_masks, saliency
 from force_plugin.model.choice import find_weights
+from force_plugin.scoring.passes import Passes
 from force_plugin.scoring.probe import Probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:1 of 4 layers:UserWarning")
@@ -155,8 +156,7 @@ def test_the_loss_is_that_of_the_batch() -> None:
             model,
             find_weights(model),
             images(),
-            batches=3,
-            microbatch=most,
+            Passes(batches=3, microbatch=most),
             on_batch=numbers.append,
         ) as probe:
             probe.gradients()

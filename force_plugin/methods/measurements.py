@@ -19,14 +19,16 @@ class Measurements(Protocol):
         weights: The dense weights θ by parameter name, without gradient.
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         step: The step being measured, from 1.
-        loss: Mean loss of the last measurement that needed one.
     """
 
     parts: Parts
     weights: dict[str, Tensor]
     masks: Mapping[str, Tensor] | None
     step: int
-    loss: float
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the last measurement that needed one, else NaN."""
 
     def gradients(self) -> dict[str, Tensor]:
         """Mean over the step's batches of ∂L/∂θ at θ ⊙ c, pruned weights included."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from force_plugin.errors import NoGradientError
 from force_plugin.methods.base import SaliencyMethod
@@ -25,7 +26,8 @@ from force_plugin.pruning.doubts import find_small, sizes
 from force_plugin.report.plot import stage_of
 from force_plugin.report.text import COLUMNS, table_rows
 from force_plugin.scoring import dead_gradients, gates
-from force_plugin.scoring.probe import Forward, Loader, LossFn, Probe
+from force_plugin.scoring.passes import Loader, Passes, PassOptions
+from force_plugin.scoring.probe import Probe
 from force_plugin.selection.schedules import count_kept
 from force_plugin.selection.top_k import top_k_masks
 
@@ -201,11 +203,9 @@ def diagnose(
     loader: Loader,
     method: str | type[SaliencyMethod] = "force",
     *,
-    batches: int | None = 1,
-    loss_fn: LossFn = nn.functional.cross_entropy,
-    forward: Forward | None = None,
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
     sparsities: Iterable[float] = (0.9, 0.95, 0.99),
+    **options: Unpack[PassOptions],
 ) -> Diagnosis:
     """Say what pruning will find in a network, without pruning it.
 
@@ -216,14 +216,14 @@ def diagnose(
         model: Any module, pruned before or not.
         loader: Batches, as in :func:`force_plugin.force_prune`.
         method: A name of ``force_plugin.METHODS``, or a class.
-        batches: Number of batches; ``None``: the whole loader.
-        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
-        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
-            ``(inputs, targets)`` pair.
         parameters: ``[(module, "weight"), ...]``; default as in
             :func:`force_plugin.force_prune`.
         sparsities: Fractions of all prunable weights removed, 0 ≤ sparsity < 1, for
             which the layers that would be emptied are counted.
+        options: How batches are passed through, as :func:`force_plugin.force_prune`
+            has it: ``batches`` (default: 1; ``None``: the whole loader), ``loss_fn``,
+            ``forward``, ``open_gates``, ``microbatch``, ``autocast``,
+            ``channels_last`` and ``compile``.
 
     In a distributed job each process looks at batches of its own, and may do so alone;
     of a sharded model all ranks look at those of all, and every rank must call it.
@@ -245,21 +245,14 @@ def diagnose(
         weights = find_weights(model, parameters)
         parts.check(weights)
         fractions = _fractions(sparsities)
+        passes = Passes.of(options, "diagnose")
         rest = passed_over(model, {weight.name for weight in weights})
 
         def score(
             chosen: Sequence[Weight], open_gates: bool
         ) -> tuple[dict[str, Tensor], Probe, dict[str, str]]:
-            with Probe(
-                model,
-                chosen,
-                loader,
-                batches=batches,
-                loss_fn=loss_fn,
-                forward=forward,
-                open_gates=open_gates and criterion.looks,
-                parts=parts,
-            ) as probe:
+            wanted = passes.opening(open_gates and criterion.looks)
+            with Probe(model, chosen, loader, wanted, parts=parts) as probe:
                 scores = scores_of(criterion, probe)
                 blind = parts.empty(scores) if open_gates else ()
                 return scores, probe, probe.explain_silence(blind)

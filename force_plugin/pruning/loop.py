@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from force_plugin.masks.apply import prune_with
 from force_plugin.masks.permanent import prune_in_place
@@ -25,7 +26,8 @@ from force_plugin.parallel.shards import Parts
 from force_plugin.pruning.doubts import Notes
 from force_plugin.report.sparsity import SparsityReport, report_of
 from force_plugin.scoring import gates
-from force_plugin.scoring.probe import Forward, Loader, LossFn, Probe
+from force_plugin.scoring.passes import Loader, Passes, PassOptions
+from force_plugin.scoring.probe import Probe
 from force_plugin.selection.schedules import (
     Schedule,
     check_count,
@@ -46,17 +48,10 @@ def force_prune(
     method: str | type[SaliencyMethod] = "force",
     steps: int = 60,
     schedule: str | Schedule = "exponential",
-    batches: int | None = 1,
-    loss_fn: LossFn = nn.functional.cross_entropy,
-    forward: Forward | None = None,
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
-    open_gates: bool = True,
-    microbatch: int | None = None,
-    autocast: torch.dtype | None = None,
-    channels_last: bool = False,
-    compile: bool | str = False,
     on_collapse: Literal["raise", "warn"] = "raise",
     progress: bool = True,
+    **options: Unpack[PassOptions],
 ) -> SparsityReport:
     """Prune a model in place, before it is trained.
 
@@ -197,7 +192,8 @@ def force_prune(
                 f"sparsity: the model is pruned to {1 - available / total:.6g} "
                 f"already, and pruning it again only removes more; got {sparsity}"
             )
-        agree(parts, model, weights, method_name, open_gates, kept_after)
+        passes = Passes.of(options, "force_prune")
+        agree(parts, model, weights, method_name, passes.open_gates, kept_after)
 
         notes = Notes(kept_after, on_collapse, criterion, parts)
         if parameters is None:
@@ -208,16 +204,10 @@ def force_prune(
             model,
             weights,
             loader,
-            batches=batches,
-            loss_fn=loss_fn,
-            forward=forward,
-            open_gates=open_gates and criterion.looks,
-            microbatch=microbatch,
-            autocast=autocast,
-            channels_last=channels_last,
-            compile=compile,
+            passes.opening(criterion.looks),
             on_batch=lambda number: (
-                batches != 1 and bar.set_postfix_str(f"batch {number} of the step")
+                passes.batches != 1
+                and bar.set_postfix_str(f"batch {number} of the step")
             ),
             parts=parts,
         )
@@ -277,15 +267,8 @@ def saliency(
     loader: Loader,
     method: str | type[SaliencyMethod] = "force",
     *,
-    batches: int | None = 1,
-    loss_fn: LossFn = nn.functional.cross_entropy,
-    forward: Forward | None = None,
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
-    open_gates: bool = True,
-    microbatch: int | None = None,
-    autocast: torch.dtype | None = None,
-    channels_last: bool = False,
-    compile: bool | str = False,
+    **options: Unpack[PassOptions],
 ) -> dict[str, Tensor]:
     """Scores of the prunable weights of a model as it stands, without pruning it.
 
@@ -334,19 +317,13 @@ def saliency(
         criterion = find_method(method)
         weights = find_weights(model, parameters)
         parts.check(weights)
-        agree(parts, model, weights, criterion.__name__, open_gates)
+        passes = Passes.of(options, "saliency")
+        agree(parts, model, weights, criterion.__name__, passes.open_gates)
         with Probe(
             model,
             weights,
             loader,
-            batches=batches,
-            loss_fn=loss_fn,
-            forward=forward,
-            open_gates=open_gates and criterion.looks,
-            microbatch=microbatch,
-            autocast=autocast,
-            channels_last=channels_last,
-            compile=compile,
+            passes.opening(criterion.looks),
             parts=parts,
         ) as probe:
             scores = scores_of(criterion, probe)

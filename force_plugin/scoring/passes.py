@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 import torch
@@ -99,6 +99,10 @@ class Passes:
                     f"{function}() got an unexpected keyword argument {name!r}"
                 )
         return cls(**options)
+
+    def opening(self, gates: bool) -> Self:
+        """The same, with gates opened only if that is wanted besides."""
+        return replace(self, open_gates=self.open_gates and gates)
 
     def autocasting(self, device: torch.device) -> AbstractContextManager[object]:
         """The context that a pass runs in."""

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import find_method
 from force_plugin.model.names import name_some
 from force_plugin.pruning.loop import saliency
-from force_plugin.scoring.probe import Forward, Loader, LossFn
+from force_plugin.scoring.passes import Loader, Passes, PassOptions
 from force_plugin.structure.layers import LAYERS, channel_sums
 
 
@@ -40,16 +41,13 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
         model: The model that the pruner prunes.
         loader: Batches, as in :func:`force_plugin.force_prune`.
         method: A name of ``force_plugin.METHODS``, or a class.
-        batches: Number of batches, from the loader's beginning; ``None``: all of them.
-        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
-        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
-            ``(inputs, targets)`` pair.
-        open_gates: Score with closed gates opened, as in
-            :func:`force_plugin.force_prune`.
-        microbatch: The most samples to pass through the network at once.
+        options: How batches are passed through, as :func:`force_plugin.saliency` has
+            it: ``batches`` (default: 1; ``None``: the whole loader), ``loss_fn``,
+            ``forward``, ``open_gates``, ``microbatch``, ``autocast``,
+            ``channels_last`` and ``compile``.
 
     Raises:
-        TypeError, ValueError: ``method`` is none.
+        TypeError, ValueError: ``method`` is none, or an option is not as expected.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -57,24 +55,14 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
         model: nn.Module,
         loader: Loader,
         method: str | type[SaliencyMethod] = "force",
-        *,
-        batches: int | None = 1,
-        loss_fn: LossFn = nn.functional.cross_entropy,
-        forward: Forward | None = None,
-        open_gates: bool = True,
-        microbatch: int | None = None,
+        **options: Unpack[PassOptions],
     ) -> None:
         find_method(method)
+        Passes.of(options, "SaliencyImportance")
         self._model = model
         self._loader = loader
         self._method = method
-        self._options: dict[str, Any] = {
-            "batches": batches,
-            "loss_fn": loss_fn,
-            "forward": forward,
-            "open_gates": open_gates,
-            "microbatch": microbatch,
-        }
+        self._options = options
         self._scores: dict[str, Tensor] = {}
 
     def __call__(self, group: Any) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from force_plugin.data.containers import mapped
 from force_plugin.errors import (
@@ -26,7 +27,8 @@ from force_plugin.model.restoring import without_trace
 from force_plugin.parallel.ranks import Ranks, unwrap
 from force_plugin.parallel.shards import Parts
 from force_plugin.pruning.loop import agree
-from force_plugin.scoring.probe import Forward, Loader, LossFn, Probe
+from force_plugin.scoring.passes import Loader, Passes, PassOptions
+from force_plugin.scoring.probe import Probe
 from force_plugin.selection.schedules import count_kept, kept_per_step
 from force_plugin.selection.top_k import top_k_masks
 from force_plugin.structure.channels import Channels
@@ -50,13 +52,9 @@ def snap_prune(
     *,
     steps: int = 5,
     method: Literal["snap", "random"] = "snap",
-    batches: int | None = 1,
-    loss_fn: LossFn = nn.functional.cross_entropy,
-    forward: Forward | None = None,
     ignored_layers: Iterable[nn.Module] = (),
-    open_gates: bool = True,
-    microbatch: int | None = None,
     progress: bool = True,
+    **options: Unpack[PassOptions],
 ) -> nn.Module:
     """Take channels out of a model, before it is trained: SNAP-it.
 
@@ -83,15 +81,12 @@ def snap_prune(
         steps: S: sparsities s − (s − ½)·½^i for i = 0 … S, then s. ``0``: all at once.
         method: ``"random"`` takes channels at random (PyTorch's global generator
             decides), as a baseline.
-        batches: Batches a step; ``None``: the whole loader.
-        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
-        forward: ``forward(model, batch)``, a scalar loss, for batches that are no
-            ``(inputs, targets)`` pair.
         ignored_layers: Modules of the model whose output channels stay.
-        open_gates: Score with closed gates opened, as in
-            :func:`force_plugin.force_prune`.
-        microbatch: The most samples to pass through the network at once.
         progress: Show a progress bar on standard error.
+        options: How batches are passed through, as :func:`force_plugin.force_prune`
+            has it: ``batches`` a step (default: 1; ``None``: the whole loader),
+            ``loss_fn``, ``forward``, ``open_gates``, ``microbatch``, ``autocast``,
+            ``channels_last`` and ``compile``.
 
     Returns:
         A new model without these channels, with parameters of its own on the same
@@ -140,11 +135,12 @@ def snap_prune(
     inputs = many_samples(mapped(in_float64, inputs))
     onward = _Onward(loader)
     with without_trace(model, loader), torch.enable_grad(), Ranks(model) as ranks:
+        passes = Passes.of(options, "snap_prune")
         agree(
             Parts(model, ranks),
             model,
             find_weights(model),
-            *(method, sparsity, steps, sorted(ignored), open_gates),
+            *(method, sparsity, steps, sorted(ignored), passes.open_gates),
         )
         plain = plain_copy(model)
         behaviour = Behaviour(plain, {}, inputs)
@@ -176,11 +172,7 @@ def snap_prune(
                     behaviour.measured,
                     Parts(small, ranks),
                     onward,
-                    batches=batches,
-                    loss_fn=loss_fn,
-                    forward=forward,
-                    open_gates=open_gates,
-                    microbatch=microbatch,
+                    passes,
                 )
             for name, removed in _least(sets, scores, kept).items():
                 left = (~gone[name]).nonzero().flatten()
@@ -334,7 +326,7 @@ def _sensitivities(
     measured: Set[str],
     parts: Parts,
     loader: Loader,
-    **options: Any,
+    passes: Passes,
 ) -> dict[str, Tensor]:
     """Magnitude of the gradient of a gate on each unit of each set, in float64.
 
@@ -350,7 +342,7 @@ def _sensitivities(
         if getattr(model.get_submodule(layer), key) is not None
     ]
     weights = find_weights(model, parameters)
-    with Probe(model, weights, loader, parts=parts, **options) as probe:
+    with Probe(model, weights, loader, passes, parts=parts) as probe:
         with probe.evaluation_mode():
             gradients = probe.gradients()
         sums = {}

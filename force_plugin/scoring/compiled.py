@@ -1,0 +1,68 @@
+"""Passes that run by :func:`torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from force_plugin.parallel.shards import Parts
+
+
+class Compiled:
+    """Compiles the passes of a network, all but the first, which looks for gates.
+
+    Args:
+        model: The network.
+        mode: A mode of :func:`torch.compile`, True for its default, False not to.
+        device: Where it is.
+        parts: Its shards; they cannot be compiled.
+
+    Raises:
+        ValueError: It is to be compiled, and sharded.
+    """
+
+    def __init__(  # noqa: D107 (the class has it)
+        self, model: nn.Module, mode: bool | str, device: torch.device, parts: Parts
+    ) -> None:
+        if mode and parts.sharded:
+            raise ValueError(
+                "compile: expected a model that is not sharded, as parameters that "
+                "are put together when they are read cannot be compiled; leave compile "
+                "out, or prune the model before it is sharded"
+            )
+        self._model = model
+        self._mode = mode
+        self._device = device
+
+    def begin(self, undo: ExitStack) -> None:
+        """Have the model compiled when it is called, until ``undo`` is closed."""
+        if self._mode:
+            self._model.compile(mode=None if self._mode is True else self._mode)
+            # What was compiled lives as long as the model, with its CUDA graphs.
+            undo.callback(torch.compiler.reset)
+
+    @contextmanager
+    def passing(
+        self, first: bool, leaves: Mapping[str, nn.Parameter]
+    ) -> Iterator[None]:
+        """Compile a pass, unless it is the first.
+
+        Args:
+            first: Whether it is.
+            leaves: What its gradients are taken with respect to.
+        """
+        if not self._mode or first:
+            yield
+            return
+        if self._device.type == "cuda":
+            # A CUDA graph writes to the same memory in each pass, so its gradients are
+            # added to tensors of ours.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            for leaf in leaves.values():
+                if leaf.grad is None:
+                    leaf.grad = torch.zeros_like(leaf)
+        with torch.compiler.set_stance("default"):
+            yield

@@ -1,0 +1,218 @@
+"""Gradients and Hessian–gradient products, summed over the batches of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from force_plugin.errors import NoGradientError
+from force_plugin.model.names import name_some
+from force_plugin.parallel.shards import Parts
+from force_plugin.scoring.feed import Feed
+from force_plugin.scoring.stand_ins import StandIns
+
+LossOf = Callable[[Any, float], Tensor]
+"""Loss of a part of a batch, whose outputs a temperature divides."""
+
+
+class Sums(dict[str, Tensor]):
+    """Gradients summed over batches, by parameter name; 16-bit ones in float32.
+
+    Args:
+        leaves: What they are the gradients of, by name.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:  # noqa: D107
+        super().__init__()
+        self._leaves = leaves
+
+    def add_gradients(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        vectors: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Add the gradients of outputs, as :func:`torch.autograd.backward` has them."""
+        # Not torch.autograd.grad, whose results can share memory (two weights that
+        # are added up have one gradient) and would be overwritten twice by a score.
+        torch.autograd.backward(outputs, vectors, inputs=list(self._leaves.values()))
+        for name, leaf in self._leaves.items():
+            gradient = leaf.grad
+            if gradient is None or gradient is self.get(name):
+                continue
+            dense = gradient.to_dense()  # an embedding may ask for sparse ones
+            if dense is gradient and dense.itemsize >= 4:
+                self[name] = dense  # the next one is added to it by the backward pass
+                continue
+            leaf.grad = None
+            self.add(name, dense)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add a gradient that is kept if it is the first one."""
+        wide = gradient.float() if gradient.itemsize < 4 else gradient
+        if name in self:
+            self[name].add_(wide)
+        else:
+            self[name] = wide
+
+    def average(self, parts: Parts) -> None:
+        """Average over ranks; what only some of them have is 0 on the others."""
+        for leaf in self._leaves.values():
+            leaf.grad = None  # or the next sum would begin with this one
+        rows = parts.ranks.gather(*(name in self for name in self._leaves))
+        for (name, leaf), *held in zip(self._leaves.items(), *rows, strict=True):
+            if any(held) and name not in self:
+                dtype = torch.promote_types(leaf.dtype, torch.float32)
+                self[name] = torch.zeros_like(leaf, dtype=dtype, requires_grad=False)
+        parts.average(self)
+
+    def complete(
+        self,
+        parts: Parts,
+        step: int,
+        problem: str = "the loss does not use it, or behind a detach or no_grad only",
+        advice: str = "leave it out with parameters=, or pass a forward= that uses it",
+    ) -> dict[str, Tensor]:
+        """The mean of the ranks' sums, in the order of the leaves.
+
+        Args:
+            parts: The ranks.
+            step: Number of the step, for a message.
+            problem: What it means that there is none for a leaf.
+            advice: What to do about it.
+
+        Raises:
+            NoGradientError: There is none for some leaf.
+        """
+        self.average(parts)
+        missing = [name for name in self._leaves if name not in self]
+        if missing:
+            raise NoGradientError(
+                f"no gradient reached {name_some(missing)} at step {step}: {problem}",
+                advice,
+                missing,
+            )
+        return {name: self[name] for name in self._leaves}
+
+
+class Gradients:
+    """Derivatives of the loss with respect to the scored weights of a network.
+
+    Args:
+        stand_ins: What they are taken with respect to.
+        feed: The batches.
+        loss_of: Their loss.
+        parts: The processes, over whose batches they are averaged.
+
+    Attributes:
+        loss: Mean loss of the last step, NaN before.
+    """
+
+    def __init__(  # noqa: D107 (the class has it)
+        self, stand_ins: StandIns, feed: Feed, loss_of: LossOf, parts: Parts
+    ) -> None:
+        self.loss = math.nan
+        self._stand_ins = stand_ins
+        self._feed = feed
+        self._loss_of = loss_of
+        self._parts = parts
+
+    def mean(self, step: int) -> dict[str, Tensor]:
+        """Mean of the gradients over the batches of a step.
+
+        Raises:
+            NoGradientError: A weight got no gradient from any batch.
+        """
+        total, number, totals = 0.0, 0, Sums(self._stand_ins.scored)
+        for number, batch in enumerate(self._feed.batches(step), start=1):  # noqa: B007
+            for part, share in self._feed.split(batch):
+                loss = self._loss_of(part, 1.0) * share
+                totals.add_gradients(loss)
+                total += loss.item()
+        gradients = totals.complete(self._parts, step)
+        count = self._note_loss(total, number)
+        if count != 1:
+            for gradient in gradients.values():
+                gradient.div_(count)
+        return gradients
+
+    def hessian_products(self, step: int, temperature: float) -> dict[str, Tensor]:
+        """Hg, with g held constant; g and Hg are summed over the batches of a step.
+
+        Each batch, or part of one, is passed through twice: for what it adds to g, and
+        for the gradient of ⟨g, ∇L_b⟩. Of the last one, a single pass serves for both.
+
+        Raises:
+            TypeError, ValueError: The temperature is no positive number.
+            NoGradientError: A weight got no gradient from any batch, or a second
+                derivative is missing.
+        """
+        if isinstance(temperature, bool) or not isinstance(temperature, Real):
+            raise TypeError(
+                f"temperature: expected a number, got {type(temperature).__name__}"
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a positive number, got {temperature}"
+            )
+        batches = list(self._feed.batches(step))
+        pieces = [piece for batch in batches for piece in self._feed.split(batch)]
+        *earlier, last = pieces
+        scored = self._stand_ins.scored
+        g = Sums(scored)
+        for part, share in earlier:
+            g.add_gradients(self._loss_of(part, temperature) * share)
+        total, totals = 0.0, Sums(scored)
+        # The fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            for piece in (last, *earlier):
+                part, share = piece
+                loss = self._loss_of(part, temperature) * share
+                slopes = torch.autograd.grad(
+                    loss, [*scored.values()], allow_unused=True, create_graph=True
+                )
+                pairs = dict(zip(scored, slopes, strict=True))
+                slope = {n: s.to_dense() for n, s in pairs.items() if s is not None}
+                if piece is last:
+                    for name, gradient in slope.items():
+                        g.add(name, gradient.detach())
+                    g.complete(self._parts, step)
+                _add_products(totals, slope, g)
+                total += loss.item()
+        self._note_loss(total, len(batches))
+        totals.average(self._parts)
+        weights = self._stand_ins.weights
+        return {n: totals.get(n, torch.zeros_like(w)) for n, w in weights.items()}
+
+    def _note_loss(self, total: float, batches: int) -> float:
+        """Note the mean loss of the batches of all ranks; their number on a rank."""
+        rows = self._parts.ranks.gather(total, batches)
+        count = sum(row[1] for row in rows)
+        self.loss = sum(row[0] for row in rows) / count
+        return count / len(rows)
+
+
+def _add_products(
+    totals: Sums, slope: Mapping[str, Tensor], g: Mapping[str, Tensor]
+) -> None:
+    """Add the gradients of ⟨g, ∇L_b⟩."""
+    # A weight that no gradient depends on has no curvature.
+    curved = [name for name, s in slope.items() if s.requires_grad]
+    if not curved:
+        return
+    # The gradient of the sum of their products, which is not needed.
+    vectors = [g[n].to(slope[n].dtype) for n in curved]
+    try:
+        totals.add_gradients([slope[n] for n in curved], vectors)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise NoGradientError(
+            f"GraSP needs second derivatives, and PyTorch lacks one: {error}",
+            "take another activation or another method",
+        ) from error

@@ -1,0 +1,186 @@
+"""The last look at a pruned network: what its outputs depend on.
+
+It measures nothing that is ranked, and a network that cannot be looked at is no error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from force_plugin.data.containers import is_pair
+from force_plugin.parallel.shards import Parts
+from force_plugin.scoring.connectivity import Flow, find_flow, responds
+from force_plugin.scoring.feed import Feed
+from force_plugin.scoring.gradients import LossOf, Sums
+from force_plugin.scoring.loss import OF_A_CALL
+from force_plugin.scoring.passes import Passes
+from force_plugin.scoring.stand_ins import StandIns
+
+
+class LastLook:
+    """Looks at a network with the batch that was measured last.
+
+    Args:
+        model: The network.
+        stand_ins: Its stand-ins, masked.
+        masks: The masks that they have.
+        passes: How a batch is passed through.
+        feed: Has the batch, and knows the device.
+        loss_of: The loss of a batch.
+        parts: The processes that look together.
+        evaluation: A context with all modules in evaluation mode.
+        device: Where the network is.
+    """
+
+    def __init__(  # noqa: D107 (the class has it)
+        self,
+        model: nn.Module,
+        stand_ins: StandIns,
+        masks: Mapping[str, Tensor],
+        passes: Passes,
+        feed: Feed,
+        loss_of: LossOf,
+        parts: Parts,
+        evaluation: Callable[[], AbstractContextManager[None]],
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._stand_ins = stand_ins
+        self._masks = masks
+        self._passes = passes
+        self._feed = feed
+        self._loss_of = loss_of
+        self._parts = parts
+        self._evaluation = evaluation
+        self._device = device
+
+    def flow(self, loss: float) -> tuple[bool | None, int, list[str]]:
+        """What the outputs of the network, as it is pruned, depend on.
+
+        On its inputs if a gradient that is not exactly 0 reaches those of the last
+        batch that was measured, on any rank, or if in evaluation mode other inputs give
+        other outputs. A few of its samples are tried first, and cost next to nothing.
+        Where no gradient reaches the inputs of the dense network either (the stem is
+        detached), a gradient that reaches any of the kept weights is what counts.
+
+        Args:
+            loss: Mean loss of the last step; NaN where there is none.
+
+        Returns:
+            Whether they do, ``None`` where nothing was measured with data before, or no
+            pass of such a look succeeds; how many of the kept weights no gradient
+            reaches that does so in the dense network, 0 where it is not known; and the
+            names of weights whose gradient is NaN or infinite.
+        """
+        if self._feed.last is None:
+            return None, 0, []
+        batch, _ = next(self._feed.split(self._feed.last))
+        inputs = batch[0] if is_pair(batch) else batch
+        forward = self._passes.forward
+
+        def run(inputs: Any = inputs) -> object:
+            with self._passes.autocasting(self._device):
+                if forward is not None:
+                    return forward(self._model, self._feed.moved(batch))
+                self._model(self._feed.moved(inputs))
+                return None
+
+        ranks = self._parts.ranks
+        kept = sum(self._parts.count(self._masks).values())
+        # What fails on one rank only would lose the ranks of a sharded network.
+        few_serve = isinstance(inputs, Tensor) and not self._parts.sharded
+        if forward is None and few_serve:
+            # Fewer samples may be too few to wake a sparse unit.
+            found = self._find_flow(lambda: run(inputs[:8]))
+            idle = self._count_idle(found)
+            if ranks.any(bool(found.connected)) and 2 * idle <= kept:
+                return True, idle, self._not_finite(found)
+            del found  # and its gradients
+        found = self._find_flow(run)
+        idle = self._count_idle(found)
+        connected, broken = ranks.any(bool(found.connected)), self._not_finite(found)
+        if connected and 2 * idle <= kept:
+            return True, idle, broken
+        dense = self._find_dense_flow(run)
+        if connected:
+            return True, self._count_idle(found, dense), broken
+        if ranks.any(bool(dense.connected)):
+            return self._responds(run), 0, broken
+        if math.isnan(loss):  # SynFlow's, which has none
+            return None, 0, broken
+        reached = self._reaches_weights(batch)
+        if ranks.any(bool(reached)):
+            return True, 0, broken
+        return (None if ranks.any(reached is None) else False), 0, broken
+
+    def _find_dense_flow(self, run: Callable[[], object]) -> Flow:
+        try:
+            self._stand_ins.mask(None)
+            return self._find_flow(run)
+        finally:
+            self._stand_ins.mask(self._masks)
+
+    def _find_flow(self, run: Callable[[], object]) -> Flow:
+        """The flow, or that none was found: to look at a network must not fail it.
+
+        Where a pass fails, as that of a normalisation over a single sample, one in
+        evaluation mode serves.
+        """
+        weights = list(self._stand_ins.scored.values())
+        if self._parts.sharded:
+            return find_flow(self._model, run, weights)
+        for mode in (nullcontext, self._evaluation):
+            with suppress(*OF_A_CALL), mode():
+                return find_flow(self._model, run, weights)
+        return Flow(None, [None] * len(weights))
+
+    def _not_finite(self, found: Flow) -> list[str]:
+        pairs = zip(self._stand_ins.scored, found.gradients, strict=True)
+        return [
+            name
+            for name, gradient in pairs
+            if gradient is not None and not gradient.to_dense().isfinite().all()
+        ]
+
+    def _reaches_weights(self, batch: Any) -> bool | None:
+        """Whether a gradient of the loss reaches any of the kept weights."""
+        left = self._masks
+        with nullcontext() if self._parts.sharded else suppress(*OF_A_CALL):
+            sums = Sums(self._stand_ins.scored)
+            sums.add_gradients(self._loss_of(batch, 1.0))
+            return any(
+                bool((g[left[n]] if n in left else g).any()) for n, g in sums.items()
+            )
+        return None
+
+    def _responds(self, run: Callable[[], object]) -> bool:
+        """Whether the network has other outputs for other inputs, on any rank."""
+        found = False
+        if not self._parts.sharded:
+            with suppress(*OF_A_CALL), self._evaluation():
+                found = responds(self._model, run)
+        return self._parts.ranks.any(found)
+
+    def _count_idle(self, found: Flow, dense: Flow | None = None) -> int:
+        """How many of the kept weights have no gradient, at most, on any rank."""
+        idle = 0
+        able = dense.gradients if dense else [None] * len(found.gradients)
+        for name, gradient, alive in zip(
+            self._stand_ins.scored, found.gradients, able, strict=True
+        ):
+            mask = self._masks[name]
+            if gradient is not None:
+                mask = mask & (gradient.to_dense() == 0)
+            if alive is not None:
+                mask = mask & (alive.to_dense() != 0)
+            elif dense:
+                continue
+            idle += int(mask.count_nonzero())
+        (everywhere,) = self._parts.total(idle)
+        return int(min(row[0] for row in self._parts.ranks.gather(everywhere)))

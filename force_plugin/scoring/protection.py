@@ -1,0 +1,91 @@
+"""What a method writes to a model that it is to measure, taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from force_plugin.errors import MethodError
+from force_plugin.model.names import name_some
+from force_plugin.model.restoring import Kept
+from force_plugin.model.weights import Weight, part_of
+from force_plugin.scoring.stand_ins import StandIns
+
+
+@contextmanager
+def protected(
+    by: str,
+    parameters: Mapping[str, Weight],
+    buffers: Mapping[str, Tensor],
+    stand_ins: StandIns,
+    opened: Mapping[str, object],
+    masks: Mapping[str, Tensor] | None,
+) -> Iterator[None]:
+    """Take back what someone else writes to a model's own values, or to masks.
+
+    Stand-ins are there to be written to, and have their values again afterwards.
+
+    Args:
+        by: Who may do so, for the message.
+        parameters: All parameters of the model, by name.
+        buffers: Its own buffers, by name.
+        stand_ins: Their stand-ins, and the values of scored weights.
+        opened: Names of the gates that are open.
+        masks: The masks that it is measured with, if any.
+
+    Raises:
+        MethodError: It was done.
+    """
+    kept = _kept(parameters, buffers, stand_ins, opened, masks)
+    flags = {
+        name: (weight.dense.requires_grad, weight.dense.grad)
+        for name, weight in parameters.items()
+    }
+    weights, written = stand_ins.weights, []
+    try:
+        yield
+    finally:
+        written += [name for name, one in kept.items() if one.put_back()]
+        for name, (trained, gradient) in flags.items():
+            dense = parameters[name].dense
+            if dense.requires_grad != trained or dense.grad is not gradient:
+                dense.requires_grad_(trained).grad = gradient
+                written.append(name)
+        for name in weights.keys() - opened.keys():
+            part, now = parameters[name].part, weights[name]
+            if (now.data_ptr(), now.shape) != (part.data_ptr(), part.shape):
+                weights[name] = part
+                written.append(name)
+        stand_ins.fill(opened)
+        stand_ins.mask(masks)
+    if written:
+        raise MethodError(
+            f"{by} has written into {name_some(written)}, which are there to read",
+            "work out of place, or on a .clone(); only what it returns is used",
+        )
+
+
+def _kept(
+    parameters: Mapping[str, Weight],
+    buffers: Mapping[str, Tensor],
+    stand_ins: StandIns,
+    opened: Mapping[str, object],
+    masks: Mapping[str, Tensor] | None,
+) -> dict[str, Kept]:
+    """Copies of all that a method may get hold of, by names for the message."""
+    found: dict[str, Tensor | None] = {
+        name: part_of(weight.dense) for name, weight in parameters.items()
+    }
+    found |= buffers
+    found |= {n: w for n, w in stand_ins.weights.items() if n in opened}
+    found |= {f"the mask of {n}": mask for n, mask in (masks or {}).items()}
+    found |= {f"the gradient of {n}": w.dense.grad for n, w in parameters.items()}
+    return {
+        name: Kept(tensor)
+        for name, tensor in found.items()
+        if isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter)
+        if tensor.layout == torch.strided and not tensor.is_meta
+    }
