@@ -1159,7 +1159,7 @@ def test_a_collapse_is_reported_with_its_step(method: str, regrow: bool) -> None
     number, kept, alive = next(
         (number, kept, step.alive)
         for number, (kept, step) in enumerate(zip(counts, steps, strict=True), start=1)
-        if step.alive < kept
+        if step.alive < 0.9 * kept  # a few may be 0 by chance
     )
     assert number < 60
 
