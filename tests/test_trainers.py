@@ -28,8 +28,8 @@ from force_plugin import force_prune, get_masks, make_permanent
 from force_plugin.hold import InitialWeights, save_pruned
 from force_plugin.zoo import digits
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = Path(__file__).parent / "training_script.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).parent / "shared" / "training_script.py"
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import pytest
 
 import force_plugin
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *options: str) -> str:

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINES = (ROOT / "benchmarks" / "gallery.jsonl").read_text(encoding="utf-8")
 ROWS = [json.loads(line) for line in LINES.splitlines()]
 

@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_images
 
 from force_plugin import load_masks
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "imagenet"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "imagenet"
 SMALL = ["--model=test_resnet", "--image-size=64", "--workers=0"]
 
 

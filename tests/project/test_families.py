@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SWEEP = Path(__file__).parents[1] / "benchmarks" / "families.py"
+SWEEP = Path(__file__).parents[2] / "benchmarks" / "families.py"
 SAMPLE = ["test_resnet", "test_convnext", "test_vit", "test_nfnet", "test_byobnet"]
 
 

@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from torchvision import datasets
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "cifar" / "train.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "cifar" / "train.py"
 
 
 def write(path: Path, count: int, key: str, random: np.random.Generator) -> None:

@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]
 SCHEDULES = {"exp": "exponential", "linear": "linear"}
 # The authors of SNIP-it and SNAP-it take the first one, of networks that end in logits.
 LOSSES = {"nll_of_logits": nll_loss, "cross_entropy": cross_entropy}
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Reference:
@@ -34,7 +34,7 @@ class Reference:
 
     def __init__(self, file: str, architecture: Callable[[], nn.Module]) -> None:
         self.architecture = architecture
-        self.arrays = np.load(Path(__file__).parent / "golden" / f"{file}.npz")
+        self.arrays = np.load(Path(__file__).parents[1] / "golden" / f"{file}.npz")
         self.names = [str(name) for name in self.arrays["names"]]
         self.cases = [str(case) for case in self.arrays["cases"]]
 

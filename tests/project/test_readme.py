@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from force_plugin import METHODS, force_prune
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scipy.stats import ttest_rel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 

@@ -1485,7 +1485,7 @@ def run(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    return launch(Path(__file__).name, tmp_path_factory.mktemp("ranks"))
+    return launch(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
