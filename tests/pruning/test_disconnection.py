@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import faults
 import numpy as np
 import pytest
 import timm
@@ -97,7 +98,8 @@ def test_on_collapse_warn_prunes_it_and_its_outputs_are_the_same_for_any_inputs(
         f"T{ONCE}"
     )
     # Each of them once; it is the caller that they point at.
-    assert [(w.category, w.filename) for w in caught] == 2 * [(UserWarning, __file__)]
+    where = [(w.category, w.filename) for w in caught]
+    assert where == 2 * [(UserWarning, faults.__file__)]
     lost = f"1 of {len(sizes)} layers ({layer}) lost every weight"
     assert result.warnings[:2] == (said, lost)
     assert str(caught[0].message) == said

@@ -24,7 +24,7 @@ def launch(worker: str, folder: Path, seconds: float = 120) -> Seen:
     """What two ranks that run a script have seen."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(HERE / worker), str(folder)]
-    paths = [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),

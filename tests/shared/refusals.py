@@ -1,0 +1,78 @@
+"""Calls that are refused, and what they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from state import unchanged
+from torch import Tensor, nn
+
+from force_plugin import SaliencyMethod, diagnose, force_prune, saliency
+from force_plugin.errors import PruningError
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.linspace(-1, 1, 30).view(5, 6).sin().to(dtype), torch.arange(5) % 4
+
+
+def prune_it(model: nn.Module, **options: Any) -> Any:
+    usual = {"loader": [batch()], "sparsity": 0.5, "steps": 2, "progress": False}
+    return force_prune(model, **{**usual, **options})
+
+
+CALLS: dict[str, Callable[..., object]] = {
+    "force_prune": prune_it,
+    "saliency": lambda m, **o: saliency(m, **{"loader": [batch()], **o}),
+    "diagnose": lambda m, **o: diagnose(m, **{"loader": [batch()], **o}),
+}
+
+
+by_call = pytest.mark.parametrize("call", CALLS)
+
+
+def refused(
+    call: str, error: type[Exception], message: str, model: nn.Module, **options: Any
+) -> None:
+    """Assert that a call says this, and that the model is what it was."""
+    with unchanged(model), pytest.raises(error, match=message) as raised:
+        CALLS[call](model, **options)
+    if isinstance(raised.value, PruningError):
+        assert raised.value.problem in str(raised.value)
+
+
+# What is passed as a method
+
+
+def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
+    return (weight * gradient) ** 2
+
+
+class Taylor(SaliencyMethod):
+    score = staticmethod(taylor)
+
+
+def scoring(score: Callable[..., Any], **more: Any) -> type[SaliencyMethod]:
+    return type("Mine", (SaliencyMethod,), {"score": staticmethod(score), **more})
+
+
+# Networks that are called otherwise
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a(x) + self.b(y)  # type: ignore[no-any-return]
+
+
+X, Y = batch()
