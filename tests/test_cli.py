@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from state import same
 from timm.utils import random_seed
 
 import force_plugin.cli
@@ -47,11 +48,6 @@ def prune(out: Path, *options: str, model: str = MODEL) -> dict[str, torch.Tenso
     """Run the command in a quick setting and load its masks."""
     assert main([model, *QUICK, "--out", str(out), *options]) == 0
     return load_masks(out / "masks.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of masks are equal."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import perceptron, waves
 from state import unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -19,16 +20,15 @@ NAN, INF = float("nan"), float("inf")
 
 
 def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    return perceptron(nn.BatchNorm1d(8), nn.ReLU())
 
 
 def batch(value: float | None = None) -> tuple[Tensor, Tensor]:
     """Five samples, the first input of which may be replaced."""
-    inputs = torch.linspace(-1, 1, 30).view(5, 6).sin()
+    inputs, targets = waves()
     if value is not None:
         inputs[0, 0] = value
-    return inputs, torch.arange(5) % 4
+    return inputs, targets
 
 
 def expect(

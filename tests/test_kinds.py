@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from networks import perceptron as network
+from networks import waves
 from state import unchanged
 from torch import Tensor, nn
 
@@ -99,11 +101,6 @@ def test_a_remark_is_a_sentence(advice: str) -> None:
 # Who raises what.
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
 def pruned() -> nn.Sequential:
     model = network()
     force_prune(model, [], 0.5, method="random", progress=False)
@@ -120,7 +117,7 @@ class Unused(nn.Module):
 
 
 def prune(model: nn.Module, sparsity: float = 0.5, **options: Any) -> None:
-    batch = torch.linspace(-1, 1, 30).view(5, 6).sin(), torch.arange(5) % 4
+    batch = waves()
     force_prune(model, [batch], sparsity, **{"progress": False, "steps": 2, **options})
 
 
@@ -177,7 +174,11 @@ CASES: dict[str, Case] = {
         lambda m, _: apply_masks(m, {"0.weight": torch.full((8, 6), 0.5)}),
     ),
     "no_masks": (MaskMismatchError, network, lambda m, _: apply_masks(m, {})),
-    "no_masks_to_shuffle": (MaskMismatchError, network, lambda m, _: shuffle_masks({})),
+    "no_masks_to_shuffle": (
+        MaskMismatchError,
+        network,
+        lambda m, _: shuffle_masks({}),
+    ),
     "no_masks_to_save": (
         MaskMismatchError,
         network,
@@ -210,7 +211,11 @@ CASES: dict[str, Case] = {
         network,
         lambda m, _: compact(m, torch.ones(1, 6), progress=False),
     ),
-    "compact_file": (FileFormatError, network, lambda m, p: load_compact(m, file(p))),
+    "compact_file": (
+        FileFormatError,
+        network,
+        lambda m, p: load_compact(m, file(p)),
+    ),
     "masks_for_a_compact_file": (
         FileFormatError,
         pruned,

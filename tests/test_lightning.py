@@ -19,9 +19,9 @@ from lightning_modules import (
     pruned,
     rows,
     run,
-    same,
 )
 from networks import tiny_resnet
+from state import same
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 

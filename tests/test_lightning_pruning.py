@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
 )
-from lightning_modules import Small, both, pruned, rows, run, same
+from lightning_modules import Small, both, pruned, rows, run
+from state import same
 from torch import Tensor, nn
 
 from force_plugin import Magnitude, get_masks

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from refusals import Taylor, batch, by_call, network, prune_it, refused, scoring, taylor
+from networks import waves
+from refusals import Taylor, by_call, network, prune_it, refused, scoring, taylor
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -189,9 +190,9 @@ def test_a_function_that_can_be_called_may_be_written_in_any_way() -> None:
         def measure(probe: Any) -> Any:  # type: ignore[override]
             return probe.gradients()
 
-    expected = saliency(network(), [batch()], Taylor)
+    expected = saliency(network(), [waves()], Taylor)
     for method in (Undecorated, WithMore, Free, Static):
-        scores = saliency(network(), [batch()], method)
+        scores = saliency(network(), [waves()], method)
         assert all(torch.equal(scores[n], s) for n, s in expected.items())
 
 
@@ -219,13 +220,13 @@ def test_scores_of_other_kinds_are_refused_or_taken_as_they_are() -> None:
         (lambda w, g: g + 1j, "expected real scores .*; take their .abs"),
     ):
         refused("saliency", MethodError, message, network(), method=scoring(score))
-    plain = saliency(network(), [batch()], scoring(lambda w, g: g.abs()))
+    plain = saliency(network(), [waves()], scoring(lambda w, g: g.abs()))
     for score in (
         lambda w, g: g.abs().to_sparse(),
         lambda w, g: nn.Parameter(g.abs()),
         lambda w, g: g.abs().T.contiguous().T,
     ):
-        found = saliency(network(), [batch()], scoring(score))
+        found = saliency(network(), [waves()], scoring(score))
         assert all(torch.equal(found[n], s) for n, s in plain.items())
         assert not any(s.requires_grad for s in found.values())
     by_eights = scoring(lambda w, g: g.abs().to(torch.float8_e4m3fn))

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from state import assert_same
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -79,11 +80,6 @@ WRAPS: dict[str, Wrap] = {
 def batch() -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     return torch.randn(4, 3, 32, 32), torch.arange(4)
-
-
-def assert_same(masks: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(masks) == list(expected)
-    assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from distributed_worker import (
     routed,
     train,
 )
-from processes import Seen, launch, same
+from processes import Seen, launch
+from state import same
 from torch.nn.functional import cross_entropy
 
 from force_plugin import METHODS, force_prune, get_masks, make_permanent, saliency

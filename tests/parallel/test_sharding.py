@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 from distributed_worker import STEPS, FirstColumns, Network, chain, images, train
-from processes import Seen, launch, same
+from processes import Seen, launch
 from sharding_worker import Gated, Normalised, Silent, Tied, reconstruct, vectors
+from state import same
 from torch import Tensor
 
 from force_plugin import (

@@ -20,7 +20,7 @@ from diagnosed import (
     straight,
     widest,
 )
-from networks import vectors
+from networks import images, vectors
 from state import unchanged
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,12 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*saliency of exactly 0 everywhe
 
 
 # Networks and data.
-
-
-def images(count: int = 2, size: int = 32) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(count, 3, size, size, generator=generator)
-    return [(inputs, torch.arange(count) % 10)]
 
 
 USED = ["stem", *(f"body.{i}.{n}" for i in (0, 2) for n in ("first", "second"))]

@@ -1,6 +1,6 @@
 """What a report says about layers that lost every weight: small weights, dead channels.
 
-What it says about collapse and disconnection is tested among the faults.
+What it says about collapse and disconnection is in files of these names.
 """
 
 from __future__ import annotations

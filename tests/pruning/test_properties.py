@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from state import same
 from torch import Tensor, nn
 
 from force_plugin import (
@@ -188,12 +189,6 @@ def random_masks(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Ten
         name: torch.from_numpy(np.asarray(rng.random(shape) < 0.5))
         for name, shape in shapes.items()
     }
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(
-        a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a
-    )
 
 
 @pytest.fixture(scope="session")

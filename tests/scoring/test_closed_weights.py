@@ -12,7 +12,6 @@ from gated_networks import (
     SCALES,
     Dense,
     Gated,
-    assert_same,
     gates_of,
     named_in,
     opened_by_hand,
@@ -21,7 +20,7 @@ from gated_networks import (
     scored,
     vectors,
 )
-from state import unchanged
+from state import assert_same, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy

@@ -15,7 +15,6 @@ from gated_networks import (
     Join,
     assert_opens,
     assert_opens_nothing,
-    assert_same,
     gated_by,
     gates_of,
     named_in,
@@ -25,7 +24,7 @@ from gated_networks import (
     scored,
     vectors,
 )
-from state import unchanged
+from state import assert_same, unchanged
 from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -13,7 +13,6 @@ from gated_networks import (
     TrainThenEvaluate,
     assert_opens,
     assert_opens_nothing,
-    assert_same,
     gated_by,
     opened_by_hand,
     residual,
@@ -21,6 +20,7 @@ from gated_networks import (
     scored,
     shuffled,
 )
+from state import assert_same
 from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from refusals import TwoInputs, batch, by_call, network, refused, scoring, taylor
+from networks import waves
+from refusals import TwoInputs, by_call, network, refused, scoring, taylor
 from state import unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -167,7 +168,7 @@ def test_a_saliency_that_is_not_finite_is_blamed_on_what_made_it(
 ) -> None:
     method, layers, cause, build = NUMBERS[name]
     model = build()
-    options = {"method": method, "loader": [batch(next(model.parameters()).dtype)]}
+    options = {"method": method, "loader": [waves(next(model.parameters()).dtype)]}
     message = rf"^the saliency of {layers}.* is not finite at step 1: {cause}"
     refused(call, NotFiniteError, message, model, **options)
 
@@ -190,12 +191,12 @@ def test_a_product_that_overflows_under_synflow_is_called_one() -> None:
     ("options", "model", "message"),
     [
         (
-            {"loader": [(batch()[0].fill_(NAN), batch()[1])]},
+            {"loader": [(waves()[0].fill_(NAN), waves()[1])]},
             network,
             "there is a NaN in the batch; look at the data$",
         ),
         (
-            {"loader": [(batch()[0].fill_(INF), batch()[1])]},
+            {"loader": [(waves()[0].fill_(INF), waves()[1])]},
             network,
             "there is an inf in the batch, or an undefined .* or an overflow in the ",
         ),
@@ -215,7 +216,7 @@ def test_a_product_that_overflows_under_synflow_is_called_one() -> None:
         (
             {
                 "loss_fn": lambda o, t: cross_entropy(o, t) * INF,
-                "loader": [batch(torch.float64)],
+                "loader": [waves(torch.float64)],
             },
             lambda: network().double(),
             "an overflow .* in float64; look at the initialisation and the loss$",
@@ -270,7 +271,7 @@ def test_a_network_that_insists_on_its_arguments_is_told_of_forward() -> None:
 
     model = Insisting()
     with pytest.raises(AssertionError, match="y is needed") as caught:
-        force_prune(model, [batch()], 0.5, progress=False)
+        force_prune(model, [waves()], 0.5, progress=False)
     if sys.version_info >= (3, 11):
         assert "pass forward=" in "".join(caught.value.__notes__)
 
@@ -278,7 +279,7 @@ def test_a_network_that_insists_on_its_arguments_is_told_of_forward() -> None:
 def test_quantised_layers_are_called_so() -> None:
     model = nn.Sequential(torch.ao.nn.quantized.Linear(6, 4))
     with pytest.raises(NothingToPruneError, match="prune the model before it is quant"):
-        force_prune(model, [batch()], 0.5, progress=False)
+        force_prune(model, [waves()], 0.5, progress=False)
 
 
 @pytest.mark.parametrize("key", ["weight_mask", "weight_orig"])

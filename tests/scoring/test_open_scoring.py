@@ -20,7 +20,6 @@ from gated_networks import (
     Gated,
     TrainThenEvaluate,
     assert_opens,
-    assert_same,
     gates_of,
     named_in,
     opened_by_hand,
@@ -30,7 +29,8 @@ from gated_networks import (
     shuffled,
     vectors,
 )
-from state import unchanged
+from networks import images
+from state import assert_same, unchanged
 from timm.layers import LayerScale
 from timm.models import convnext, nfnet, regnet, resnet
 from torch import Tensor, nn
@@ -40,12 +40,6 @@ from force_plugin import SaliencyMethod, force_prune, saliency
 from force_plugin.scoring.probe import Probe
 
 EVERY_METHOD = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it", "synflow"]
-
-
-def images(count: int = 4, size: int = 32) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(count, 3, size, size, generator=generator)
-    return [(inputs, torch.arange(count) % 10)]
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +292,7 @@ def test_a_loss_fn_that_fails_once_the_gates_are_open_is_named(
 
 
 def test_no_layer_of_a_closed_network_is_without_saliency(closed: nn.Module) -> None:
-    scores = saliency(closed, images(), "snip")
+    scores = saliency(closed, images(4), "snip")
     assert len(scores) == 21
     assert [name for name, score in scores.items() if not score.any()] == []
 
@@ -306,14 +300,16 @@ def test_no_layer_of_a_closed_network_is_without_saliency(closed: nn.Module) -> 
 def test_a_closed_network_is_scored_as_the_open_one(
     closed: nn.Module, opened: nn.Module
 ) -> None:
-    scores, expected = (saliency(model, images(), "snip") for model in (closed, opened))
+    scores, expected = (
+        saliency(model, images(4), "snip") for model in (closed, opened)
+    )
     assert_same(scores, expected)
 
 
 def test_without_opening_the_papers_score_is_0_behind_the_gates(
     closed: nn.Module,
 ) -> None:
-    scores = saliency(closed, images(), "snip", open_gates=False)
+    scores = saliency(closed, images(4), "snip", open_gates=False)
     blind = [name for name, score in scores.items() if not score.any()]
     assert blind == [
         f"layer{i}.{j}.conv{k}.weight"
@@ -328,17 +324,19 @@ def test_a_network_that_is_scored_closed_warns(closed: nn.Module) -> None:
     message = r"16 of 21 layers \(layer1\.0\.conv1\.weight, .*saliency of exactly 0"
     with pytest.warns(UserWarning, match=message):
         report = force_prune(
-            model, images(), 0.9, method="snip", open_gates=False, progress=False
+            model, images(4), 0.9, method="snip", open_gates=False, progress=False
         )
     assert any("saliency of exactly 0" in text for text in report.warnings)
     assert not any("gates opened" in text for text in report.warnings)
 
 
 def test_nothing_changes_where_no_gate_is_closed(opened: nn.Module) -> None:
-    with_gates = saliency(opened, images(), "snip", open_gates=True)
-    without = saliency(opened, images(), "snip", open_gates=False)
+    with_gates = saliency(opened, images(4), "snip", open_gates=True)
+    without = saliency(opened, images(4), "snip", open_gates=False)
     assert_same(with_gates, without)
-    report = force_prune(deepcopy(opened), images(), 0.9, method="snip", progress=False)
+    report = force_prune(
+        deepcopy(opened), images(4), 0.9, method="snip", progress=False
+    )
     assert report.warnings == ()
 
 
@@ -419,7 +417,7 @@ def test_the_report_names_the_gates_that_were_opened(closed: nn.Module) -> None:
     model = deepcopy(closed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # opened gates are no reason to warn
-        report = force_prune(model, images(), 0.9, method="snip", progress=False)
+        report = force_prune(model, images(4), 0.9, method="snip", progress=False)
     opened = [text for text in report.warnings if "gates opened" in text]
     assert len(opened) == 1
     assert "8 normalisation weights of 0, set to 1" in opened[0]

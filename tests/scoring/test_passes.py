@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from state import unchanged
+from networks import batches
+from state import same, unchanged
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.utils import counters
@@ -59,24 +60,13 @@ class Doubtful(Network):
 
 
 def images(count: int = 3, samples: int = 8) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(samples, 2, 6, 6, generator=generator, dtype=torch.float64),
-            torch.randint(5, (samples,), generator=generator),
-        )
-        for _ in range(count)
-    ]
+    return batches(count, samples, (2, 6, 6), 5)
 
 
 def pruned(model: nn.Module, loader: Any = None, **options: Any) -> dict[str, Tensor]:
     """The masks of a pruning."""
     force_prune(model, loader or images(), 0.8, **{**STEPS, **options})
     return get_masks(model)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

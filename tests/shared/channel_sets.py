@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from processes import same
+from networks import batches
+from state import same
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -22,14 +23,7 @@ Batch = tuple[Tensor, Tensor]
 
 def images(count: int = 1, size: int = 6, seed: int = 1) -> list[Batch]:
     """Batches of six small images in float64, three classes."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(6, 3, size, size, generator=generator, dtype=torch.float64),
-            torch.randint(3, (6,), generator=generator),
-        )
-        for _ in range(count)
-    ]
+    return batches(count, 6, (3, size, size), 3, seed)
 
 
 class Counted(list[Batch]):

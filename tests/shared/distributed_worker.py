@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from networks import batches
 from processes import take_part
 from state import failed
 from torch import Tensor, nn
@@ -75,14 +76,7 @@ class Routed(nn.Module):
 
 def images(count: int = 6) -> list[Batch]:
     """Whole batches of eight."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(8, 2, 4, 4, generator=generator, dtype=torch.float64),
-            torch.randint(5, (8,), generator=generator),
-        )
-        for _ in range(count)
-    ]
+    return batches(count, 8, (2, 4, 4), 5)
 
 
 def routed(rank: int) -> Batch:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from networks import perceptron, waves
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
@@ -33,12 +34,11 @@ ONCE = "ake more batches, a lower sparsity or a method that prunes in steps"
 
 
 def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+    return perceptron(nn.BatchNorm1d(8), nn.Tanh())
 
 
 def batch() -> Batch:
-    return torch.linspace(-1, 1, 30).view(5, 6).sin(), torch.arange(5) % 4
+    return waves()
 
 
 def words(sparse: bool = False) -> nn.Sequential:

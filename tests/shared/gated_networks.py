@@ -9,7 +9,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from state import unchanged
+from state import assert_same, unchanged
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,12 +37,6 @@ def scored(
     model: nn.Module, method: str | type[SaliencyMethod] = "snip", **options: Any
 ) -> dict[str, Tensor]:
     return saliency(model, vectors(), method, **options)
-
-
-def assert_same(scores: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Bit for bit, and in the same order."""
-    assert list(scores) == list(expected)
-    assert [n for n in expected if not torch.equal(scores[n], expected[n])] == []
 
 
 def opened_by_hand(model: nn.Module, names: Sequence[str]) -> nn.Module:

@@ -13,11 +13,6 @@ from torch.utils.data import DataLoader
 
 from force_plugin.lightning import ForcePruning, SaliencyPruning
 
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 # ---- What training_step gets, in each way that Lightning has of handing it over. ----
 
 # Outside of every module, so that what was noted while scoring is still there.

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from networks import batches
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -42,14 +43,7 @@ def convnet() -> nn.Sequential:
 
 
 def images(count: int = 3) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(8, 2, 4, 4, generator=generator, dtype=torch.float64),
-            torch.randint(3, (8,), generator=generator),
-        )
-        for _ in range(count)
-    ]
+    return batches(count, 8, (2, 4, 4), 3)
 
 
 def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
@@ -62,14 +56,7 @@ def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
 
 
 def vectors(width: int, classes: int, count: int = 2) -> list[Batch]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        (
-            torch.randn(10, width, generator=generator, dtype=torch.float64),
-            torch.randint(classes, (10,), generator=generator),
-        )
-        for _ in range(count)
-    ]
+    return batches(count, 10, (width,), classes, seed=2)
 
 
 def pruned(model: nn.Module, loader: Any, sparsity: float, **options: Any) -> Tensor:

@@ -62,16 +62,42 @@ def chain_a() -> nn.Sequential:
     )
 
 
-def vectors(count: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """Batches of eight vectors of five, four classes, in float64."""
-    generator = torch.Generator().manual_seed(1)
+def batches(
+    count: int, samples: int, shape: Sequence[int], classes: int, seed: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """Random inputs in float64, and random classes."""
+    generator = torch.Generator().manual_seed(seed)
     return [
         (
-            torch.randn(8, 5, generator=generator, dtype=torch.float64),
-            torch.randint(4, (8,), generator=generator),
+            torch.randn(samples, *shape, generator=generator, dtype=torch.float64),
+            torch.randint(classes, (samples,), generator=generator),
         )
         for _ in range(count)
     ]
+
+
+def vectors(count: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Batches of eight vectors of five, four classes, in float64."""
+    return batches(count, 8, (5,), 4)
+
+
+def images(count: int = 2, size: int = 32) -> list[tuple[Tensor, Tensor]]:
+    """A batch of random images in colour, of as many classes up to ten."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(count, 3, size, size, generator=generator)
+    return [(inputs, torch.arange(count) % 10)]
+
+
+def waves(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A batch of five vectors of six, four classes, without a random number."""
+    return torch.linspace(-1, 1, 30).view(5, 6).sin().to(dtype), torch.arange(5) % 4
+
+
+def perceptron(*between: nn.Module) -> nn.Sequential:
+    """For ``waves``: two linear layers, and a ReLU or others between them."""
+    torch.manual_seed(0)
+    middle = between or (nn.ReLU(),)
+    return nn.Sequential(nn.Linear(6, 8), *middle, nn.Linear(8, 4))
 
 
 def conv_network(seed: int = 0) -> nn.Sequential:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 Seen = list[dict[str, Any]]
 HERE = Path(__file__).parent
@@ -47,16 +46,6 @@ def launch(worker: str, folder: Path, seconds: float = 120) -> Seen:
         pytest.fail(f"{worker} took more than {seconds} s\n{output[-4000:]}")
     assert process.returncode == 0, output[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> bool:
-    """Whether tensors are equal: bit by bit, or up to rounding."""
-    return list(a) == list(b) and all(
-        torch.allclose(a[name], b[name], rtol=tolerance, atol=tolerance * 1e-3)
-        if tolerance
-        else torch.equal(a[name], b[name])
-        for name in a
-    )
 
 
 def take_part(run: Callable[[int], dict[str, Any]]) -> None:

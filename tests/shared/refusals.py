@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
+from networks import perceptron, waves
 from state import unchanged
 from torch import Tensor, nn
 
@@ -15,23 +15,18 @@ from force_plugin.errors import PruningError
 
 
 def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return torch.linspace(-1, 1, 30).view(5, 6).sin().to(dtype), torch.arange(5) % 4
+    return perceptron()
 
 
 def prune_it(model: nn.Module, **options: Any) -> Any:
-    usual = {"loader": [batch()], "sparsity": 0.5, "steps": 2, "progress": False}
+    usual = {"loader": [waves()], "sparsity": 0.5, "steps": 2, "progress": False}
     return force_prune(model, **{**usual, **options})
 
 
 CALLS: dict[str, Callable[..., object]] = {
     "force_prune": prune_it,
-    "saliency": lambda m, **o: saliency(m, **{"loader": [batch()], **o}),
-    "diagnose": lambda m, **o: diagnose(m, **{"loader": [batch()], **o}),
+    "saliency": lambda m, **o: saliency(m, **{"loader": [waves()], **o}),
+    "diagnose": lambda m, **o: diagnose(m, **{"loader": [waves()], **o}),
 }
 
 
@@ -75,4 +70,4 @@ class TwoInputs(nn.Module):
         return self.a(x) + self.b(y)  # type: ignore[no-any-return]
 
 
-X, Y = batch()
+X, Y = waves()

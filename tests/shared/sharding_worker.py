@@ -25,6 +25,7 @@ from distributed_worker import (
     train,
     whole,
 )
+from networks import batches
 from processes import take_part
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -132,14 +133,7 @@ def reconstruct(model: nn.Module, batch: Batch) -> Tensor:
 
 def vectors(count: int = 4) -> list[Batch]:
     """Whole batches of eight."""
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (
-            torch.randn(8, 4, generator=generator, dtype=torch.float64),
-            torch.randint(3, (8,), generator=generator),
-        )
-        for _ in range(count)
-    ]
+    return batches(count, 8, (4,), 3, seed=3)
 
 
 def sharded(model: nn.Module, *units: str, **options: Any) -> nn.Module:

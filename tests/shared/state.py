@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -101,3 +101,21 @@ def failed(run: Callable[[], object], model: nn.Module | None = None) -> str:
         except BaseException as error:
             return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def same(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float = 0.0
+) -> bool:
+    """Whether tensors are equal: bit by bit, or up to rounding."""
+    return list(a) == list(b) and all(
+        torch.allclose(a[name], b[name], rtol=tolerance, atol=tolerance * 1e-3)
+        if tolerance
+        else torch.equal(a[name], b[name])
+        for name in a
+    )
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Assert that tensors are equal bit for bit, and in the same order."""
+    assert list(found) == list(expected)
+    assert [n for n in expected if not torch.equal(found[n], expected[n])] == []

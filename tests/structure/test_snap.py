@@ -30,8 +30,7 @@ from channel_sets import (
     snapped,
     trained,
 )
-from processes import same
-from state import unchanged
+from state import same, unchanged
 from timm.models.densenet import DenseNet
 from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.resnet import BasicBlock, ResNet

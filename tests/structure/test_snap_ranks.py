@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from channel_sets import NETWORKS, images, outputs_group, residual, snapped
-from processes import Seen, launch, same
+from processes import Seen, launch
+from state import same
 
 from force_plugin import SaliencyImportance
 

@@ -28,9 +28,8 @@ from channel_sets import (
     snapped,
     trained,
 )
-from processes import same
 from snap_worker import Broken
-from state import unchanged
+from state import same, unchanged
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
