@@ -35,7 +35,7 @@ from zeros import (
 )
 
 from force_plugin import apply_masks, get_masks, make_permanent
-from force_plugin.masks import permanent
+from force_plugin.masks import held_zeros
 
 Factory = Callable[[nn.Module], Optimizer]
 
@@ -458,11 +458,11 @@ def test_a_parameter_that_takes_the_place_of_a_pruned_one_is_held() -> None:
 
 def test_a_model_that_is_gone_is_not_remembered() -> None:
     gc.collect()
-    remembered, held = len(permanent._notes), len(permanent._held)
+    remembered, held = len(held_zeros._notes), len(held_zeros._held)
     model, _ = permanent_network()
     parameter, reference = weakref.ref(model[0].weight), weakref.ref(model)
-    assert len(permanent._notes) == remembered + 3
+    assert len(held_zeros._notes) == remembered + 3
     del model
     gc.collect()
     assert reference() is None and parameter() is None
-    assert len(permanent._notes) == remembered and len(permanent._held) == held
+    assert len(held_zeros._notes) == remembered and len(held_zeros._held) == held

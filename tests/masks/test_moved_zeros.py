@@ -35,7 +35,7 @@ from zeros import (
 
 from force_plugin import apply_masks, force_prune, get_masks, make_permanent
 from force_plugin.hold import save_pruned
-from force_plugin.masks import permanent
+from force_plugin.masks import held_zeros
 
 
 class OwnLinear(nn.Linear):
@@ -243,7 +243,7 @@ def test_a_new_parameter_with_zeros_of_its_own_is_not_held() -> None:
         for values in (torch.zeros(shape), torch.eye(96)[0].view(shape)):
             parameter = other.register_parameter  # of a module that lost nothing
             parameter("made", nn.Parameter(values))
-            assert not permanent._held_of(other.made)
+            assert not held_zeros._held_of(other.made)
             del other.made
 
 
@@ -284,11 +284,11 @@ def test_the_zeros_of_a_parameter_end_with_it() -> None:
     model, _ = permanent_network()
     layer = OwnLinear.of(model[4])
     parameter = weakref.ref(layer.weight)
-    assert id(layer.weight) in permanent._held
-    held = len(permanent._held)
+    assert id(layer.weight) in held_zeros._held
+    held = len(held_zeros._held)
     del model, layer
     gc.collect()
-    assert parameter() is None and len(permanent._held) == held - 3
+    assert parameter() is None and len(held_zeros._held) == held - 3
 
 
 # Zeros that were not pruned.
