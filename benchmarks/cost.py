@@ -66,8 +66,8 @@ from force_plugin.files import write_whole
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import scores_of
 from force_plugin.pruning.doubts import Notes
-from force_plugin.scoring.malloc import freed_memory_kept
 from force_plugin.scoring.gradients import Gradients, Sums
+from force_plugin.scoring.malloc import freed_memory_kept
 from force_plugin.scoring.probe import Probe
 from force_plugin.selection.top_k import top_k_masks
 from force_plugin.zoo import digits

@@ -83,7 +83,7 @@ class Notes:
         """
         self._weights, self._parameters = probe.weights, probe.parameters
         self._reads = not math.isnan(probe.loss)
-        alive = self._parts.count(scores)
+        alive = self._parts.totals.count(scores)
         blind = [name for name, count in alive.items() if not count]
         causes = probe.explain_silence(blind)
         self.problems += [
@@ -91,11 +91,11 @@ class Notes:
             *dead_gradients.describe(causes, len(scores)),
         ]
         self._causes = [*dict.fromkeys(causes.values())]
-        self._choice = self._parts.size([*scores.values()])
+        self._choice = self._parts.totals.size([*scores.values()])
         if among:
-            self._gone = {*self._parts.empty(among)}
-            self._choice = sum(self._parts.count(among).values())
-            alive = self._parts.count(self._found(scores, among))
+            self._gone = {*self._parts.totals.empty(among)}
+            self._choice = sum(self._parts.totals.count(among).values())
+            alive = self._parts.totals.count(self._found(scores, among))
         self._alive_at_first = sum(alive.values())
 
     @staticmethod
@@ -127,11 +127,13 @@ class Notes:
         self._layers = len(masks)
         if step == 1 < self._steps:
             at_once, _ = top_k_masks(
-                [*scores.values()], self._left, self._parts, [*among.values()]
+                [*scores.values()], self._left, self._parts.totals, [*among.values()]
             )
-            none = self._parts.empty(dict(zip(scores, at_once, strict=True)))
+            none = self._parts.totals.empty(dict(zip(scores, at_once, strict=True)))
             self._kept_at_once = scores.keys() - none
-        empty = [name for name in self._parts.empty(masks) if name not in self._gone]
+        empty = [
+            name for name in self._parts.totals.empty(masks) if name not in self._gone
+        ]
         emptied = [name for name in empty if name not in self._empty]
         self._empty = {name: self._empty.get(name, step) for name in empty}
         if emptied and self._regrows and before is not None:
@@ -139,8 +141,8 @@ class Notes:
         # Scores below 0 are GraSP's, and mean something.
         if self._collapsed or threshold != 0:
             return
-        alive = sum(self._parts.count(self._found(scores, among)).values())
-        kept = sum(self._parts.count(masks).values())
+        alive = sum(self._parts.totals.count(self._found(scores, among)).values())
+        kept = sum(self._parts.totals.count(masks).values())
         if not alive and kept < self._choice:
             self._disconnect(
                 "every saliency is exactly 0 at the first step: there is nothing to "
@@ -149,7 +151,9 @@ class Notes:
                 else f"the network was disconnected at step {step - 1} of "
                 f"{self._steps}: no gradient reaches any weight through the mask"
             )
-        choice = sum(self._parts.count(among).values()) if among else self._choice
+        choice = (
+            sum(self._parts.totals.count(among).values()) if among else self._choice
+        )
         # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
         # on 1x1 maps, units that a batch leaves asleep) are kept while there is room
         # for them, and do no harm. With another batch they may be twice as many.

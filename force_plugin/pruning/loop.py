@@ -185,7 +185,7 @@ def force_prune(
             else parts.part(w.name, w.mask)
             for w in (weights if any(w.mask is not None for w in weights) else ())
         }
-        removed = parts.count({name: ~mask for name, mask in earlier.items()})
+        removed = parts.totals.count({name: ~mask for name, mask in earlier.items()})
         available = total - sum(removed.values())
         if kept_after[-1] > available:
             raise ValueError(
@@ -224,7 +224,10 @@ def force_prune(
                     notes.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
                 selected, threshold = top_k_masks(
-                    [*scores.values()], min(kept, available), parts, [*among.values()]
+                    [*scores.values()],
+                    min(kept, available),
+                    parts.totals,
+                    [*among.values()],
                 )
                 masks = dict(zip(scores, selected, strict=True))
                 parts.agree(f"the masks of step {step}", _REPORT, *masks.values())
@@ -236,7 +239,7 @@ def force_prune(
             if kept_after[-1] < total:
                 notes.on_flow(*probe.flow())
 
-        kept_in, emptied = parts.count(masks), notes.emptied()
+        kept_in, emptied = parts.totals.count(masks), notes.emptied()
         # Before the model is touched: a filter may make errors of warnings.
         said = [*notes.problems, *(["; ".join(emptied)] if emptied else [])]
         _warn(said, ranks)

@@ -89,7 +89,7 @@ def small(parameters: Mapping[str, Tensor], parts: Parts = WHOLE) -> dict[str, f
         and values.layout == torch.strided
         and values.itemsize > 1  # there is no arithmetic in 8 bits
     }
-    found = zip(largest, parts.largest(*largest.values()), strict=True)
+    found = zip(largest, parts.totals.largest(*largest.values()), strict=True)
     return {name: value for name, value in found if 0 <= value <= CLOSED}
 
 

@@ -92,7 +92,7 @@ class LastLook:
                 return None
 
         ranks = self._parts.ranks
-        kept = sum(self._parts.count(self._masks).values())
+        kept = sum(self._parts.totals.count(self._masks).values())
         # What fails on one rank only would lose the ranks of a sharded network.
         few_serve = isinstance(inputs, Tensor) and not self._parts.sharded
         if forward is None and few_serve:
@@ -182,5 +182,5 @@ class LastLook:
             elif dense:
                 continue
             idle += int(mask.count_nonzero())
-        (everywhere,) = self._parts.total(idle)
+        (everywhere,) = self._parts.totals.sum(idle)
         return int(min(row[0] for row in self._parts.ranks.gather(everywhere)))

@@ -210,8 +210,8 @@ class Probe:
             for name in names
             if (mask := self.parameters[name].mask) is not None
         }
-        pruned = self.parts.empty(masks)
-        alive = self.parts.count({name: self.weights[name] for name in names})
+        pruned = self.parts.totals.empty(masks)
+        alive = self.parts.totals.count({name: self.weights[name] for name in names})
         causes = {
             name: "the method gives it none" if count else "its weights are 0"
             for name, count in alive.items()
@@ -297,7 +297,7 @@ class Probe:
         if self._device.type == "cpu":
             self._exit.enter_context(freed_memory_kept())
         self._exit.callback(torch.clear_autocast_cache)
-        self._exit.enter_context(self.parts.reading())
+        self._exit.enter_context(self._stand_ins.reader.reading())
         self.parts.detach(self.model)
         self._compiled.begin(self._exit)
         if "torch._dynamo" in sys.modules:
