@@ -17,7 +17,12 @@ from statistics import median
 
 import torch
 
-TIMED = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+TIMED = """
+import time
+start = time.perf_counter()
+import {}
+print(time.perf_counter() - start)
+"""
 
 
 def seconds(module: str) -> float:
@@ -36,14 +41,12 @@ def main() -> None:
     pairs = [[seconds(module) for module in modules] for _ in range(turns)]
     theirs, ours = (median(times) for times in zip(*pairs, strict=True))
     ratios = sorted(own / base for base, own in pairs)
-    print(
-        f"{platform.machine()}, torch {torch.__version__}, {date.today()}, {turns} turns\n"
-    )
+    machine = f"{platform.machine()}, torch {torch.__version__}, {date.today()}"
+    print(f"{machine}, {turns} turns\n")
     print(f"import torch         {theirs:6.2f} s")
     print(f"import force_plugin  {ours:6.2f} s")
-    print(
-        f"ratio                {median(ratios):6.2f}   ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+    spread = f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    print(f"ratio                {median(ratios):6.2f}   {spread}")
 
 
 if __name__ == "__main__":

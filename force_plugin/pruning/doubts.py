@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,68 @@ _CHANCE = 0.1
 _OVERRATED = 10
 
 
-class Notes:
+class DeadChannels:
+    """Whether channels without any weight took the saliency of layers that were emptied.
+
+    Args:
+        steps: How many steps there are.
+        fixed: Whether the method fixes them.
+
+    Attributes:
+        said: A sentence about the step at which they had the most; empty: they had no
+            more than half of the saliency.
+    """
+
+    def __init__(self, steps: int, fixed: bool) -> None:  # noqa: D107
+        self.said = ""
+        self._steps = steps
+        self._fixed = fixed
+        self._share = 0.5  # of the saliency, the largest so far
+
+    def look(
+        self,
+        step: int,
+        scores: Mapping[str, Tensor],
+        among: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        rows: Callable[[str, Tensor], Tensor],
+    ) -> None:
+        """Look at the scores of a step.
+
+        Args:
+            step: Its number, from 1.
+            scores: Of all weights.
+            among: Where there was a weight to choose; empty: everywhere.
+            masks: The masks that the scores were measured with.
+            rows: Gives all of a tensor of a weight's shape, output channels first.
+        """
+        # Saliency and number of the weights in dead channels, of those kept, of all.
+        dead, kept, every = ([0.0, 0.0] for _ in range(3))
+        for name in masks:
+            # One layer at a time: whether a channel is empty is told by all of it.
+            chosen = scores[name] * among.get(name, True)
+            mask, score = (rows(name, part) for part in (masks[name], chosen))
+            score = score.abs()
+            empty = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
+            for part, weights in ((dead, ~empty), (kept, mask), (every, ...)):
+                part[0] += float(score[weights].sum(dtype=torch.float64))
+                part[1] += score[weights].numel()
+        share = dead[0] / every[0] if every[0] else 0.0
+        ratio = dead[0] / dead[1] / (kept[0] / kept[1]) if dead[1] and kept[0] else 0.0
+        if share <= self._share or ratio <= _OVERRATED:
+            return
+        self._share = share
+        remedy = "iter_snip, where nothing returns, may serve better"
+        self.said = (
+            f"at step {step} of {self._steps}, channels without any weight had "
+            f"{100 * share:.0f} % of the saliency, {ratio:,.0f} times as much a "
+            "weight as what was kept (as a rule because a normalisation divides by "
+            "next to nothing there), and they return at the cost of others. "
+            + ("I" + remedy[1:] if self._fixed else f"Fewer steps, or {remedy}")
+        )
+
+
+class Doubts:
     """What makes a mask doubtful, noticed on the way.
 
     Args:
@@ -55,9 +116,7 @@ class Notes:
         self._fixed = criterion.steps is not None
         self._reads = True  # whether other batches would have a say
         self._parts = parts
-        # Of the step at which they had the largest: the share of the saliency that dead
-        # channels had, and a sentence about it.
-        self._dead: tuple[float, str] = (0.5, "")
+        self._dead = DeadChannels(len(kept), self._fixed)
         # All that there is to choose from, and what has a saliency at the first step.
         self._choice = self._alive_at_first = 0
         self._causes: list[str] = []  # why nothing has one
@@ -137,7 +196,7 @@ class Notes:
         emptied = [name for name in empty if name not in self._empty]
         self._empty = {name: self._empty.get(name, step) for name in empty}
         if emptied and self._regrows and before is not None:
-            self._look_at_dead_channels(step, scores, among, before)
+            self._dead.look(step, scores, among, before, self._rows)
         # Scores below 0 are GraSP's, and mean something.
         if self._collapsed or threshold != 0:
             return
@@ -171,38 +230,6 @@ class Notes:
             "others were kept by position, which means nothing. "
             f"Take {self._advice()}"
         )
-
-    def _look_at_dead_channels(
-        self,
-        step: int,
-        scores: Mapping[str, Tensor],
-        among: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-    ) -> None:
-        """See whether a step took layers for the sake of channels without a weight."""
-        # Saliency and number of the weights in dead channels, of those kept, of all.
-        dead, kept, every = ([0.0, 0.0] for _ in range(3))
-        for name in masks:
-            # One layer at a time: whether a channel is empty is told by all of it.
-            chosen = scores[name] * among.get(name, True)
-            mask, score = (self._rows(name, part) for part in (masks[name], chosen))
-            score = score.abs()
-            rows = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
-            for part, weights in ((dead, ~rows), (kept, mask), (every, ...)):
-                part[0] += float(score[weights].sum(dtype=torch.float64))
-                part[1] += score[weights].numel()
-        share = dead[0] / every[0] if every[0] else 0.0
-        ratio = dead[0] / dead[1] / (kept[0] / kept[1]) if dead[1] and kept[0] else 0.0
-        if share > self._dead[0] and ratio > _OVERRATED:
-            remedy = "iter_snip, where nothing returns, may serve better"
-            self._dead = (
-                share,
-                f"at step {step} of {self._steps}, channels without any weight had "
-                f"{100 * share:.0f} % of the saliency, {ratio:,.0f} times as much a "
-                "weight as what was kept (as a rule because a normalisation divides by "
-                "next to nothing there), and they return at the cost of others. "
-                + ("I" + remedy[1:] if self._fixed else f"Fewer steps, or {remedy}"),
-            )
 
     def on_flow(
         self, connected: bool | None, idle: int, broken: Sequence[str] = ()
@@ -255,7 +282,7 @@ class Notes:
         """What to take instead, of what this method leaves to the caller."""
         if not more_or_fewer:
             alive_at_once = self._kept_at_once.issuperset(self._empty) and self._empty
-            more_or_fewer = "fewer" if self._dead[1] or alive_at_once else "more"
+            more_or_fewer = "fewer" if self._dead.said or alive_at_once else "more"
         *others, last = [
             *([] if self._fixed else [f"{more_or_fewer} steps"]),
             *(["more batches"] if self._reads else []),
@@ -287,7 +314,7 @@ class Notes:
             )
         if at_once := len(self._kept_at_once.intersection(names)):
             said.append(f"a single step would have left weights in {at_once} of them")
-        return [*said, self._dead[1]] if self._dead[1] else said
+        return [*said, self._dead.said] if self._dead.said else said
 
 
 def find_small(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from force_plugin.model.weights import (
 )
 from force_plugin.parallel.ranks import Ranks, unwrap
 from force_plugin.parallel.shards import Parts
-from force_plugin.pruning.doubts import Notes
+from force_plugin.pruning.doubts import Doubts
 from force_plugin.report.sparsity import SparsityReport, report_of
 from force_plugin.scoring import gates
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
@@ -195,10 +195,10 @@ def force_prune(
         passes = Passes.of(options, "force_prune")
         agree(parts, model, weights, method_name, passes.open_gates, kept_after)
 
-        notes = Notes(kept_after, on_collapse, criterion, parts)
+        doubts = Doubts(kept_after, on_collapse, criterion, parts)
         if parameters is None:
             rest = passed_over(model, {weight.name for weight in weights})
-            notes.problems += Coverage(total, rest).doubts()
+            doubts.problems += Coverage(total, rest).doubts()
         masks: dict[str, Tensor] = {}
         probe = Probe(
             model,
@@ -221,7 +221,7 @@ def force_prune(
             for step, kept in enumerate(kept_after, start=1):
                 scores = scores_of(criterion, probe)
                 if step == 1:
-                    notes.on_first_scores(scores, earlier, probe)
+                    doubts.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
                 selected, threshold = top_k_masks(
                     [*scores.values()],
@@ -231,19 +231,19 @@ def force_prune(
                 )
                 masks = dict(zip(scores, selected, strict=True))
                 parts.agree(f"the masks of step {step}", _REPORT, *masks.values())
-                notes.on_selection(step, scores, among, masks, threshold, probe.masks)
+                doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
                 del scores, selected  # not to be there beside the next step's gradients
                 probe.prune(masks)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
                 bar.update()
             if kept_after[-1] < total:
-                notes.on_flow(*probe.flow())
+                doubts.on_flow(*probe.flow())
 
-        kept_in, emptied = parts.totals.count(masks), notes.emptied()
+        kept_in, emptied = parts.totals.count(masks), doubts.emptied()
         # Before the model is touched: a filter may make errors of warnings.
-        said = [*notes.problems, *(["; ".join(emptied)] if emptied else [])]
+        said = [*doubts.problems, *(["; ".join(emptied)] if emptied else [])]
         _warn(said, ranks)
-        remarks = [*gates.describe(probe.gates), *notes.problems, *emptied]
+        remarks = [*gates.describe(probe.gates), *doubts.problems, *emptied]
     # 60 and "exponential" are what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from force_plugin.errors import NoGradientError
-from force_plugin.model.restoring import restored, without_trace
-from force_plugin.model.weights import Weight, is_scripted, named_parameters
+from force_plugin.model.restoring import in_evaluation_mode, without_trace
+from force_plugin.model.weights import Weight, named_parameters
 from force_plugin.parallel.shards import WHOLE, Parts
 from force_plugin.scoring import dead_gradients
 from force_plugin.scoring.causes import Causes
@@ -218,11 +218,9 @@ class Probe:
         }
         asked = [name for name in names if name not in pruned]
         if asked and self._opening.measure is not None:
-            with restored(self.model.modules()):
-                rewind = self._stand_ins.remember(self.gates)
-                output, leaves = self._opening.measure()
-                found = dead_gradients.find_ends(output, {n: leaves[n] for n in asked})
-                rewind()
+            with self._opening.last_graph(self._stand_ins) as (output, leaves):
+                own = {name: leaves[name] for name in asked}
+                found = dead_gradients.find_ends(output, own)
             causes |= {name: cause for name, cause in found.items() if cause}
         return causes | dict.fromkeys(pruned, dead_gradients.PRUNED)
 
@@ -261,20 +259,10 @@ class Probe:
             self.masks,
         )
 
-    @contextmanager
-    def evaluation_mode(self) -> Iterator[None]:
+    def evaluation_mode(self) -> AbstractContextManager[None]:
         """Every module in evaluation mode for a while, then as it was."""
         self._open()
-        # That of TorchScript is none of its attributes in Python.
-        scripted = [(m, m.training) for m in self.model.modules() if is_scripted(m)]
-        with restored(self.model.modules()):
-            try:
-                for module in self.model.modules():
-                    module.training = False
-                yield
-            finally:
-                for module, training in scripted:
-                    module.training = training
+        return in_evaluation_mode(self.model)
 
     def broken(self) -> list[str]:
         """Parameters that are not finite, and buffers that hold a NaN."""
