@@ -27,7 +27,7 @@ _OVERRATED = 10
 
 
 class DeadChannels:
-    """Whether channels without any weight took the saliency of layers that were emptied.
+    """Whether channels without any weight have taken the saliency of emptied layers.
 
     Args:
         steps: How many steps there are.

@@ -270,24 +270,6 @@ def _products(node: Node) -> tuple[tuple[int, str, int, str], ...]:
     return ()
 
 
-def recomputes(output: Tensor) -> bool:
-    """Whether a part of a graph is made anew in the backward pass, by reentrance.
-
-    Only :func:`torch.autograd.backward` without ``inputs`` reaches what is in it.
-    """
-    ahead: list[Node | None] = [output.grad_fn]
-    seen = set()
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        ahead += [following for following, _ in node.next_functions]
-    return False
-
-
 def operation(node: Node) -> str:
     """What autograd calls an operation.
 

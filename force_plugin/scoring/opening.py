@@ -123,9 +123,14 @@ class Opening:
     @contextmanager
     def last_graph(
         self, stand_ins: StandIns
-    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
-        """The last measurement, made again; what it does to the model is undone."""
-        assert self.measure is not None
+    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]] | None]:
+        """The last measurement, made again; ``None`` where there was none.
+
+        What it does to the model is undone afterwards.
+        """
+        if self.measure is None:
+            yield None
+            return
         with restored(self._model.modules()):
             rewind = stand_ins.remember(self.gates)
             yield self.measure()

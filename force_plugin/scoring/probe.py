@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from force_plugin.errors import NoGradientError
 from force_plugin.model.restoring import in_evaluation_mode, without_trace
 from force_plugin.model.weights import Weight, named_parameters
 from force_plugin.parallel.shards import WHOLE, Parts
@@ -19,8 +18,8 @@ from force_plugin.scoring import dead_gradients
 from force_plugin.scoring.causes import Causes
 from force_plugin.scoring.compiled import Compiled
 from force_plugin.scoring.feed import Feed
-from force_plugin.scoring.gates import Gate, recomputes
-from force_plugin.scoring.gradients import Gradients
+from force_plugin.scoring.gates import Gate
+from force_plugin.scoring.gradients import Gradients, refuse_recomputation
 from force_plugin.scoring.last_look import LastLook
 from force_plugin.scoring.loss import Loss
 from force_plugin.scoring.malloc import freed_memory_kept
@@ -86,16 +85,13 @@ class Probe:
         self._compiled = Compiled(model, passes.compile, self._device, parts)
         self._feed = Feed(loader, passes, self._device, parts, on_batch)
         self._causes = Causes(model, self.parameters, passes.autocast, self._device)
-        self._loss = Loss(
-            model,
-            passes,
-            self._feed,
-            self._causes,
-            lambda: self._stand_ins.remember(self.gates),
-        )
+        self._loss = Loss(model, passes, self._feed, self._causes, self._remember)
         self._gradients = Gradients(self._stand_ins, self._feed, self._loss_of, parts)
         self._synflow = SynapticFlow(
             model, self._stand_ins, self._opening, self._feed, parts
+        )
+        self._last_look = LastLook(
+            model, self._stand_ins, passes, self._feed, self._loss_of, parts
         )
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
@@ -205,24 +201,12 @@ class Probe:
 
         Costs one more pass of the last batch, where there is any such weight.
         """
-        masks = {
-            name: self.parts.part(name, mask)
-            for name in names
-            if (mask := self.parameters[name].mask) is not None
-        }
-        pruned = self.parts.totals.empty(masks)
-        alive = self.parts.totals.count({name: self.weights[name] for name in names})
-        causes = {
-            name: "the method gives it none" if count else "its weights are 0"
-            for name, count in alive.items()
-        }
-        asked = [name for name in names if name not in pruned]
-        if asked and self._opening.measure is not None:
-            with self._opening.last_graph(self._stand_ins) as (output, leaves):
-                own = {name: leaves[name] for name in asked}
-                found = dead_gradients.find_ends(output, own)
-            causes |= {name: cause for name, cause in found.items() if cause}
-        return causes | dict.fromkeys(pruned, dead_gradients.PRUNED)
+        return dead_gradients.explain(
+            {name: self.parameters[name] for name in names},
+            self.weights,
+            self.parts,
+            lambda: self._opening.last_graph(self._stand_ins),
+        )
 
     def flow(self) -> tuple[bool | None, int, list[str]]:
         """What the outputs of the network, as it is pruned, depend on.
@@ -230,18 +214,8 @@ class Probe:
         Returns:
             As :meth:`LastLook.flow` says.
         """
-        look = LastLook(
-            self.model,
-            self._stand_ins,
-            self.masks or {},
-            self._passes,
-            self._feed,
-            self._loss_of,
-            self.parts,
-            self.evaluation_mode,
-            self._device,
-        )
-        return look.flow(self.loss)
+        masks = self.masks or {}
+        return self._last_look.flow(masks, self.evaluation_mode, self.loss)
 
     def protected(self, by: str) -> AbstractContextManager[None]:
         """Take back what someone else writes to the model's own values, or to masks.
@@ -295,6 +269,10 @@ class Probe:
         self._stand_ins.put(self._opening.values(), self._exit)
         self._stand_ins.mask(self.masks)
 
+    def _remember(self) -> Callable[[], None]:
+        """What a pass may change, and the way back."""
+        return self._stand_ins.remember(self.gates)
+
     def _loss_of(self, batch: Any, temperature: float) -> Tensor:
         """The loss of one batch, with gates open."""
 
@@ -307,13 +285,6 @@ class Probe:
         first = self._opening.measure is None
         with self._compiled.passing(first, self._stand_ins.scored):
             loss, _ = self._opening.revealed(measure, self._stand_ins)
-        if first and recomputes(loss):
-            raise NoGradientError(
-                "the model recomputes activations by torch.utils.checkpoint with "
-                "use_reentrant=True, which hides weights from the gradients that "
-                "scoring takes",
-                "pass use_reentrant=False there, as transformers' "
-                'gradient_checkpointing_enable({"use_reentrant": False}) does, or turn '
-                "it off until the model is pruned",
-            )
+        if first:
+            refuse_recomputation(loss)
         return loss
