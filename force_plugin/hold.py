@@ -37,7 +37,7 @@ from force_plugin.masks.permanent import make_permanent
 from force_plugin.model.names import unwrapped
 from force_plugin.model.weights import named_parameters
 from force_plugin.parallel.ranks import unwrap
-from force_plugin.structure.copies import deep_copy
+from force_plugin.structure.cut_copies import deep_copy
 from force_plugin.trainers.held_by_optimizers import hold_from_first_step
 from force_plugin.trainers.initial_weights import (
     InitialWeights,

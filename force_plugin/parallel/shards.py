@@ -101,13 +101,13 @@ class Parts:
                     "leave it out with parameters="
                 )
 
-    def agree(self, what: str, advice: str, *tensors: Tensor) -> None:
+    def require_same(self, what: str, advice: str, *tensors: Tensor) -> None:
         """Make sure that all ranks have the same, where they have the same part.
 
-        As :meth:`force_plugin.parallel.ranks.Ranks.agree`. Parts are not compared.
+        As :meth:`Ranks.require_same`. Parts are not compared.
         """
         if not self.sharded:
-            self.ranks.agree(what, advice, *tensors)
+            self.ranks.require_same(what, advice, *tensors)
 
     def detach(self, model: nn.Module) -> None:
         """Take FSDP2's hooks off, so that modules work by themselves."""

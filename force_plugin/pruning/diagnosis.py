@@ -107,14 +107,14 @@ class Diagnosis:
         found: list[str] = []
         if not self.chosen:
             found += Coverage(self.prunable, self.passed_over).doubts()
-        found += gates.describe({gate.name: gate for gate in self.gates})
+        found += gates.remarks_on({gate.name: gate for gate in self.gates})
         # What is silent with open gates too has a line of its own.
         if helped := [name for name in self.hidden if name not in self.silent]:
             found.append(
                 f"{name_layers(helped, self.layers)} have no saliency as long as "
                 "the gates are closed: keep open_gates=True"
             )
-        found += dead_gradients.describe(self.silent, self.layers)
+        found += dead_gradients.sentences(self.silent, self.layers)
         if self.small:
             found.append(
                 f"{name_layers([*self.small], self.layers)} lose every weight and have "

@@ -147,7 +147,7 @@ class Doubts:
         causes = probe.explain_silence(blind)
         self.problems += [
             *probe.problems,
-            *dead_gradients.describe(causes, len(scores)),
+            *dead_gradients.sentences(causes, len(scores)),
         ]
         self._causes = [*dict.fromkeys(causes.values())]
         self._choice = self._parts.totals.size([*scores.values()])

@@ -193,7 +193,9 @@ def force_prune(
                 f"already, and pruning it again only removes more; got {sparsity}"
             )
         passes = Passes.of(options, "force_prune")
-        agree(parts, model, weights, method_name, passes.open_gates, kept_after)
+        require_one_start(
+            parts, model, weights, method_name, passes.open_gates, kept_after
+        )
 
         doubts = Doubts(kept_after, on_collapse, criterion, parts)
         if parameters is None:
@@ -230,7 +232,9 @@ def force_prune(
                     [*among.values()],
                 )
                 masks = dict(zip(scores, selected, strict=True))
-                parts.agree(f"the masks of step {step}", _REPORT, *masks.values())
+                parts.require_same(
+                    f"the masks of step {step}", _REPORT, *masks.values()
+                )
                 doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
                 del scores, selected  # not to be there beside the next step's gradients
                 probe.prune(masks)
@@ -243,7 +247,7 @@ def force_prune(
         # Before the model is touched: a filter may make errors of warnings.
         said = [*doubts.problems, *(["; ".join(emptied)] if emptied else [])]
         _warn(said, ranks)
-        remarks = [*gates.describe(probe.gates), *doubts.problems, *emptied]
+        remarks = [*gates.remarks_on(probe.gates), *doubts.problems, *emptied]
     # 60 and "exponential" are what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
@@ -321,7 +325,7 @@ def saliency(
         weights = find_weights(model, parameters)
         parts.check(weights)
         passes = Passes.of(options, "saliency")
-        agree(parts, model, weights, criterion.__name__, passes.open_gates)
+        require_one_start(parts, model, weights, criterion.__name__, passes.open_gates)
         with Probe(
             model,
             weights,
@@ -345,18 +349,18 @@ def _name(schedule: str | Schedule) -> str:
     return repr(name) if name else getattr(schedule, "__name__", "a callable")
 
 
-def agree(
+def require_one_start(
     parts: Parts, model: nn.Module, weights: Sequence[Weight], *settings: object
 ) -> None:
     """Make sure that the ranks are about to do the same to the same network."""
-    parts.ranks.agree(
+    parts.ranks.require_same(
         "the arguments, or the model",
         "pass the same method, sparsity, steps, schedule, parameters and open_gates, "
         "and a model of the same architecture, on every rank",
         *settings,
         *((w.name, w.dense.shape, w.dense.dtype, w.mask is None) for w in weights),
     )
-    parts.agree(
+    parts.require_same(
         "the model's parameters",
         "seed every rank alike (torch.manual_seed) before the model is made, or wrap "
         "it in DistributedDataParallel first, which copies rank 0's",

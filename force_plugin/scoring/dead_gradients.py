@@ -168,7 +168,7 @@ def explain(
     return causes | dict.fromkeys(pruned, PRUNED)
 
 
-def describe(causes: Mapping[str, str], total: int) -> list[str]:
+def sentences(causes: Mapping[str, str], total: int) -> list[str]:
     """One sentence for each cause.
 
     Args:

@@ -319,7 +319,7 @@ def _largest(values: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def describe(gates: Mapping[str, Gate]) -> list[str]:
+def remarks_on(gates: Mapping[str, Gate]) -> list[str]:
     """One sentence for each kind of gate that was opened, for the report."""
     sentences = []
     for kind in (NORMALISATION, SCALE, WEIGHT):
