@@ -19,6 +19,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: .venv/.installed
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

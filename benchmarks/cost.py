@@ -65,9 +65,9 @@ from force_plugin import force_prune, get_masks
 from force_plugin.files import write_whole
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import scores_of
-from force_plugin.pruning.doubts import Notes
-from force_plugin.scoring.malloc import freed_memory_kept
+from force_plugin.pruning.doubts import Doubts
 from force_plugin.scoring.gradients import Gradients, Sums
+from force_plugin.scoring.malloc import freed_memory_kept
 from force_plugin.scoring.probe import Probe
 from force_plugin.selection.top_k import top_k_masks
 from force_plugin.zoo import digits
@@ -677,8 +677,8 @@ def measure_profile(args: argparse.Namespace) -> Iterator[Row]:
         "scores": spent(scores_of, force_prune) - gradients,
         "selection": spent(top_k_masks, force_prune),
         "masks on stand-ins": spent(Probe.prune, force_prune),
-        "notes": spent(Notes.on_selection, force_prune)
-        + spent(Notes.on_first_scores, force_prune),
+        "notes": spent(Doubts.on_selection, force_prune)
+        + spent(Doubts.on_first_scores, force_prune),
         "connected": spent(Probe.flow, force_prune),
     }
     theirs = {

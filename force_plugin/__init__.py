@@ -1,5 +1,8 @@
 """Prune a network before it is trained: a plugin for :mod:`torch.nn.utils.prune`."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from force_plugin.errors import (
     BatchError,
     CollapseError,
@@ -36,11 +39,13 @@ from force_plugin.methods.registry import METHODS
 from force_plugin.pruning.diagnosis import Diagnosis, StageDiagnosis, diagnose
 from force_plugin.pruning.loop import force_prune, saliency
 from force_plugin.report.sparsity import LayerReport, SparsityReport, sparsity_report
-from force_plugin.structure.compaction import compact
-from force_plugin.structure.files import load_compact, save_compact
-from force_plugin.structure.importance import SaliencyImportance
-from force_plugin.structure.size import CompactReport, LayerSize, compact_report
-from force_plugin.structure.snap import snap_prune
+
+if TYPE_CHECKING:
+    from force_plugin.structure.compaction import compact
+    from force_plugin.structure.files import load_compact, save_compact
+    from force_plugin.structure.importance import SaliencyImportance
+    from force_plugin.structure.size import CompactReport, LayerSize, compact_report
+    from force_plugin.structure.snap import snap_prune
 
 __version__ = "0.1.0"
 
@@ -95,3 +100,26 @@ __all__ = [
     "snap_prune",
     "sparsity_report",
 ]
+
+# Imported when they are asked for: torch-pruning takes as long to import as torch.
+_STRUCTURE = {
+    "CompactReport": "size",
+    "LayerSize": "size",
+    "SaliencyImportance": "importance",
+    "compact": "compaction",
+    "compact_report": "size",
+    "load_compact": "files",
+    "save_compact": "files",
+    "snap_prune": "snap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _STRUCTURE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.structure.{_STRUCTURE[name]}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

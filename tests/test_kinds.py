@@ -45,7 +45,8 @@ from force_plugin import (
     snap_prune,
     sparsity_report,
 )
-from force_plugin.hold import InitialWeights, save_pruned
+from force_plugin.hold import save_pruned
+from force_plugin.trainers.initial_weights import InitialWeights
 from force_plugin.zoo import count_classes, load_dataset
 
 KINDS: dict[type[PruningError], type[Exception]] = {

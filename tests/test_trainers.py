@@ -25,7 +25,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from force_plugin import force_prune, get_masks, make_permanent
-from force_plugin.hold import InitialWeights, save_pruned
+from force_plugin.hold import save_pruned
+from force_plugin.trainers.initial_weights import InitialWeights
 from force_plugin.zoo import digits
 
 ROOT = Path(__file__).parents[1]

@@ -175,7 +175,9 @@ def _with_zeros(parameters: Iterable[Weight], parts: Parts) -> list[Weight]:
     these are left alone.
     """
     weights = [weight for weight in parameters if _is_weight(weight)]
-    zeros = parts.count({weight.name: _zeros_among(weight) for weight in weights})
+    zeros = parts.totals.count(
+        {weight.name: _zeros_among(weight) for weight in weights}
+    )
     whole = {w.name for w in weights if zeros[w.name] == w.dense.numel()}
     found = [w for w in weights if zeros[w.name]]
     if all(weight.name in whole for weight in found):

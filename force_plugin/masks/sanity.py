@@ -125,7 +125,7 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
     values = {name: weight.dense for name, weight in weights.items()}
     others = {name: weight.dense for name, weight in new.items()}
     pairs = _matched(values | _scripted(model), others | _scripted(fresh))
-    pairs += _matched(_buffers(model), _buffers(fresh))
+    pairs += _matched(_values_of_buffers(model), _values_of_buffers(fresh))
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
         for old, value in pairs:
@@ -155,7 +155,7 @@ def _scripted(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
+def _values_of_buffers(model: nn.Module) -> dict[str, Tensor]:
     """All buffers but masks."""
     slots = named_buffers(model)
     masks = {

@@ -194,6 +194,25 @@ def rewound(loader: Iterable[Any]) -> Iterator[None]:
             vars(loader).update(state)
 
 
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode for a while, then as it was."""
+    # That of TorchScript is none of its attributes in Python.
+    scripted = [
+        (module, module.training)
+        for module in model.modules()
+        if isinstance(module, torch.jit.ScriptModule)
+    ]
+    with restored(model.modules()):
+        try:
+            for module in model.modules():
+                module.training = False
+            yield
+        finally:
+            for module, training in scripted:
+                module.training = training
+
+
 def random_states(model: nn.Module) -> Callable[[], None]:
     """The states of all global random generators, and the way back."""
     numpy_state, python_state = np.random.get_state(), random.getstate()

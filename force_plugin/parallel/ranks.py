@@ -115,7 +115,7 @@ class Ranks:
             dist.broadcast(values, 0)
             tensor.copy_(values)
 
-    def agree(self, what: str, advice: str, *things: object) -> None:
+    def require_same(self, what: str, advice: str, *things: object) -> None:
         """Make sure that all ranks have the same.
 
         Args:

@@ -10,13 +10,12 @@ which GraSP needs, and with it a rank that fails leaves the others waiting.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -28,6 +27,7 @@ from force_plugin.model.weights import (
     part_of,
 )
 from force_plugin.parallel.ranks import ALONE, Ranks
+from force_plugin.parallel.totals import Totals
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -46,6 +46,7 @@ class Parts:
     Attributes:
         ranks: As given.
         sharded: Whether there is more than one part.
+        totals: Numbers of all parts.
 
     Raises:
         ValueError: It is sharded otherwise than by ``fully_shard`` alone (FSDP1, tensor
@@ -56,11 +57,6 @@ class Parts:
     def __init__(self, model: nn.Module, ranks: Ranks = ALONE) -> None:  # noqa: D107
         self.ranks = ranks
         self._layouts: dict[str, DTensor] = {}
-        # The ranks that hold one part each; with replicas (HSDP), those of the first.
-        self._holders: Sequence[int] = [ranks.rank]
-        self._mine = 0
-        # Where autograd finds again what it has saved of a parameter, by its memory.
-        self._open: dict[int, tuple[ref[Tensor], Tensor, str]] = {}
         units = sharded_modules(model)
         if units:
             ranks.vote()  # what follows is collective
@@ -71,6 +67,7 @@ class Parts:
                 self._layouts[name] = _checked(weight, units, ranks)
         self._tags = {name: tag for tag, name in enumerate(self._layouts, start=1)}
         self.sharded = bool(self._layouts)
+        self.totals = Totals(ranks)
         if self.sharded:
             first, layout = next(iter(self._layouts.items()))
             for name, other in self._layouts.items():
@@ -82,13 +79,13 @@ class Parts:
             across = layout.device_mesh.mesh
             for placement in layout.placements:
                 across = across.movedim(0, -1) if placement.is_shard() else across[0]
-            self._holders = across.tolist()
             at: Sequence[int] = layout.device_mesh.get_coordinate() or []
-            self._mine = sum(
+            mine = sum(
                 place
                 for place, placement in zip(at, layout.placements, strict=True)
                 if placement.is_shard()
             )
+            self.totals = Totals(ranks, across.tolist(), mine)
 
     def check(self, weights: Iterable[Weight]) -> None:
         """Make sure that all weights are in parts, or none.
@@ -104,13 +101,13 @@ class Parts:
                     "leave it out with parameters="
                 )
 
-    def agree(self, what: str, advice: str, *tensors: Tensor) -> None:
+    def require_same(self, what: str, advice: str, *tensors: Tensor) -> None:
         """Make sure that all ranks have the same, where they have the same part.
 
-        As :meth:`force_plugin.parallel.ranks.Ranks.agree`. Parts are not compared.
+        As :meth:`Ranks.require_same`. Parts are not compared.
         """
         if not self.sharded:
-            self.ranks.agree(what, advice, *tensors)
+            self.ranks.require_same(what, advice, *tensors)
 
     def detach(self, model: nn.Module) -> None:
         """Take FSDP2's hooks off, so that modules work by themselves."""
@@ -121,6 +118,10 @@ class Parts:
                         "torch.distributed.fsdp"
                     ):
                         del hooks[key]
+
+    def divides(self, name: str) -> bool:
+        """Whether a parameter of this name is sharded."""
+        return name in self._layouts
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """All values of a tensor of which each rank has the part of a parameter.
@@ -178,14 +179,39 @@ class Parts:
             .to_local()
         )
 
+    def average(self, tensors: dict[str, Tensor]) -> None:
+        """Put in the place of each tensor its mean over the ranks.
+
+        Args:
+            tensors: By parameter name; of one that is sharded, this rank's part of the
+                sum. The tensors themselves are not written to.
+        """
+        rest = {n: t for n, t in tensors.items() if n not in self._layouts}
+        self.ranks.average(rest)
+        for name, tensor in tensors.items():
+            tensors[name] = rest[name] if name in rest else tensor / self.ranks.size
+
+
+class Reader:
+    """Puts a parameter together where a pass reads it, and again for its backward pass.
+
+    Args:
+        parts: How parameters are divided.
+    """
+
+    def __init__(self, parts: Parts) -> None:  # noqa: D107
+        self._parts = parts
+        # Where autograd finds again what it has saved of a parameter, by its memory.
+        self._open: dict[int, tuple[ref[Tensor], Tensor, str]] = {}
+
     def read(self, name: str, leaf: Tensor) -> Tensor:
         """A parameter of which every rank has a leaf, for a differentiable pass.
 
         The gradient of the leaf is this rank's part of the sum over the ranks.
         """
-        if name not in self._layouts:
+        if not self._parts.divides(name):
             return leaf
-        value: Tensor = _Whole.apply(leaf, name, self)
+        value: Tensor = _Whole.apply(leaf, name, self._parts)
         where = value.untyped_storage().data_ptr()
         self._open[where] = (
             ref(value, lambda _: self._open.pop(where, None)),
@@ -197,7 +223,7 @@ class Parts:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Let autograd save of each parameter that was read where to read it again."""
-        if not self.sharded:
+        if not self._parts.sharded:
             yield
             return
 
@@ -216,82 +242,10 @@ class Parts:
             if isinstance(saved, Tensor):
                 return saved
             (leaf, name), shape = saved
-            return self.whole(name, leaf.detach()).as_strided(*shape)
+            return self._parts.whole(name, leaf.detach()).as_strided(*shape)
 
         with saved_tensors_hooks(pack, unpack):
             yield
-
-    def average(self, tensors: dict[str, Tensor]) -> None:
-        """Put in the place of each tensor its mean over the ranks.
-
-        Args:
-            tensors: By parameter name; of one that is sharded, this rank's part of the
-                sum. The tensors themselves are not written to.
-        """
-        rest = {n: t for n, t in tensors.items() if n not in self._layouts}
-        self.ranks.average(rest)
-        for name, tensor in tensors.items():
-            tensors[name] = rest[name] if name in rest else tensor / self.ranks.size
-
-    def each(self, number: float) -> tuple[Sequence[float], int]:
-        """A number of every part, and which of them is this process's own."""
-        if not self.sharded:
-            return [number], 0
-        rows = self.ranks.gather(number)
-        return [rows[rank][0] for rank in self._holders], self._mine
-
-    def total(self, *numbers: float) -> Sequence[float]:
-        """Sums over all parts of numbers that each process has of its own."""
-        if not self.sharded or not numbers:
-            return numbers
-        rows = self.ranks.gather(*numbers)
-        held = [rows[rank] for rank in self._holders]
-        return [sum(column) for column in zip(*held, strict=True)]
-
-    def largest(self, *numbers: float) -> Sequence[float]:
-        """The largest of what the parts have, of each number."""
-        if not self.sharded or not numbers:
-            return numbers
-        rows = self.ranks.gather(*numbers)
-        return [max(column) for column in zip(*rows, strict=True)]
-
-    def count(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many values are not 0, in all parts together, by name."""
-        counts = self.total(*(int(t.count_nonzero()) for t in tensors.values()))
-        return {name: int(n) for name, n in zip(tensors, counts, strict=True)}
-
-    def empty(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The names of those whose values are 0, in all parts."""
-        found = self.total(*(_any(tensor) for tensor in tensors.values()))
-        return [name for name, some in zip(tensors, found, strict=True) if not some]
-
-    def size(self, tensors: Sequence[Tensor]) -> int:
-        """How many values tensors have, all parts together."""
-        return int(*self.total(sum(tensor.numel() for tensor in tensors)))
-
-    def concatenate(self, values: Tensor) -> Tensor:
-        """The values of all parts, one after the other.
-
-        Args:
-            values: One dimension, any length.
-        """
-        if not self.sharded:
-            return values
-        lengths = [int(row[0]) for row in self.ranks.gather(values.numel())]
-        # Bytes are exchanged, which any backend can, and as many from each.
-        padded = values.new_zeros(max(lengths))
-        padded[: values.numel()] = values
-        rows = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(
-            [row.view(torch.uint8) for row in rows], padded.view(torch.uint8)
-        )
-        return torch.cat([rows[rank][: lengths[rank]] for rank in self._holders])
-
-
-def _any(tensor: Tensor) -> bool:
-    if tensor.dtype == torch.bool and tensor.device.type == "cpu":
-        return bool(tensor.numpy().any())  # stops at the first
-    return bool(tensor.any())
 
 
 class _Whole(torch.autograd.Function):

@@ -23,8 +23,7 @@ from force_plugin.model.weights import Weight
 from force_plugin.parallel.ranks import ALONE, Ranks, unwrap
 from force_plugin.parallel.shards import Parts, sharded_modules
 from force_plugin.pruning.doubts import find_small, sizes
-from force_plugin.report.plot import stage_of
-from force_plugin.report.text import COLUMNS, table_rows
+from force_plugin.report.text import COLUMNS, stage_of, table_rows
 from force_plugin.scoring import dead_gradients, gates
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
 from force_plugin.scoring.probe import Probe
@@ -108,14 +107,14 @@ class Diagnosis:
         found: list[str] = []
         if not self.chosen:
             found += Coverage(self.prunable, self.passed_over).doubts()
-        found += gates.describe({gate.name: gate for gate in self.gates})
+        found += gates.remarks_on({gate.name: gate for gate in self.gates})
         # What is silent with open gates too has a line of its own.
         if helped := [name for name in self.hidden if name not in self.silent]:
             found.append(
                 f"{name_layers(helped, self.layers)} have no saliency as long as "
                 "the gates are closed: keep open_gates=True"
             )
-        found += dead_gradients.describe(self.silent, self.layers)
+        found += dead_gradients.sentences(self.silent, self.layers)
         if self.small:
             found.append(
                 f"{name_layers([*self.small], self.layers)} lose every weight and have "
@@ -254,7 +253,7 @@ def diagnose(
             wanted = passes.opening(open_gates and criterion.looks)
             with Probe(model, chosen, loader, wanted, parts=parts) as probe:
                 scores = scores_of(criterion, probe)
-                blind = parts.empty(scores) if open_gates else ()
+                blind = parts.totals.empty(scores) if open_gates else ()
                 return scores, probe, probe.explain_silence(blind)
 
         unused: tuple[str, ...] = ()
@@ -269,7 +268,7 @@ def diagnose(
         for problem in probe.problems if ranks.rank == 0 else ():
             warnings.warn(problem, stacklevel=3)  # past inference_mode
         closed = score(weights, False)[0] if probe.gates else scores
-        hidden = parts.empty(closed)
+        hidden = parts.totals.empty(closed)
 
         # What an earlier pruning removed has no share, and does not come back.
         masks = {
@@ -280,7 +279,9 @@ def diagnose(
             for one in (scores, closed)
         ]
         totals = [
-            dict(zip(one, parts.total(*map(_magnitude, one.values())), strict=True))
+            dict(
+                zip(one, parts.totals.sum(*map(_magnitude, one.values())), strict=True)
+            )
             for one in left
         ]
         prunable = sum(weight.dense.numel() for weight in weights)
@@ -352,9 +353,9 @@ def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
 
 def _emptied(scores: Mapping[str, Tensor], kept: int, parts: Parts) -> list[str]:
     """Layers that have none of the weights with the largest scores."""
-    left = parts.size([*scores.values()])
-    masks, _ = top_k_masks([*scores.values()], min(kept, left), parts)
-    return parts.empty(dict(zip(scores, masks, strict=True)))
+    left = parts.totals.size([*scores.values()])
+    masks, _ = top_k_masks([*scores.values()], min(kept, left), parts.totals)
+    return parts.totals.empty(dict(zip(scores, masks, strict=True)))
 
 
 def _wrap(line: str) -> list[str]:

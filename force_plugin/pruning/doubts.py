@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,68 @@ _CHANCE = 0.1
 _OVERRATED = 10
 
 
-class Notes:
+class DeadChannels:
+    """Whether channels without any weight have taken the saliency of emptied layers.
+
+    Args:
+        steps: How many steps there are.
+        fixed: Whether the method fixes them.
+
+    Attributes:
+        said: A sentence about the step at which they had the most; empty: they had no
+            more than half of the saliency.
+    """
+
+    def __init__(self, steps: int, fixed: bool) -> None:  # noqa: D107
+        self.said = ""
+        self._steps = steps
+        self._fixed = fixed
+        self._share = 0.5  # of the saliency, the largest so far
+
+    def look(
+        self,
+        step: int,
+        scores: Mapping[str, Tensor],
+        among: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        rows: Callable[[str, Tensor], Tensor],
+    ) -> None:
+        """Look at the scores of a step.
+
+        Args:
+            step: Its number, from 1.
+            scores: Of all weights.
+            among: Where there was a weight to choose; empty: everywhere.
+            masks: The masks that the scores were measured with.
+            rows: Gives all of a tensor of a weight's shape, output channels first.
+        """
+        # Saliency and number of the weights in dead channels, of those kept, of all.
+        dead, kept, every = ([0.0, 0.0] for _ in range(3))
+        for name in masks:
+            # One layer at a time: whether a channel is empty is told by all of it.
+            chosen = scores[name] * among.get(name, True)
+            mask, score = (rows(name, part) for part in (masks[name], chosen))
+            score = score.abs()
+            empty = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
+            for part, weights in ((dead, ~empty), (kept, mask), (every, ...)):
+                part[0] += float(score[weights].sum(dtype=torch.float64))
+                part[1] += score[weights].numel()
+        share = dead[0] / every[0] if every[0] else 0.0
+        ratio = dead[0] / dead[1] / (kept[0] / kept[1]) if dead[1] and kept[0] else 0.0
+        if share <= self._share or ratio <= _OVERRATED:
+            return
+        self._share = share
+        remedy = "iter_snip, where nothing returns, may serve better"
+        self.said = (
+            f"at step {step} of {self._steps}, channels without any weight had "
+            f"{100 * share:.0f} % of the saliency, {ratio:,.0f} times as much a "
+            "weight as what was kept (as a rule because a normalisation divides by "
+            "next to nothing there), and they return at the cost of others. "
+            + ("I" + remedy[1:] if self._fixed else f"Fewer steps, or {remedy}")
+        )
+
+
+class Doubts:
     """What makes a mask doubtful, noticed on the way.
 
     Args:
@@ -55,9 +116,7 @@ class Notes:
         self._fixed = criterion.steps is not None
         self._reads = True  # whether other batches would have a say
         self._parts = parts
-        # Of the step at which they had the largest: the share of the saliency that dead
-        # channels had, and a sentence about it.
-        self._dead: tuple[float, str] = (0.5, "")
+        self._dead = DeadChannels(len(kept), self._fixed)
         # All that there is to choose from, and what has a saliency at the first step.
         self._choice = self._alive_at_first = 0
         self._causes: list[str] = []  # why nothing has one
@@ -83,19 +142,19 @@ class Notes:
         """
         self._weights, self._parameters = probe.weights, probe.parameters
         self._reads = not math.isnan(probe.loss)
-        alive = self._parts.count(scores)
+        alive = self._parts.totals.count(scores)
         blind = [name for name, count in alive.items() if not count]
         causes = probe.explain_silence(blind)
         self.problems += [
             *probe.problems,
-            *dead_gradients.describe(causes, len(scores)),
+            *dead_gradients.sentences(causes, len(scores)),
         ]
         self._causes = [*dict.fromkeys(causes.values())]
-        self._choice = self._parts.size([*scores.values()])
+        self._choice = self._parts.totals.size([*scores.values()])
         if among:
-            self._gone = {*self._parts.empty(among)}
-            self._choice = sum(self._parts.count(among).values())
-            alive = self._parts.count(self._found(scores, among))
+            self._gone = {*self._parts.totals.empty(among)}
+            self._choice = sum(self._parts.totals.count(among).values())
+            alive = self._parts.totals.count(self._found(scores, among))
         self._alive_at_first = sum(alive.values())
 
     @staticmethod
@@ -127,20 +186,22 @@ class Notes:
         self._layers = len(masks)
         if step == 1 < self._steps:
             at_once, _ = top_k_masks(
-                [*scores.values()], self._left, self._parts, [*among.values()]
+                [*scores.values()], self._left, self._parts.totals, [*among.values()]
             )
-            none = self._parts.empty(dict(zip(scores, at_once, strict=True)))
+            none = self._parts.totals.empty(dict(zip(scores, at_once, strict=True)))
             self._kept_at_once = scores.keys() - none
-        empty = [name for name in self._parts.empty(masks) if name not in self._gone]
+        empty = [
+            name for name in self._parts.totals.empty(masks) if name not in self._gone
+        ]
         emptied = [name for name in empty if name not in self._empty]
         self._empty = {name: self._empty.get(name, step) for name in empty}
         if emptied and self._regrows and before is not None:
-            self._look_at_dead_channels(step, scores, among, before)
+            self._dead.look(step, scores, among, before, self._rows)
         # Scores below 0 are GraSP's, and mean something.
         if self._collapsed or threshold != 0:
             return
-        alive = sum(self._parts.count(self._found(scores, among)).values())
-        kept = sum(self._parts.count(masks).values())
+        alive = sum(self._parts.totals.count(self._found(scores, among)).values())
+        kept = sum(self._parts.totals.count(masks).values())
         if not alive and kept < self._choice:
             self._disconnect(
                 "every saliency is exactly 0 at the first step: there is nothing to "
@@ -149,7 +210,9 @@ class Notes:
                 else f"the network was disconnected at step {step - 1} of "
                 f"{self._steps}: no gradient reaches any weight through the mask"
             )
-        choice = sum(self._parts.count(among).values()) if among else self._choice
+        choice = (
+            sum(self._parts.totals.count(among).values()) if among else self._choice
+        )
         # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
         # on 1x1 maps, units that a batch leaves asleep) are kept while there is room
         # for them, and do no harm. With another batch they may be twice as many.
@@ -167,38 +230,6 @@ class Notes:
             "others were kept by position, which means nothing. "
             f"Take {self._advice()}"
         )
-
-    def _look_at_dead_channels(
-        self,
-        step: int,
-        scores: Mapping[str, Tensor],
-        among: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-    ) -> None:
-        """See whether a step took layers for the sake of channels without a weight."""
-        # Saliency and number of the weights in dead channels, of those kept, of all.
-        dead, kept, every = ([0.0, 0.0] for _ in range(3))
-        for name in masks:
-            # One layer at a time: whether a channel is empty is told by all of it.
-            chosen = scores[name] * among.get(name, True)
-            mask, score = (self._rows(name, part) for part in (masks[name], chosen))
-            score = score.abs()
-            rows = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
-            for part, weights in ((dead, ~rows), (kept, mask), (every, ...)):
-                part[0] += float(score[weights].sum(dtype=torch.float64))
-                part[1] += score[weights].numel()
-        share = dead[0] / every[0] if every[0] else 0.0
-        ratio = dead[0] / dead[1] / (kept[0] / kept[1]) if dead[1] and kept[0] else 0.0
-        if share > self._dead[0] and ratio > _OVERRATED:
-            remedy = "iter_snip, where nothing returns, may serve better"
-            self._dead = (
-                share,
-                f"at step {step} of {self._steps}, channels without any weight had "
-                f"{100 * share:.0f} % of the saliency, {ratio:,.0f} times as much a "
-                "weight as what was kept (as a rule because a normalisation divides by "
-                "next to nothing there), and they return at the cost of others. "
-                + ("I" + remedy[1:] if self._fixed else f"Fewer steps, or {remedy}"),
-            )
 
     def on_flow(
         self, connected: bool | None, idle: int, broken: Sequence[str] = ()
@@ -251,7 +282,7 @@ class Notes:
         """What to take instead, of what this method leaves to the caller."""
         if not more_or_fewer:
             alive_at_once = self._kept_at_once.issuperset(self._empty) and self._empty
-            more_or_fewer = "fewer" if self._dead[1] or alive_at_once else "more"
+            more_or_fewer = "fewer" if self._dead.said or alive_at_once else "more"
         *others, last = [
             *([] if self._fixed else [f"{more_or_fewer} steps"]),
             *(["more batches"] if self._reads else []),
@@ -283,7 +314,7 @@ class Notes:
             )
         if at_once := len(self._kept_at_once.intersection(names)):
             said.append(f"a single step would have left weights in {at_once} of them")
-        return [*said, self._dead[1]] if self._dead[1] else said
+        return [*said, self._dead.said] if self._dead.said else said
 
 
 def find_small(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:

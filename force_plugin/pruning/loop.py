@@ -23,7 +23,7 @@ from force_plugin.model.weights import (
 )
 from force_plugin.parallel.ranks import Ranks, unwrap
 from force_plugin.parallel.shards import Parts
-from force_plugin.pruning.doubts import Notes
+from force_plugin.pruning.doubts import Doubts
 from force_plugin.report.sparsity import SparsityReport, report_of
 from force_plugin.scoring import gates
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
@@ -185,7 +185,7 @@ def force_prune(
             else parts.part(w.name, w.mask)
             for w in (weights if any(w.mask is not None for w in weights) else ())
         }
-        removed = parts.count({name: ~mask for name, mask in earlier.items()})
+        removed = parts.totals.count({name: ~mask for name, mask in earlier.items()})
         available = total - sum(removed.values())
         if kept_after[-1] > available:
             raise ValueError(
@@ -193,12 +193,14 @@ def force_prune(
                 f"already, and pruning it again only removes more; got {sparsity}"
             )
         passes = Passes.of(options, "force_prune")
-        agree(parts, model, weights, method_name, passes.open_gates, kept_after)
+        require_one_start(
+            parts, model, weights, method_name, passes.open_gates, kept_after
+        )
 
-        notes = Notes(kept_after, on_collapse, criterion, parts)
+        doubts = Doubts(kept_after, on_collapse, criterion, parts)
         if parameters is None:
             rest = passed_over(model, {weight.name for weight in weights})
-            notes.problems += Coverage(total, rest).doubts()
+            doubts.problems += Coverage(total, rest).doubts()
         masks: dict[str, Tensor] = {}
         probe = Probe(
             model,
@@ -221,26 +223,31 @@ def force_prune(
             for step, kept in enumerate(kept_after, start=1):
                 scores = scores_of(criterion, probe)
                 if step == 1:
-                    notes.on_first_scores(scores, earlier, probe)
+                    doubts.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
                 selected, threshold = top_k_masks(
-                    [*scores.values()], min(kept, available), parts, [*among.values()]
+                    [*scores.values()],
+                    min(kept, available),
+                    parts.totals,
+                    [*among.values()],
                 )
                 masks = dict(zip(scores, selected, strict=True))
-                parts.agree(f"the masks of step {step}", _REPORT, *masks.values())
-                notes.on_selection(step, scores, among, masks, threshold, probe.masks)
+                parts.require_same(
+                    f"the masks of step {step}", _REPORT, *masks.values()
+                )
+                doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
                 del scores, selected  # not to be there beside the next step's gradients
                 probe.prune(masks)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
                 bar.update()
             if kept_after[-1] < total:
-                notes.on_flow(*probe.flow())
+                doubts.on_flow(*probe.flow())
 
-        kept_in, emptied = parts.count(masks), notes.emptied()
+        kept_in, emptied = parts.totals.count(masks), doubts.emptied()
         # Before the model is touched: a filter may make errors of warnings.
-        said = [*notes.problems, *(["; ".join(emptied)] if emptied else [])]
+        said = [*doubts.problems, *(["; ".join(emptied)] if emptied else [])]
         _warn(said, ranks)
-        remarks = [*gates.describe(probe.gates), *notes.problems, *emptied]
+        remarks = [*gates.remarks_on(probe.gates), *doubts.problems, *emptied]
     # 60 and "exponential" are what a caller passes who passes nothing.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
@@ -318,7 +325,7 @@ def saliency(
         weights = find_weights(model, parameters)
         parts.check(weights)
         passes = Passes.of(options, "saliency")
-        agree(parts, model, weights, criterion.__name__, passes.open_gates)
+        require_one_start(parts, model, weights, criterion.__name__, passes.open_gates)
         with Probe(
             model,
             weights,
@@ -342,18 +349,18 @@ def _name(schedule: str | Schedule) -> str:
     return repr(name) if name else getattr(schedule, "__name__", "a callable")
 
 
-def agree(
+def require_one_start(
     parts: Parts, model: nn.Module, weights: Sequence[Weight], *settings: object
 ) -> None:
     """Make sure that the ranks are about to do the same to the same network."""
-    parts.ranks.agree(
+    parts.ranks.require_same(
         "the arguments, or the model",
         "pass the same method, sparsity, steps, schedule, parameters and open_gates, "
         "and a model of the same architecture, on every rank",
         *settings,
         *((w.name, w.dense.shape, w.dense.dtype, w.mask is None) for w in weights),
     )
-    parts.agree(
+    parts.require_same(
         "the model's parameters",
         "seed every rank alike (torch.manual_seed) before the model is made, or wrap "
         "it in DistributedDataParallel first, which copies rank 0's",

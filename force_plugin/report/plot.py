@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from force_plugin.report.text import numbered_names, percent
+from force_plugin.report.text import numbered_names, percent, stage_of
 
 if TYPE_CHECKING:
     from force_plugin.report.sparsity import SparsityReport
@@ -122,14 +122,6 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
                 color="0.4",
             )
         start += length
-
-
-def stage_of(name: str) -> str:
-    """Part of the network: "layer1" of "layer1.0.conv1.weight", "stages.0" likewise."""
-    first, second, *_ = [*name.split("."), ""]
-    if second.isdigit() and not first[-1:].isdigit():
-        return f"{first}.{second}"
-    return first
 
 
 class ShownFigure(Figure):

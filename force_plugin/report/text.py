@@ -228,3 +228,11 @@ def percent(report: LayerReport | SparsityReport) -> str:
     if 0 < report.kept < report.total:
         return {"100.00 %": ">99.99 %", "0.00 %": "<0.01 %"}.get(text, text)
     return text
+
+
+def stage_of(name: str) -> str:
+    """Part of the network: "layer1" of "layer1.0.conv1.weight", "stages.0" likewise."""
+    first, second, *_ = [*name.split("."), ""]
+    if second.isdigit() and not first[-1:].isdigit():
+        return f"{first}.{second}"
+    return first

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from force_plugin.model.names import name_layers, name_some
+from force_plugin.model.weights import Weight
+from force_plugin.parallel.shards import Parts
 from force_plugin.scoring.gates import operation
 
 _LAYERS = {
@@ -126,7 +129,46 @@ def _word(node: Node) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
-def describe(causes: Mapping[str, str], total: int) -> list[str]:
+Graph = AbstractContextManager[tuple[Tensor, Mapping[str, Tensor]] | None]
+"""A result and the leaves that it was made of, by parameter name."""
+
+
+def explain(
+    asked: Mapping[str, Weight],
+    values: Mapping[str, Tensor],
+    parts: Parts,
+    last_graph: Callable[[], Graph],
+) -> dict[str, str]:
+    """Why weights have a saliency of exactly 0, by parameter name.
+
+    Args:
+        asked: The weights.
+        values: What was scored of them, by name.
+        parts: The processes that have scored them.
+        last_graph: Makes the last measurement again.
+    """
+    masks = {
+        name: parts.part(name, weight.mask)
+        for name, weight in asked.items()
+        if weight.mask is not None
+    }
+    pruned = parts.totals.empty(masks)
+    alive = parts.totals.count({name: values[name] for name in asked})
+    causes = {
+        name: "the method gives it none" if count else "its weights are 0"
+        for name, count in alive.items()
+    }
+    rest = [name for name in asked if name not in pruned]
+    if rest:
+        with last_graph() as graph:
+            if graph is not None:
+                output, leaves = graph
+                found = find_ends(output, {name: leaves[name] for name in rest})
+                causes |= {name: cause for name, cause in found.items() if cause}
+    return causes | dict.fromkeys(pruned, PRUNED)
+
+
+def sentences(causes: Mapping[str, str], total: int) -> list[str]:
     """One sentence for each cause.
 
     Args:

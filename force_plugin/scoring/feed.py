@@ -27,6 +27,7 @@ class Feed:
         on_batch: Called after each batch with its number within the step, from 1.
 
     Attributes:
+        device: As given.
         last: The batch that was read last, ``None`` before.
     """
 
@@ -41,7 +42,7 @@ class Feed:
         self.last: Any = None
         self._loader = loader
         self._passes = passes
-        self._device = device
+        self.device = device
         self._parts = parts
         self._on_batch = on_batch
         self._iterator: Iterator[Any] | None = None
@@ -108,7 +109,7 @@ class Feed:
 
     def moved(self, batch: Any) -> Any:
         """Copies of a batch's tensors on the device, in the formats of the passes."""
-        return to_device(batch, self._device, self._passes.formats)
+        return to_device(batch, self.device, self._passes.formats)
 
     def _go_on_together(self, more: int, what: str = "batches") -> None:
         """Make sure that the ranks of a sharded network have equally much to pass."""

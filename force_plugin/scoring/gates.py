@@ -89,7 +89,7 @@ def small(parameters: Mapping[str, Tensor], parts: Parts = WHOLE) -> dict[str, f
         and values.layout == torch.strided
         and values.itemsize > 1  # there is no arithmetic in 8 bits
     }
-    found = zip(largest, parts.largest(*largest.values()), strict=True)
+    found = zip(largest, parts.totals.largest(*largest.values()), strict=True)
     return {name: value for name, value in found if 0 <= value <= CLOSED}
 
 
@@ -270,24 +270,6 @@ def _products(node: Node) -> tuple[tuple[int, str, int, str], ...]:
     return ()
 
 
-def recomputes(output: Tensor) -> bool:
-    """Whether a part of a graph is made anew in the backward pass, by reentrance.
-
-    Only :func:`torch.autograd.backward` without ``inputs`` reaches what is in it.
-    """
-    ahead: list[Node | None] = [output.grad_fn]
-    seen = set()
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        ahead += [following for following, _ in node.next_functions]
-    return False
-
-
 def operation(node: Node) -> str:
     """What autograd calls an operation.
 
@@ -337,7 +319,7 @@ def _largest(values: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def describe(gates: Mapping[str, Gate]) -> list[str]:
+def remarks_on(gates: Mapping[str, Gate]) -> list[str]:
     """One sentence for each kind of gate that was opened, for the report."""
     sentences = []
     for kind in (NORMALISATION, SCALE, WEIGHT):

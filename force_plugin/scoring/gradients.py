@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from force_plugin.errors import NoGradientError
@@ -216,3 +217,27 @@ def _add_products(
             f"GraSP needs second derivatives, and PyTorch lacks one: {error}",
             "take another activation or another method",
         ) from error
+
+
+def refuse_recomputation(output: Tensor) -> None:
+    """Raise NoGradientError if a part of a graph is made anew by a reentrant backward.
+
+    Only :func:`torch.autograd.backward` without ``inputs`` reaches what is in it.
+    """
+    ahead: list[Node | None] = [output.grad_fn]
+    seen = set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise NoGradientError(
+                "the model recomputes activations by torch.utils.checkpoint with "
+                "use_reentrant=True, which hides weights from the gradients that "
+                "scoring takes",
+                "pass use_reentrant=False there, as transformers' "
+                'gradient_checkpointing_enable({"use_reentrant": False}) does, or turn '
+                "it off until the model is pruned",
+            )
+        seen.add(node)
+        ahead += [following for following, _ in node.next_functions]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from force_plugin.data.containers import is_pair
@@ -22,6 +21,8 @@ from force_plugin.scoring.loss import OF_A_CALL
 from force_plugin.scoring.passes import Passes
 from force_plugin.scoring.stand_ins import StandIns
 
+EvaluationMode = Callable[[], AbstractContextManager[None]]
+
 
 class LastLook:
     """Looks at a network with the batch that was measured last.
@@ -29,38 +30,33 @@ class LastLook:
     Args:
         model: The network.
         stand_ins: Its stand-ins, masked.
-        masks: The masks that they have.
         passes: How a batch is passed through.
         feed: Has the batch, and knows the device.
         loss_of: The loss of a batch.
         parts: The processes that look together.
-        evaluation: A context with all modules in evaluation mode.
-        device: Where the network is.
     """
 
     def __init__(  # noqa: D107 (the class has it)
         self,
         model: nn.Module,
         stand_ins: StandIns,
-        masks: Mapping[str, Tensor],
         passes: Passes,
         feed: Feed,
         loss_of: LossOf,
         parts: Parts,
-        evaluation: Callable[[], AbstractContextManager[None]],
-        device: torch.device,
     ) -> None:
         self._model = model
         self._stand_ins = stand_ins
-        self._masks = masks
         self._passes = passes
         self._feed = feed
         self._loss_of = loss_of
         self._parts = parts
-        self._evaluation = evaluation
-        self._device = device
+        self._masks: Mapping[str, Tensor] = {}
+        self._evaluation: EvaluationMode = nullcontext
 
-    def flow(self, loss: float) -> tuple[bool | None, int, list[str]]:
+    def flow(
+        self, masks: Mapping[str, Tensor], evaluation: EvaluationMode, loss: float
+    ) -> tuple[bool | None, int, list[str]]:
         """What the outputs of the network, as it is pruned, depend on.
 
         On its inputs if a gradient that is not exactly 0 reaches those of the last
@@ -70,6 +66,8 @@ class LastLook:
         detached), a gradient that reaches any of the kept weights is what counts.
 
         Args:
+            masks: As the network is pruned.
+            evaluation: A context with all modules in evaluation mode.
             loss: Mean loss of the last step; NaN where there is none.
 
         Returns:
@@ -80,19 +78,20 @@ class LastLook:
         """
         if self._feed.last is None:
             return None, 0, []
+        self._masks, self._evaluation = masks, evaluation
         batch, _ = next(self._feed.split(self._feed.last))
         inputs = batch[0] if is_pair(batch) else batch
         forward = self._passes.forward
 
         def run(inputs: Any = inputs) -> object:
-            with self._passes.autocasting(self._device):
+            with self._passes.autocasting(self._feed.device):
                 if forward is not None:
                     return forward(self._model, self._feed.moved(batch))
                 self._model(self._feed.moved(inputs))
                 return None
 
         ranks = self._parts.ranks
-        kept = sum(self._parts.count(self._masks).values())
+        kept = sum(self._parts.totals.count(self._masks).values())
         # What fails on one rank only would lose the ranks of a sharded network.
         few_serve = isinstance(inputs, Tensor) and not self._parts.sharded
         if forward is None and few_serve:
@@ -182,5 +181,5 @@ class LastLook:
             elif dense:
                 continue
             idle += int(mask.count_nonzero())
-        (everywhere,) = self._parts.total(idle)
+        (everywhere,) = self._parts.totals.sum(idle)
         return int(min(row[0] for row in self._parts.ranks.gather(everywhere)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from force_plugin.model.restoring import restored
 from force_plugin.model.weights import Weight
 from force_plugin.parallel.shards import Parts
 from force_plugin.scoring import gates
@@ -117,6 +119,22 @@ class Opening:
                 stand_ins.weights[name] = values
         self.gates |= found
         return measure()
+
+    @contextmanager
+    def last_graph(
+        self, stand_ins: StandIns
+    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]] | None]:
+        """The last measurement, made again; ``None`` where there was none.
+
+        What it does to the model is undone afterwards.
+        """
+        if self.measure is None:
+            yield None
+            return
+        with restored(self._model.modules()):
+            rewind = stand_ins.remember(self.gates)
+            yield self.measure()
+            rewind()
 
     def _found_by_any(
         self, found: Mapping[str, gates.Gate], stand_ins: StandIns

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from force_plugin.errors import NoGradientError
-from force_plugin.model.restoring import restored, without_trace
-from force_plugin.model.weights import Weight, is_scripted, named_parameters
+from force_plugin.model.restoring import in_evaluation_mode, without_trace
+from force_plugin.model.weights import Weight, named_parameters
 from force_plugin.parallel.shards import WHOLE, Parts
 from force_plugin.scoring import dead_gradients
 from force_plugin.scoring.causes import Causes
 from force_plugin.scoring.compiled import Compiled
 from force_plugin.scoring.feed import Feed
-from force_plugin.scoring.gates import Gate, recomputes
-from force_plugin.scoring.gradients import Gradients
+from force_plugin.scoring.gates import Gate
+from force_plugin.scoring.gradients import Gradients, refuse_recomputation
 from force_plugin.scoring.last_look import LastLook
 from force_plugin.scoring.loss import Loss
 from force_plugin.scoring.malloc import freed_memory_kept
@@ -86,16 +85,13 @@ class Probe:
         self._compiled = Compiled(model, passes.compile, self._device, parts)
         self._feed = Feed(loader, passes, self._device, parts, on_batch)
         self._causes = Causes(model, self.parameters, passes.autocast, self._device)
-        self._loss = Loss(
-            model,
-            passes,
-            self._feed,
-            self._causes,
-            lambda: self._stand_ins.remember(self.gates),
-        )
+        self._loss = Loss(model, passes, self._feed, self._causes, self._remember)
         self._gradients = Gradients(self._stand_ins, self._feed, self._loss_of, parts)
         self._synflow = SynapticFlow(
             model, self._stand_ins, self._opening, self._feed, parts
+        )
+        self._last_look = LastLook(
+            model, self._stand_ins, passes, self._feed, self._loss_of, parts
         )
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
@@ -205,26 +201,12 @@ class Probe:
 
         Costs one more pass of the last batch, where there is any such weight.
         """
-        masks = {
-            name: self.parts.part(name, mask)
-            for name in names
-            if (mask := self.parameters[name].mask) is not None
-        }
-        pruned = self.parts.empty(masks)
-        alive = self.parts.count({name: self.weights[name] for name in names})
-        causes = {
-            name: "the method gives it none" if count else "its weights are 0"
-            for name, count in alive.items()
-        }
-        asked = [name for name in names if name not in pruned]
-        if asked and self._opening.measure is not None:
-            with restored(self.model.modules()):
-                rewind = self._stand_ins.remember(self.gates)
-                output, leaves = self._opening.measure()
-                found = dead_gradients.find_ends(output, {n: leaves[n] for n in asked})
-                rewind()
-            causes |= {name: cause for name, cause in found.items() if cause}
-        return causes | dict.fromkeys(pruned, dead_gradients.PRUNED)
+        return dead_gradients.explain(
+            {name: self.parameters[name] for name in names},
+            self.weights,
+            self.parts,
+            lambda: self._opening.last_graph(self._stand_ins),
+        )
 
     def flow(self) -> tuple[bool | None, int, list[str]]:
         """What the outputs of the network, as it is pruned, depend on.
@@ -232,18 +214,8 @@ class Probe:
         Returns:
             As :meth:`LastLook.flow` says.
         """
-        look = LastLook(
-            self.model,
-            self._stand_ins,
-            self.masks or {},
-            self._passes,
-            self._feed,
-            self._loss_of,
-            self.parts,
-            self.evaluation_mode,
-            self._device,
-        )
-        return look.flow(self.loss)
+        masks = self.masks or {}
+        return self._last_look.flow(masks, self.evaluation_mode, self.loss)
 
     def protected(self, by: str) -> AbstractContextManager[None]:
         """Take back what someone else writes to the model's own values, or to masks.
@@ -261,20 +233,10 @@ class Probe:
             self.masks,
         )
 
-    @contextmanager
-    def evaluation_mode(self) -> Iterator[None]:
+    def evaluation_mode(self) -> AbstractContextManager[None]:
         """Every module in evaluation mode for a while, then as it was."""
         self._open()
-        # That of TorchScript is none of its attributes in Python.
-        scripted = [(m, m.training) for m in self.model.modules() if is_scripted(m)]
-        with restored(self.model.modules()):
-            try:
-                for module in self.model.modules():
-                    module.training = False
-                yield
-            finally:
-                for module, training in scripted:
-                    module.training = training
+        return in_evaluation_mode(self.model)
 
     def broken(self) -> list[str]:
         """Parameters that are not finite, and buffers that hold a NaN."""
@@ -297,7 +259,7 @@ class Probe:
         if self._device.type == "cpu":
             self._exit.enter_context(freed_memory_kept())
         self._exit.callback(torch.clear_autocast_cache)
-        self._exit.enter_context(self.parts.reading())
+        self._exit.enter_context(self._stand_ins.reader.reading())
         self.parts.detach(self.model)
         self._compiled.begin(self._exit)
         if "torch._dynamo" in sys.modules:
@@ -306,6 +268,10 @@ class Probe:
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         self._stand_ins.put(self._opening.values(), self._exit)
         self._stand_ins.mask(self.masks)
+
+    def _remember(self) -> Callable[[], None]:
+        """What a pass may change, and the way back."""
+        return self._stand_ins.remember(self.gates)
 
     def _loss_of(self, batch: Any, temperature: float) -> Tensor:
         """The loss of one batch, with gates open."""
@@ -319,13 +285,6 @@ class Probe:
         first = self._opening.measure is None
         with self._compiled.passing(first, self._stand_ins.scored):
             loss, _ = self._opening.revealed(measure, self._stand_ins)
-        if first and recomputes(loss):
-            raise NoGradientError(
-                "the model recomputes activations by torch.utils.checkpoint with "
-                "use_reentrant=True, which hides weights from the gradients that "
-                "scoring takes",
-                "pass use_reentrant=False there, as transformers' "
-                'gradient_checkpointing_enable({"use_reentrant": False}) does, or turn '
-                "it off until the model is pruned",
-            )
+        if first:
+            refuse_recomputation(loss)
         return loss

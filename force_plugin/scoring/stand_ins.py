@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from force_plugin.model.reparametrisation import show_all
 from force_plugin.model.restoring import random_states, snapshot
 from force_plugin.model.weights import Weight, is_scripted
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Parts, Reader
 
 
 class StandIns:
@@ -33,6 +33,7 @@ class StandIns:
         weights: As given.
         leaves: Stand-ins of all parameters, once they are in place.
         scored: Those of the scored ones, in their order.
+        reader: Puts sharded ones together where a pass reads them.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -45,6 +46,7 @@ class StandIns:
         self.weights = weights
         self.leaves: dict[str, nn.Parameter] = {}
         self.scored: dict[str, nn.Parameter] = {}
+        self.reader = Reader(parts)
         self._model = model
         self._parameters = parameters
         self._parts = parts
@@ -77,7 +79,7 @@ class StandIns:
                 if self._parts.sharded:
                     if not isinstance(module._parameters, _PutTogether):
                         vars(module)["_parameters"] = _PutTogether(
-                            module._parameters, self._parts
+                            module._parameters, self.reader
                         )
                     module._parameters.names[key] = name  # type: ignore[attr-defined]
             self.leaves[name] = leaf
@@ -123,13 +125,13 @@ class StandIns:
 class _PutTogether(dict[str, nn.Parameter | None]):
     """The parameters of a module, as ``_parameters``: whole ones for who reads them."""
 
-    def __init__(self, parameters: Mapping[str, Any], parts: Parts) -> None:
+    def __init__(self, parameters: Mapping[str, Any], reader: Reader) -> None:
         super().__init__(parameters)
         self.names: dict[str, str] = {}  # in the model, by the key in the module
-        self._parts = parts
+        self._reader = reader
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
         if value is None or key not in self.names:
             return value
-        return self._parts.read(self.names[key], value)
+        return self._reader.read(self.names[key], value)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from force_plugin.parallel.shards import WHOLE, Parts
+from force_plugin.parallel.totals import ALL_HERE, Totals
 
 Comparison = Callable[[Any, float], Any]  # of the module ``operator``
 
@@ -30,7 +30,7 @@ _BLOCK = 1 << 19
 def top_k_masks(
     scores: Sequence[Tensor],
     k: int,
-    parts: Parts = WHOLE,
+    totals: Totals = ALL_HERE,
     among: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], float]:
     """Mark the k largest scores.
@@ -48,7 +48,7 @@ def top_k_masks(
         scores: Tensors of any shapes and devices and one floating-point dtype, without
             NaN.
         k: Number of scores to mark, 0 ≤ k ≤ the number that there is to choose from.
-        parts: What other processes hold the other parts of these tensors. Each learns
+        totals: What other processes hold the other parts of these tensors. Each learns
             of theirs how many scores are above a threshold, and a small sample.
         among: Bool tensors of the scores' shapes and devices, True where a score may be
             marked; none: everywhere.
@@ -60,7 +60,7 @@ def top_k_masks(
     Raises:
         ValueError: k is negative or larger than the number to choose from.
     """
-    total = _count(among, parts) if among else parts.size(scores)
+    total = _count(among, totals) if among else totals.size(scores)
     if not 0 <= k <= total:
         raise ValueError(f"k: expected 0 <= k <= {total} scores, got {k}")
     if k == 0:
@@ -70,19 +70,19 @@ def top_k_masks(
         list(map(_flat, among, scores if among else ())),
     )
     tied: Sequence[int] = range(len(scores))
-    few = None if among or parts.sharded else _partitioned(flat.scores, k)
+    few = None if among or totals.divided else _partitioned(flat.scores, k)
     if few is not None:
         threshold = few
         masks = [*flat.where(operator.ge, threshold)]
         surplus = sum(map(_number, masks)) - k
     else:
-        found = _split(flat, *_bracket(flat, k / total, parts), parts)
-        threshold, surplus = _search(flat, k, found, parts)
+        found = _split(flat, *_bracket(flat, k / total, totals), totals)
+        threshold, surplus = _search(flat, k, found, totals)
         if found.low < threshold < found.high:  # nearly always
             for _, mask, at, values in found.blocks:
                 mask.scatter_(0, at, values >= threshold)
             masks = [*found.masks()]
-            if not parts.sharded:
+            if not totals.divided:
                 tied = found.having(threshold)
         elif threshold == found.high:
             masks = [*found.masks()]
@@ -97,7 +97,7 @@ def top_k_masks(
         if among:
             ties &= among[number]
         ties = ties.flatten()  # in row-major order, which need not be the memory's
-        numbers, mine = parts.each(_number(ties))
+        numbers, mine = totals.each(_number(ties))
         # What of the surplus is not in the parts that come after this one.
         own = max(0, surplus - int(sum(numbers[mine + 1 :])))
         if own < numbers[mine]:
@@ -159,7 +159,7 @@ def _partitioned(scores: Sequence[Tensor], k: int) -> float | None:
 
 
 def _search(
-    candidates: _Choice, k: int, found: _Split, parts: Parts
+    candidates: _Choice, k: int, found: _Split, totals: Totals
 ) -> tuple[float, int]:
     """The k-th largest score, and how many more than k are at least as large.
 
@@ -167,14 +167,14 @@ def _search(
         candidates: All scores.
         k: Its rank, at least 1.
         found: How they were split.
-        parts: As in :func:`top_k_masks`.
+        totals: As in :func:`top_k_masks`.
     """
     while True:
         # Both ends stay outside of the next round: a value that most scores share
         # (0, as a rule) would otherwise be carried from round to round.
         low, high, from_high, inside = found[:4]
         if k <= from_high:
-            if k > _count(candidates.where(operator.gt, high), parts):
+            if k > _count(candidates.where(operator.gt, high), totals):
                 return high, from_high - k
             candidates = candidates.only(operator.gt, high)
         elif k <= from_high + inside:
@@ -184,17 +184,17 @@ def _search(
             k -= from_high + inside
             at_low = 0
             if low < high:
-                at_low = _count(candidates.where(operator.eq, low), parts)
+                at_low = _count(candidates.where(operator.eq, low), totals)
             if k <= at_low:
                 return low, at_low - k
             k -= at_low
             candidates = candidates.only(operator.lt, low)
-        left = parts.size(candidates.scores)
+        left = totals.size(candidates.scores)
         if left <= _SMALL:
             break
-        found = _split(candidates, *_bracket(candidates, k / left, parts), parts)
+        found = _split(candidates, *_bracket(candidates, k / left, totals), totals)
     device = candidates.scores[0].device
-    merged = parts.concatenate(torch.cat([c.to(device) for c in candidates.scores]))
+    merged = totals.concatenate(torch.cat([c.to(device) for c in candidates.scores]))
     value = _kth_of(merged, k)
     return value, int((merged >= value).count_nonzero()) - k
 
@@ -280,7 +280,7 @@ def _runs(tensors: Iterable[Tensor], size: int) -> list[list[Tensor]]:
     return runs
 
 
-def _split(candidates: _Choice, low: float, high: float, parts: Parts) -> _Split:
+def _split(candidates: _Choice, low: float, high: float, totals: Totals) -> _Split:
     """Divide values in one pass."""
 
     def split(
@@ -334,7 +334,7 @@ def _split(candidates: _Choice, low: float, high: float, parts: Parts) -> _Split
     numbers, blocks = zip(*done, strict=True)
     device = blocks[0][-1].device
     between = torch.cat([values.to(device) for *_, values in blocks])
-    from_high, inside = map(int, parts.total(sum(numbers), len(between)))
+    from_high, inside = map(int, totals.sum(sum(numbers), len(between)))
     return _Split(low, high, from_high, inside, between, runs, list(blocks))
 
 
@@ -360,13 +360,13 @@ def _number(marks: Tensor) -> int:
     return int(np.count_nonzero(marks.numpy()) if on_cpu else marks.count_nonzero())
 
 
-def _count(masks: Iterable[Tensor], parts: Parts) -> int:
-    return int(*parts.total(sum(map(_number, masks))))
+def _count(masks: Iterable[Tensor], totals: Totals) -> int:
+    return int(*totals.sum(sum(map(_number, masks))))
 
 
-def _bracket(candidates: _Choice, rank: float, parts: Parts) -> tuple[float, float]:
+def _bracket(candidates: _Choice, rank: float, totals: Totals) -> tuple[float, float]:
     """Two values that most likely enclose the one of a rank (0: largest, 1: least)."""
-    total = parts.size(candidates.scores)
+    total = totals.size(candidates.scores)
     # The larger the sample, the less lies inside: about as much work each.
     stride = total // min(_LARGEST_SAMPLE, math.ceil(2 * total ** (2 / 3)))
     # Not in step with the rows and kernels of a weight.
@@ -384,7 +384,7 @@ def _bracket(candidates: _Choice, rank: float, parts: Parts) -> tuple[float, flo
     sample = draw(candidates.scores)
     if candidates.among:
         sample = sample[draw(candidates.among)]
-    sample = parts.concatenate(sample)
+    sample = totals.concatenate(sample)
     if not len(sample):
         return -math.inf, math.inf
     # Four standard deviations of the rank of the wanted value within the sample.

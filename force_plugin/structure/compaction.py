@@ -29,8 +29,15 @@ from force_plugin.model.weights import named_parameters
 from force_plugin.parallel.ranks import unwrap
 from force_plugin.scoring.connectivity import find_flow
 from force_plugin.selection.schedules import check_count
+from force_plugin.structure.both_modes import Behaviour, Mode, in_mode, is_bias
+from force_plugin.structure.channel_layers import channel_axis, layers_of
 from force_plugin.structure.channels import Channels
-from force_plugin.structure.copies import deep_copy, plain_copy, rebuilt, tell_features
+from force_plugin.structure.cut_copies import (
+    deep_copy,
+    plain_copy,
+    rebuilt,
+    tell_features,
+)
 from force_plugin.structure.example_inputs import (
     call,
     checked_inputs,
@@ -38,8 +45,6 @@ from force_plugin.structure.example_inputs import (
     many_samples,
     shuffled,
 )
-from force_plugin.structure.layers import channel_axis, layers_of
-from force_plugin.structure.modes import Behaviour, Mode, in_mode, is_bias
 from force_plugin.structure.surgery import Surgery
 
 _DRAWS = (True, True, False, False)  # of random values: whether they are positive

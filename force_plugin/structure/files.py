@@ -59,7 +59,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         "modules": json.dumps({name: _sizes(m) for name, m in named_modules(model)}),
         "permanent": json.dumps(bool(masks) and not masked),
     }
-    header["sha256"] = _checksum(header, tensors)
+    header["sha256"] = _digest(header, tensors)
     write_whole(path, save(tensors, header))
 
 
@@ -159,14 +159,14 @@ def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
         raise FileFormatError(
             f"{path}: a safetensors file, but not one that save_compact wrote"
         )
-    if header.get("sha256") != _checksum(header, tensors):
+    if header.get("sha256") != _digest(header, tensors):
         raise FileFormatError(
             f"{path}: its checksum is another one", "write it anew with save_compact"
         )
     return header, tensors
 
 
-def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in ("modules", "permanent"):
         digest.update(header.get(key, "").encode())

@@ -16,13 +16,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from force_plugin.errors import CompactionError
 from force_plugin.model.restoring import restored
+from force_plugin.structure.both_modes import Mode
+from force_plugin.structure.channel_layers import LAYERS, channels_of, layers_of
 from force_plugin.structure.channels import (
     Channels,
     Use,
 )
-from force_plugin.structure.layers import LAYERS, channels_of, layers_of
-from force_plugin.structure.modes import Mode
-from force_plugin.structure.tracing import (
+from force_plugin.structure.dependencies import (
     Patience,
     layers_next_to,
     sizes_after,

@@ -16,7 +16,7 @@ from force_plugin.methods.registry import find_method
 from force_plugin.model.names import name_some
 from force_plugin.pruning.loop import saliency
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
-from force_plugin.structure.layers import LAYERS, channel_sums
+from force_plugin.structure.channel_layers import LAYERS, channel_sums
 
 
 class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]

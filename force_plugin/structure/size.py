@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from force_plugin.data.containers import count_samples, tensors
 from force_plugin.model.restoring import undisturbed
 from force_plugin.report.text import COLUMNS, table_rows
+from force_plugin.structure.channel_layers import channels_of, layers_of
 from force_plugin.structure.example_inputs import call, checked_inputs
-from force_plugin.structure.layers import channels_of, layers_of
 
 
 @dataclass(frozen=True)

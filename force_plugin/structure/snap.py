@@ -26,20 +26,20 @@ from force_plugin.model.names import name_some
 from force_plugin.model.restoring import without_trace
 from force_plugin.parallel.ranks import Ranks, unwrap
 from force_plugin.parallel.shards import Parts
-from force_plugin.pruning.loop import agree
+from force_plugin.pruning.loop import require_one_start
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
 from force_plugin.scoring.probe import Probe
 from force_plugin.selection.schedules import count_kept, kept_per_step
 from force_plugin.selection.top_k import top_k_masks
+from force_plugin.structure.both_modes import Behaviour
+from force_plugin.structure.channel_layers import channel_sums, channels_of, layers_of
 from force_plugin.structure.channels import Channels
-from force_plugin.structure.copies import plain_copy, rebuilt, tell_features
+from force_plugin.structure.cut_copies import plain_copy, rebuilt, tell_features
 from force_plugin.structure.example_inputs import (
     checked_inputs,
     in_float64,
     many_samples,
 )
-from force_plugin.structure.layers import channel_sums, channels_of, layers_of
-from force_plugin.structure.modes import Behaviour
 from force_plugin.structure.surgery import Surgery, without_reading
 
 
@@ -136,7 +136,7 @@ def snap_prune(
     onward = _Onward(loader)
     with without_trace(model, loader), torch.enable_grad(), Ranks(model) as ranks:
         passes = Passes.of(options, "snap_prune")
-        agree(
+        require_one_start(
             Parts(model, ranks),
             model,
             find_weights(model),

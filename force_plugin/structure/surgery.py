@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from force_plugin.errors import CompactionError
 from force_plugin.model.weights import named_parameters
+from force_plugin.structure.both_modes import Behaviour
+from force_plugin.structure.channel_layers import channel_axis
 from force_plugin.structure.channels import Use
-from force_plugin.structure.copies import deep_copy, number_values, places, slots_in
+from force_plugin.structure.cut_copies import deep_copy, number_values, places, slots_in
 from force_plugin.structure.graph import Graph
-from force_plugin.structure.layers import channel_axis
-from force_plugin.structure.modes import Behaviour
 
 
 class Surgery:

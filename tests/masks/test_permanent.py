@@ -34,7 +34,7 @@ from zeros import (
 )
 
 from force_plugin import apply_masks, force_prune, get_masks, make_permanent
-from force_plugin.masks import permanent
+from force_plugin.masks import held_zeros, permanent
 
 
 def _weight_and_bias(model: nn.Module) -> None:
@@ -404,8 +404,8 @@ def test_a_model_that_is_not_pruned_is_refused(make: Callable[[], nn.Module]) ->
 
 @contextmanager
 def interrupted(line: int) -> Iterator[None]:
-    """Ctrl-C before the nth line that make_permanent and prune.remove run."""
-    files = permanent.__file__, prune.__file__
+    """Ctrl-C before the nth line of making permanent and of prune.remove."""
+    files = permanent.__file__, held_zeros.__file__, prune.__file__
     left = line
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -443,7 +443,7 @@ def _pruned_and_shared() -> nn.Module:
 
 
 def held_now(model: nn.Module) -> list[list[int]]:
-    return [sorted(map(id, permanent._held_of(one))) for one in model.parameters()]
+    return [sorted(map(id, held_zeros._held_of(one))) for one in model.parameters()]
 
 
 @pytest.mark.parametrize("make", [_pruned_once, _pruned_again, _pruned_and_shared])

@@ -10,7 +10,7 @@ from dead_ends import INPUT, DeadEnd, ends_at, sentence
 from networks import vectors
 from torch import Tensor, nn
 
-from force_plugin.scoring.dead_gradients import describe, find_ends
+from force_plugin.scoring.dead_gradients import find_ends, sentences
 
 pytestmark = pytest.mark.filterwarnings("ignore:the network collapsed:UserWarning")
 
@@ -188,15 +188,15 @@ def test_looking_for_the_end_leaves_no_gradient_and_no_hook() -> None:
 
 def test_each_cause_gets_one_sentence_in_the_order_of_its_first_layer() -> None:
     causes = {"c": "it rains", "a": "it snows", "b": "it rains"}
-    assert describe(causes, 7) == [
+    assert sentences(causes, 7) == [
         sentence("2 of 7 layers (c, b)", "it rains"),
         sentence("1 of 7 layers (a)", "it snows"),
     ]
-    assert describe({}, 7) == []
+    assert sentences({}, 7) == []
 
 
 def test_the_first_three_of_many_layers_are_named() -> None:
     causes = dict.fromkeys("abcde", "it rains")
-    assert describe(causes, 5) == [
+    assert sentences(causes, 5) == [
         sentence("5 of 5 layers (a, b, c and 2 more)", "it rains")
     ]

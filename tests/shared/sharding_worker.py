@@ -192,7 +192,7 @@ def selections(rank: int) -> list[str]:
             for k in (0, 1, 100, 10_001, 75_000, 149_999, 150_000):
                 expected, threshold = top_k_masks(tensors, k)
                 own = [t.tensor_split(2)[rank] for t in tensors]
-                masks, found = top_k_masks(own, k, parts)
+                masks, found = top_k_masks(own, k, parts.totals)
                 pairs = zip(masks, expected, strict=True)
                 if found != threshold or not all(
                     torch.equal(mask, e.tensor_split(2)[rank]) for mask, e in pairs

@@ -381,7 +381,7 @@ def test_parts_of_a_residual_stream_pass_through_layers_of_their_own() -> None:
 
 
 def test_a_search_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("force_plugin.structure.tracing.Patience.LOOKS", 0)
+    monkeypatch.setattr("force_plugin.structure.dependencies.Patience.LOOKS", 0)
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3)).double()
     without(model[0], rows=[1])
     with unchanged(model), pytest.raises(RuntimeError, match="go together has no end"):

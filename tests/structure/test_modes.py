@@ -20,8 +20,8 @@ from torchvision.ops import StochasticDepth
 
 from force_plugin import SaliencyImportance, apply_masks, compact, snap_prune
 from force_plugin.data.containers import tensors
-from force_plugin.structure.copies import plain_copy
-from force_plugin.structure.modes import Behaviour, in_mode
+from force_plugin.structure.both_modes import Behaviour, in_mode
+from force_plugin.structure.cut_copies import plain_copy
 
 
 class Pair(NamedTuple):

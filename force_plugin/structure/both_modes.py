@@ -25,7 +25,8 @@ from force_plugin.model.names import name_some
 from force_plugin.model.restoring import random_states, restored
 from force_plugin.model.weights import named_parameters
 from force_plugin.scoring.gates import CLOSED
-from force_plugin.structure.copies import deep_copy, fill
+from force_plugin.structure.channel_layers import layers_of
+from force_plugin.structure.cut_copies import deep_copy, fill
 from force_plugin.structure.example_inputs import (
     TOLERANCE,
     call,
@@ -34,7 +35,6 @@ from force_plugin.structure.example_inputs import (
     many_samples,
     outputs_of,
 )
-from force_plugin.structure.layers import layers_of
 
 Mode = Literal["evaluation", "training"]
 

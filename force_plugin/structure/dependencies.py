@@ -18,9 +18,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from force_plugin.data.containers import mapped, tensors
+from force_plugin.structure.both_modes import Mode, in_mode
+from force_plugin.structure.channel_layers import LAYERS, channels_of
 from force_plugin.structure.example_inputs import call
-from force_plugin.structure.layers import LAYERS, channels_of
-from force_plugin.structure.modes import Mode, in_mode
 
 
 def _forward(model: nn.Module, inputs: Any, modes: Iterable[Mode]) -> list[Tensor]:
@@ -118,7 +118,7 @@ def _parts(node: Any) -> tuple[list[int] | None, bool]:
 
 
 @dataclass
-class _Split:
+class _Sections:
     """What torch-pruning reads of the gradient function of a split, as it is."""
 
     _saved_split_sizes: list[int]
@@ -149,7 +149,7 @@ def _follow_split(node: Any) -> tuple[list[Any], Any] | None:
     dim = _signed(split._saved_dim)
     if dim not in (1, -1):
         return outputs, split
-    return outputs, _Split([shape[dim] for shape in shapes])
+    return outputs, _Sections([shape[dim] for shape in shapes])
 
 
 def _signed(dim: int) -> int:
@@ -190,7 +190,7 @@ class Patience:
         nodes = graph.module2node.values()
         self._most = self._left = self.LOOKS * len(nodes)
         for node in nodes:
-            node.dependencies = _Watched(node.dependencies, self)
+            node.dependencies = _CountedList(node.dependencies, self)
 
     def look(self) -> None:
         """Count a look at a node.
@@ -208,7 +208,7 @@ class Patience:
         return found
 
 
-class _Watched(list[Any]):
+class _CountedList(list[Any]):
     """What follows from a node."""
 
     def __init__(self, items: Iterable[Any], patience: Patience) -> None:

@@ -1,0 +1,4 @@
+"""Options of ``force-prune``, and the files that it writes.
+
+Imports :mod:`force_plugin.pruning`, and what that may import.
+"""
