@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from interpreter import Done, python, ranks
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -496,13 +493,8 @@ def test_ctrl_c_is_one_line_and_status_130(
 
 
 def test_help_names_every_option_with_its_default() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "force_plugin.cli", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    run = python("-m", "force_plugin.cli", "--help")
+    assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("usage: force-prune")
     assert "examples:" in run.stdout
     _, *options = run.stdout.partition("examples:")[0].split("\n  --")
@@ -515,8 +507,7 @@ def test_help_names_every_option_with_its_default() -> None:
 # Several processes.
 
 
-Run = subprocess.CompletedProcess[str]
-COMMAND = [sys.executable, "-m", "force_plugin.cli", MODEL, *QUICK]
+COMMAND = ["-m", "force_plugin.cli", MODEL, *QUICK]
 LIBRARY = """
 import sys
 
@@ -541,67 +532,21 @@ dist.destroy_process_group()
 """
 
 
-def environment(**variables: object) -> dict[str, str]:
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-        **{name: str(value) for name, value in variables.items()},
-    }
-
-
-def run_ranks(command: list[str], *folders: Path) -> list[Run]:
-    """Run a command once in each folder, in the environment that torchrun sets."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment(
-                RANK=rank,
-                LOCAL_RANK=rank,
-                WORLD_SIZE=len(folders),
-                MASTER_ADDR="localhost",
-                MASTER_PORT=port,
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, folder in enumerate(folders)
-    ]
-    try:
-        output = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(command, process.returncode, *printed)
-        for process, printed in zip(processes, output, strict=True)
-    ]
-
-
 @pytest.fixture(scope="module")
 def together(
     tmp_path_factory: pytest.TempPathFactory, images: Path
-) -> tuple[Run, Path]:
+) -> tuple[Done, Path]:
     """Two processes of a torchrun: what they printed, and the folder they wrote to."""
     out = tmp_path_factory.mktemp("together")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "force_plugin.cli", MODEL, *QUICK[:-1]]
-    command += ["--data", str(images), "--image-size", "32", "--out", str(out)]
-    done = subprocess.run(
-        command, cwd=out, env=environment(), capture_output=True, text=True, timeout=120
-    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "force_plugin.cli", MODEL, *QUICK[:-1], "--data", images]
+    done = python(*command, "--image-size", "32", "--out", out, cwd=out)
     assert done.returncode == 0, done.stderr
     return done, out
 
 
 def test_several_processes_print_once_and_write_one_set_of_files(
-    together: tuple[Run, Path],
+    together: tuple[Done, Path],
 ) -> None:
     done, out = together
     assert done.stdout.count("90.00 %") == 1
@@ -611,10 +556,10 @@ def test_several_processes_print_once_and_write_one_set_of_files(
 
 
 def test_several_processes_prune_as_the_library_does_in_them(
-    together: tuple[Run, Path], images: Path, tmp_path: Path
+    together: tuple[Done, Path], images: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", LIBRARY, str(images), str(tmp_path)]
-    for done in run_ranks(command, tmp_path, tmp_path):
+    command = ["-c", LIBRARY, images, tmp_path]
+    for done in ranks(*command, folders=[tmp_path, tmp_path]):
         assert done.returncode == 0, done.stderr
     masks = load_masks(together[1] / "masks.safetensors")
     for rank in (0, 1):
@@ -623,7 +568,7 @@ def test_several_processes_prune_as_the_library_does_in_them(
     assert not same(alone, masks)
 
 
-def failed(first: Run, second: Run) -> str:
+def failed(first: Done, second: Done) -> str:
     """The one line that two processes print that both fail."""
     assert first.returncode in (1, 2) and second.returncode in (1, 2)
     assert first.stdout + second.stdout + second.stderr == ""
@@ -634,14 +579,14 @@ def failed(first: Run, second: Run) -> str:
 
 def test_a_wrong_value_in_several_processes_is_one_line(tmp_path: Path) -> None:
     command = [*COMMAND, "--batches", "some"]
-    assert "--batches" in failed(*run_ranks(command, tmp_path, tmp_path))
+    assert "--batches" in failed(*ranks(*command, folders=[tmp_path, tmp_path]))
 
 
 def test_what_one_of_several_processes_lacks_is_one_line(
     tmp_path: Path, images: Path
 ) -> None:
     command = [*COMMAND, "--data", images.name, "--out", str(tmp_path)]
-    said = failed(*run_ranks(command, images.parent, tmp_path))
+    said = failed(*ranks(*command, folders=[images.parent, tmp_path]))
     assert "rank 1 of 2 failed" in said
     assert "got 'images', which does not exist" in said
     assert not list(tmp_path.iterdir())
@@ -650,4 +595,4 @@ def test_what_one_of_several_processes_lacks_is_one_line(
 def test_several_processes_fail_where_the_first_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "masks.safetensors").mkdir()
     command = [*COMMAND, "--out", str(tmp_path)]
-    assert "masks.safetensors" in failed(*run_ranks(command, tmp_path, tmp_path))
+    assert "masks.safetensors" in failed(*ranks(*command, folders=[tmp_path, tmp_path]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from interpreter import python
 from networks import tiny_resnet
 from safetensors.torch import load_file, save_file
 from state import differences, process_state, unchanged
@@ -31,22 +30,6 @@ from force_plugin.zoo import digits
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).parent / "shared" / "training_script.py"
-
-
-def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 # The examples.

@@ -243,7 +243,7 @@ def test_a_new_parameter_with_zeros_of_its_own_is_not_held() -> None:
         for values in (torch.zeros(shape), torch.eye(96)[0].view(shape)):
             parameter = other.register_parameter  # of a module that lost nothing
             parameter("made", nn.Parameter(values))
-            assert not held_zeros._held_of(other.made)
+            assert not held_zeros.held_of(other.made)
             del other.made
 
 

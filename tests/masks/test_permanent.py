@@ -443,7 +443,7 @@ def _pruned_and_shared() -> nn.Module:
 
 
 def held_now(model: nn.Module) -> list[list[int]]:
-    return [sorted(map(id, held_zeros._held_of(one))) for one in model.parameters()]
+    return [sorted(map(id, held_zeros.held_of(one))) for one in model.parameters()]
 
 
 @pytest.mark.parametrize("make", [_pruned_once, _pruned_again, _pruned_and_shared])

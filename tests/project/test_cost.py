@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreter import Done, python
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = ["step", "large", "synflow", "grasp", "selection", "profile"]
 
 
-def run(*options: str, script: str = "cost") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"benchmarks/{script}.py", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run(*options: str, script: str = "cost") -> Done:
+    return python(f"benchmarks/{script}.py", *options, cwd=ROOT)
 
 
 def test_a_ratio_that_got_worse_is_visible_from_one_command(tmp_path: Path) -> None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreter import Done, python
 from scipy.stats import ttest_rel
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run(script: str, *words: object) -> Done:
+    done = python(BENCHMARKS / script, *words)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from interpreter import python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def printed_by(name: str, *words: object) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = python(EXAMPLES / name, *words, seconds=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreter import python
 
 SWEEP = Path(__file__).parents[2] / "benchmarks" / "families.py"
 SAMPLE = ["test_resnet", "test_convnext", "test_vit", "test_nfnet", "test_byobnet"]
@@ -21,9 +20,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sweep(out: Path, *options: str) -> str:
-    command = [sys.executable, str(SWEEP), "--models", *SAMPLE, "--threads", "1"]
-    command += ["--runs", "0.9:3", "--size", "32", "--out", str(out), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [SWEEP, "--models", *SAMPLE, "--threads", 1, "--runs", "0.9:3"]
+    done = python(*command, "--size", 32, "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_each_model_is_pruned_trained_and_made_permanent(results: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_is_compacted_computes_the_same_and_stands_in_the_docs(
     for one in compacted:
         for distance in ("distance", "distance_opened", "distance_loaded"):
             assert one[distance] <= 1e-10
-    command = [sys.executable, str(script), "--table", str(tmp_path / "table.md")]
-    subprocess.run(command, check=True)
+    done = python(script, "--table", tmp_path / "table.md")
+    assert done.returncode == 0, done.stderr
     ours = (tmp_path / "table.md").read_text()
     assert ours == (docs / "compact-table.md").read_text()

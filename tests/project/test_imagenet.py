@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interpreter import python, ranks
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -20,14 +19,12 @@ SMALL = ["--model=test_resnet", "--image-size=64", "--workers=0"]
 
 
 def run(script: str, *words: str, processes: int = 2, fails: bool = False) -> str:
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={processes}"]
-    command += [str(SCRIPTS / f"{script}.py"), *SMALL, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout + done.stderr
+    command = [SCRIPTS / f"{script}.py", *SMALL, *words]
+    all_done = ranks(*command) if processes > 1 else [python(*command)]
+    said = "".join(done.stderr for done in all_done)
+    for done in all_done:
+        assert (done.returncode != 0) == fails, said[-3000:]
+    return said if fails else "".join(done.stdout for done in all_done) + said
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreter import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,5 +23,6 @@ def test_the_table_of_the_docs_is_that_of_the_stored_results(
     script = ROOT / "benchmarks" / "open_gates.py"
     # The name of a folder tells the data set; nothing is read from it.
     options = [*options, "--data", "fashion-mnist", "--table", str(tmp_path / table)]
-    subprocess.run([sys.executable, script, *options], check=True, cwd=ROOT)
+    done = python(script, *options, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / table).read_text() == (ROOT / "docs" / table).read_text()

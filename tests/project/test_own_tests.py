@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
+
+from interpreter import python
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "own_tests.py"
@@ -53,13 +52,7 @@ def test_each_test_has_a_line_and_a_failure_is_the_exit_status(tmp_path: Path) -
     file = tmp_path / "test" / "nn" / "test_pruning.py"
     file.parent.mkdir(parents=True)
     file.write_text(TESTS)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--pytorch", tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = python(SCRIPT, "--pytorch", tmp_path)
     row = r"^(\w[\w ]+?) {2,}([Tt]est[\w:]+)(?:: (.*))?$"
     rows = re.findall(row, done.stdout, re.MULTILINE)
     found = {name: outcome for outcome, name, _ in rows}

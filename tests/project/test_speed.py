@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreter import python
 
 import force_plugin
 
@@ -18,8 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *options: str) -> str:
-    command = [sys.executable, f"benchmarks/{script}.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python(f"benchmarks/{script}.py", *options, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
+
+from interpreter import python
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "works_with.py"
@@ -27,17 +26,7 @@ def stored() -> dict[str, list[str]]:
 
 
 def run(*names: str, path: Path = ROOT) -> dict[str, list[str]]:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--rows", *names],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{path}{os.pathsep}{ROOT}",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = python(SCRIPT, "--rows", *names, env={"PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     return rows(done.stdout)
 

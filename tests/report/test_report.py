@@ -383,7 +383,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, package: str, call: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "force_plugin.report.figure", raising=False)
+    monkeypatch.delitem(sys.modules, "force_plugin.report.plot", raising=False)
     name = package.partition(".")[0]
     with pytest.raises(ImportError, match=rf"{call}\(\) needs .*pip install {name}"):
         getattr(make_report(), call)()
