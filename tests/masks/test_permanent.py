@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
+from interpreter import python
 from networks import tiny_resnet
 from state import differences, state_of, unchanged
 from timm.models.beit import Attention
@@ -497,4 +497,5 @@ assert not any(places), places
 force_plugin.make_permanent(layer)
 assert [len(place) for place in places] == [1, 1, 1, 0], places
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
