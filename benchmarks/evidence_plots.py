@@ -11,8 +11,7 @@ each seed's differences.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -31,8 +30,10 @@ from evidence import (
     Result,
     Run,
     layers_of,
-    read,
 )
+from harness.options import parser_of
+from harness.storage import read_runs
+from harness.tables import aligned, percent, spread
 from scipy.stats import t
 
 Results = dict[Run, Result]
@@ -71,13 +72,6 @@ def live_shares(results: Results) -> list[float]:
     return [100 * r["live"] / sum(r["kept"]) for r in results.values()]
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    if not values:
-        return "–"
-    several = f" ± {stdev(values):.{digits}f}" if values[1:] else ""
-    return f"{mean(values):.{digits}f}" + several
-
-
 def deviation(values: list[float]) -> float:
     return stdev(values) if values[1:] else 0.0
 
@@ -97,17 +91,6 @@ def interval(differences: list[float]) -> str:
     middle, half = mean(differences), half_width(differences)
     sign = " *" if abs(middle) > half else ""
     return f"{middle:+.2f} ({middle - half:+.2f} to {middle + half:+.2f}){sign}"
-
-
-def aligned(rows: Iterable[Iterable[str]]) -> str:
-    rows = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.6g} %"
 
 
 def panels(names: list[str], **options: Any) -> tuple[Any, list[Any]]:
@@ -448,15 +431,13 @@ def made(results: Results) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     folder = Path(__file__).resolve().parent
     parser.add_argument("--results", type=Path, default=folder / "evidence.jsonl")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--to", type=Path, default=folder.parent / "docs" / "evidence")
     args = parser.parse_args()
-    stored = read(args.results)
+    stored = read_runs(args.results, Run)
     results = where(stored, preset=args.preset)
     if not results:
         raise SystemExit(
