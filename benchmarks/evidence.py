@@ -33,24 +33,24 @@ a preset that is changed takes another name. Ctrl-C loses the current runs only.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from open_gates import DEBIAN, read_idx
+from harness.fashion_mnist import add_folder, need_folder, read_part
+from harness.machine import made_with
+from harness.options import parser_of
+from harness.storage import append_run, read_runs
+from harness.training import accuracy, train
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from force_plugin import (
@@ -208,35 +208,9 @@ def load(data: str, folder: Path, device: str) -> dict[str, tuple[Tensor, Tensor
             parts[name] = images.to(device), part.targets.to(device)
         return parts
     for name, file in (("train", "train"), ("test", "t10k")):
-        pixels = read_idx(folder, f"{file}-images-idx3-ubyte")[:, None]
-        targets = read_idx(folder, f"{file}-labels-idx1-ubyte").long()
-        # Mean and standard deviation of the training images.
-        parts[name] = ((pixels / 255 - 0.2860) / 0.3530).to(device), targets.to(device)
+        images, targets = read_part(folder, file)
+        parts[name] = images.to(device), targets.to(device)
     return parts
-
-
-def train(model: nn.Module, batches: Batches, preset: Preset) -> None:
-    """Nothing in here knows that the model is pruned."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), preset.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=preset.lr, total_steps=preset.epochs * len(batches)
-    )
-    model.train()
-    for _ in range(preset.epochs):
-        for inputs, targets in batches:
-            optimizer.zero_grad()
-            cross_entropy(model(inputs), targets).backward()
-            optimizer.step()
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
-    model.eval()
-    pairs = zip(images.split(500), targets.split(500), strict=True)
-    return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(targets)
 
 
 def measured(model: nn.Module, batches: Batches) -> Result:
@@ -286,13 +260,15 @@ def execute(run: Run) -> Result:
     preset, device = PRESETS[run.preset], _shared["device"]
     model, result = pruned(run)
     batches = Batches(*_shared["train"], preset.batch, 10 * run.seed + 1)
-    train(model, batches, preset)
+    optimizer = torch.optim.SGD(
+        model.parameters(), preset.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    train(model, batches, optimizer, preset.epochs, device)
+    test = zip(*(part.split(500) for part in _shared["test"]), strict=True)
     return result | {
-        "accuracy": accuracy(model, *_shared["test"]),
+        "accuracy": accuracy(model, test, device),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **made_with(),
     }
 
 
@@ -340,21 +316,6 @@ def plan(
     return list(dict.fromkeys(runs))
 
 
-def read(path: Path) -> dict[Run, Result]:
-    """The results so far."""
-    results = {}
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SystemExit(
-                f"{path}: line {number} was cut off; delete it, and it is run again"
-            ) from error
-        results[Run(**record.pop("run"))] = record
-    return results
-
-
 _shared: dict[str, Any] = {}
 
 
@@ -366,9 +327,7 @@ def prepare(data: str, folder: Path, device: str, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
@@ -376,7 +335,7 @@ def main() -> None:
         "--sparsities", type=float, nargs="+", help="only these (0: dense)"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
-    parser.add_argument("--data", type=Path, default=DEBIAN, help=f"default: {DEBIAN}")
+    add_folder(parser)
     parser.add_argument(
         "--processes", type=int, help="runs at once (default: a core each)"
     )
@@ -385,15 +344,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     preset = PRESETS[args.preset]
-    if preset.data == "fashion" and not args.data.is_dir():
-        parser.error(
-            f"--data: expected the folder of Fashion-MNIST, {args.data} is none; "
-            "apt-get install dataset-fashion-mnist, or --preset digits"
-        )
+    if preset.data == "fashion":
+        need_folder(parser, args.data, otherwise=", or --preset digits")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cores = os.cpu_count() or 1
     processes = args.processes or (1 if device == "cuda" else cores)
-    done = read(args.out)
+    done = read_runs(args.out, Run)
     questions = args.questions or list(preset.questions)
     seeds, names = args.seeds or preset.seeds, args.methods or preset.methods
     runs = plan(args.preset, list(seeds), questions, list(names))
@@ -418,8 +374,7 @@ def main() -> None:
                 bar.write(f"{run}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
             result = future.result()
-            with args.out.open("a") as file:
-                file.write(json.dumps({"run": asdict(run)} | result) + "\n")
+            append_run(args.out, run, result)
             bar.write(f"{run}: {result['accuracy']:.2%}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command does the rest", file=sys.stderr)

@@ -23,12 +23,11 @@ once. It depends on numbers that are assumed; each is printed, and marked.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,13 @@ import numpy as np
 import sharded_memory
 import timm
 import torch
-from cost import begin, fresh, make_batch, make_model, peak, prunable, take_turns
-
-from force_plugin.files import write_whole
+from cost_sections.memory import peak_of
+from harness.memory import fresh
+from harness.networks import make_batch, make_model, prunable
+from harness.options import add_files, add_quick, add_threads, begin, parser_of
+from harness.storage import write_json
+from harness.timing import seconds
+from harness.turns import take_turns
 
 Row = dict[str, Any]
 Fit = dict[str, Any]
@@ -104,7 +107,7 @@ def measure_memory(name: str, samples: int, args: argparse.Namespace) -> Row:
         weights = prunable(make_model(name, SIZE, "meta"))
     case = (name, SIZE, samples, 1, args.device)
     sides = {"ours": "force", "bare": ""}
-    peaks = {side: fresh(peak, method, *case) for side, method in sides.items()}
+    peaks = {side: fresh(peak_of, method, *case) for side, method in sides.items()}
     return {"model": name, "weights": weights, **peaks}
 
 
@@ -121,7 +124,7 @@ def measure_microbatch(args: argparse.Namespace) -> list[Row]:
     rows = []
     for case, method, samples, part in cases:
         tell(f"{name} {size}x{size}, memory of {case}")
-        used = fresh(peak, method, name, size, samples, 1, args.device, part)
+        used = fresh(peak_of, method, name, size, samples, 1, args.device, part)
         rows.append({"model": f"{name} {size}x{size}", "case": case, "bytes": used})
     return rows
 
@@ -147,15 +150,7 @@ def copy_bandwidth(device: str) -> float:
     """Bytes a second, read and written, of copies that no cache holds."""
     source = torch.zeros(1 << 26, device=device)
     target = torch.ones_like(source)
-    times = []
-    for _ in range(7):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    times = [seconds(partial(target.copy_, source)) for _ in range(7)]
     return 2 * source.nbytes / statistics.median(times)
 
 
@@ -195,7 +190,7 @@ def measure(args: argparse.Namespace) -> Row:
         if not args.quick or name == "resnet18"
     ]
     record["microbatch"] = measure_microbatch(args)
-    # In a small process: a process counts the memory of the one that started it.
+    # In a process whose children give back what they free.
     record["ranks"] = fresh(measure_ranks, rank_model, image, args.ranks)
     return record
 
@@ -396,22 +391,18 @@ def plot(record: Row, fitted: Fit, folder: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     asked = {"weights": 7e9, "ranks": 8, "batches": 1, "steps": 60, "tokens": 4096}
     defaults = " ".join(f"{key}={value:g}" for key, value in asked.items())
     add = parser.add_argument
-    add("--store", type=Path, metavar="FILE", help="JSON file to write")
-    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
-    add("--plot", type=Path, metavar="DIR", help="draw it into this folder")
+    add_files(parser)
     add("--predict", nargs="*", metavar="KEY=VALUE", help=f"default: {defaults}")
     add("--gpu", default="h100", choices=GPUS)
     add("--ranks", type=int, nargs="+", default=[1, 2, 4], help="to measure")
     add("--runs", type=int, default=3, help="of each measurement of time")
-    add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
+    add_threads(parser)
     add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--quick", action="store_true", help="small models: does it run?")
+    add_quick(parser)
     args = parser.parse_args()
     if args.predict is not None:
         for pair in args.predict:
@@ -434,9 +425,7 @@ def main() -> None:
         rows = predict(record, fitted, args.predict, args.gpu)
         show_prediction(rows, args.predict, args.gpu)
     if args.store:
-        args.store.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record | {"fit": fitted}, indent=1)
-        write_whole(args.store, f"{text}\n".encode())
+        write_json(args.store, record | {"fit": fitted})
     if args.plot:
         plot(record, fitted, args.plot)
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import sys
 import tempfile
@@ -47,19 +46,20 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from cost import fresh, machine, of_process
-from open_gates import percent
+from harness.machine import machine, show_machines
+from harness.memory import fresh, of_process
+from harness.options import add_files, add_quick, add_threads, parser_of, use_threads
+from harness.storage import read_rows, write_json
+from harness.tables import percent
+from harness.training import Batch, step
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from force_plugin import compact, force_prune, make_permanent
-from force_plugin.files import write_whole
 from force_plugin.structure.size import multiplications
 from force_plugin.zoo import digits, load_data, load_model
 
 Row = dict[str, Any]
-Batch = tuple[Tensor, Tensor]
 
 MODELS = "resnet50:32:64 vgg19_bn:32:64 vit_tiny_patch16_224:224:8"
 FULL = {"models": MODELS.split(), "sparsities": [0.9, 0.95, 0.98, 0.99, 0.995]}
@@ -67,12 +67,6 @@ FULL |= {"steps": 20, "rounds": 5, "seconds": 0.5}
 QUICK = {"models": ["test_resnet:32:8"], "sparsities": [0.9]}
 QUICK |= {"steps": 3, "rounds": 2, "seconds": 0.01}
 SAMPLES = 32  # at least, in a step of scoring
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    optimizer.zero_grad()
-    cross_entropy(model(batch[0]), batch[1]).backward()
-    optimizer.step()
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -241,26 +235,6 @@ def ratios(row: Row, side: str, what: str) -> list[float]:
     return [a / b for a, b in zip(row["sides"][side][what], dense, strict=True)]
 
 
-def read(file: Path) -> list[Row]:
-    return json.loads(file.read_text("utf-8")) if file.exists() else []
-
-
-def write(file: Path, rows: list[Row]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, f"{json.dumps(rows, indent=1)}\n".encode())
-
-
-def show_machines(rows: Iterable[Row]) -> None:
-    """Where, with what and by which commands it was measured."""
-    lines = [
-        "{cpu}, {cores} cores, {threads} threads, on {device}\n"
-        "Python {python}, torch {torch}, timm {timm}, {date}".format(**row["machine"])
-        for row in rows
-    ]
-    lines += [row["machine"]["command"] for row in rows]
-    print(*dict.fromkeys(lines), sep="\n")
-
-
 def case_of(row: Row) -> tuple[str, int, bool]:
     return row["model"], row["size"], row["channels_last"]
 
@@ -360,9 +334,7 @@ def plot(rows: list[Row], folder: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="any of timm's")
     add("--sparsities", type=float, nargs="+")
@@ -371,12 +343,9 @@ def arguments() -> argparse.Namespace:
     add("--seconds", type=float, help="of a turn, at least (default: 0.5)")
     add("--channels-last", action="store_true", help="weights and images, of all sides")
     add("--no-snap", action="store_true", help="leave out snap_prune")
-    add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
-    add("--quick", action="store_true", help="a small model: does it run?")
-    here = Path(__file__)
-    add("--store", type=Path, metavar="FILE", default=here.with_suffix(".json"))
-    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
-    add("--plot", type=Path, metavar="DIR", help="draw it into this folder")
+    add_threads(parser)
+    add_quick(parser)
+    add_files(parser, Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     for key, value in (QUICK if args.quick else FULL).items():
         if getattr(args, key) is None:
@@ -387,9 +356,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     warnings.simplefilter("ignore")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = read(args.source or args.store)
+    use_threads(args)
+    rows = read_rows(args.source or args.store)
     for spec in () if args.source else args.models:
         name, size, samples = spec.split(":")
         for sparsity in args.sparsities:
@@ -401,7 +369,7 @@ def main() -> None:
             found = measure(name, int(size), int(samples), sparsity, args)
             case |= {"rounds": args.rounds, "machine": machine("cpu")}
             rows.append(case | found)
-            write(args.store, rows)
+            write_json(args.store, rows)
     show(rows)
     if args.plot:
         plot(rows, args.plot)
