@@ -293,8 +293,6 @@ def test_batches_that_are_skipped_are_left_out(
 
 
 NOTHING = "training_step.*returned None for all 3"
-
-
 MANUAL = "training_step: Manual has automatic_optimization=False.*forward=.*loss_fn="
 
 

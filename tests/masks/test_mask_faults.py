@@ -33,7 +33,6 @@ def permanent() -> nn.Sequential:
 
 NO_MASKS = r"^masks: expected a mapping of parameter names to tensors, got "
 
-
 UNPRUNED = (
     r"^make_permanent: expected a model pruned with torch.nn.utils.prune, or .*, got "
     "one without any mask or zero$"

@@ -24,14 +24,8 @@ from force_plugin import (
 )
 
 CLASSES = list(METHODS.values())
-
-
 NEED_SCORES = [m for m in CLASSES if m not in (Magnitude, Random)]
-
-
 by_class = pytest.mark.parametrize("method", CLASSES, ids=lambda m: m.__name__)
-
-
 by_amount = pytest.mark.parametrize("amount", [0.3, 0.9, 0.0, 1.0, 0, 1, 37])
 
 

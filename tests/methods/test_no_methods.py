@@ -129,10 +129,7 @@ class MeasuresNothing(SaliencyMethod):
 
 
 STATIC = r"score: expected @staticmethod score\(weight, signal\), got "
-
-
 CLASS = r"measure: expected @classmethod measure\(cls, probe\), got "
-
 
 WRONG_METHODS: dict[str, tuple[type[SaliencyMethod], str]] = {
     "self": (

@@ -127,7 +127,6 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "within a module": lambda: nn.Sequential(torch.jit.script(block()), nn.ReLU()),
 }
 
-
 PICTURES = torch.randn(4, 3, 8, 8), torch.arange(4)
 
 

@@ -183,10 +183,7 @@ def unscored(model: nn.Module, x: Tensor) -> None:
 
 
 PRUNINGS = {"scored": scored, "masks": masked, "resumed": resumed, "none": unscored}
-
-
 Run = Callable[[nn.Module], Callable[[Tensor], Tensor]]
-
 
 RUNS: dict[str, Run] = {
     "plain": lambda model: model,

@@ -35,22 +35,11 @@ def density(value: Any) -> Callable[[int, int, float], Any]:
 
 
 STRANGER = nn.Linear(6, 8)
-
-
 NO_NUMBER = r"sparsity: expected a number, got "
-
-
 NO_INTEGER = r": expected an integer, got "
-
-
 NO_METHOD = r"^method: expected a name or a subclass of SaliencyMethod, got "
-
-
 COLLAPSE = r'^on_collapse: expected "raise" or "warn", got '
-
-
 NO_PAIRS = r'^parameters: expected pairs \(module, "weight"\) .*, got '
-
 
 ARGUMENTS: dict[str, Fault] = {
     # force_prune

@@ -37,11 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*saliency of exactly 0 everywhe
 
 
 USED = ["stem", *(f"body.{i}.{n}" for i in (0, 2) for n in ("first", "second"))]
-
-
 USED = [f"{name}.weight" for name in [*USED, "dead", "head"]]
-
-
 GATES = ["body.0.norm.weight", "body.2.norm.weight"]
 
 

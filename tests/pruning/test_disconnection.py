@@ -54,7 +54,6 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
     },
 }
 
-
 EACH_LAYER = [(name, layer) for name in CHAINS for layer in layers_of(CHAINS[name]())]
 
 

@@ -17,8 +17,6 @@ TO_COMPARE = "^compare: expected a mapping of labels to reports, got "
 # Plots
 
 A_FOLDER = "^path: expected a file, got the folder "
-
-
 FORMATS = r"^Format '.*' is not supported \(supported formats: .*pdf.*png.*svg"
 
 

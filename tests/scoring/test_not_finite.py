@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.*` is not supported"),
 ]
 
-
 NAN, INF = float("nan"), float("inf")
 
 
@@ -75,7 +74,6 @@ def measuring(value: float) -> Any:
 
 
 SCORE = r"the weight and its signal are finite, and Mine\.score makes NaN or inf of th"
-
 
 NUMBERS: dict[str, tuple[Any, str, str, Callable[[], nn.Module]]] = {
     # method, of which layers, cause, model

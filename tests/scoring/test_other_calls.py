@@ -46,7 +46,6 @@ def bert() -> nn.Module:
 
 IDS = torch.arange(20).view(5, 4)
 
-
 OTHERWISE: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "two inputs": (TwoInputs, (X, Y)),
     "a pair of inputs": (TwoInputs, ((X, X), Y)),

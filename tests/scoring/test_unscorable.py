@@ -48,8 +48,6 @@ def same_objects(model: nn.Module) -> Iterator[None]:
 
 
 LOSS_FAILED = "make the targets what loss_fn expects, or pass loss_fn= or forward=$"
-
-
 NAN_BATCH = "^the loss is nan at step 1: there is a NaN in the batch; look at the data$"
 
 
@@ -91,10 +89,7 @@ class Unreadable:
 
 
 MSE = {"loss_fn": mse_loss}
-
-
 OUTPUTS = one_hot(TARGETS, 4).float()
-
 
 BATCHES: dict[str, Scored] = {
     "nan targets": of_batch(
@@ -214,12 +209,10 @@ class Returns(nn.Linear):
 
 ONE_NUMBER = "^loss_fn: expected a loss of one number, got "
 
-
 NO_GRADIENT = (
     "^loss_fn: the loss does not depend on the weights through autograd; compute it "
     "from the model's outputs, without detach or no_grad$"
 )
-
 
 LOSSES: dict[str, Scored] = {
     "a constant": Scored(
@@ -368,7 +361,6 @@ def integer_linear() -> nn.Module:
 
 NO_FLOAT = "; only floating-point weights can be scored: prune before quantising$"
 
-
 MODELS: dict[str, Scored] = {
     "nan in a bias": Scored(
         RuntimeError,
@@ -439,10 +431,7 @@ MODELS: dict[str, Scored] = {
     ),
 }
 
-
 SCORED = {"batch": BATCHES, "loss": LOSSES, "model": MODELS}
-
-
 TABLE = [(kind, name) for kind, table in SCORED.items() for name in table]
 
 

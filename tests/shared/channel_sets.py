@@ -36,9 +36,6 @@ class Counted(list[Batch]):
         return super().__iter__()
 
 
-# Networks, and which channels go together in each.
-
-
 class Residual(nn.Module):
     """Two convolutions around a skip connection."""
 
@@ -121,16 +118,13 @@ class Sets:
 
 CHAIN = Sets({"0": "a", "3": "b", "6": "c"}, {"3": "a", "6": "b", "8": "c"}, {"1": "a"})
 
-
 RESIDUAL = Sets(
     {"0": "a", "1.conv2": "a", "1.conv1": "b"},
     {"1.conv1": "a", "4": "a", "1.conv2": "b"},
     {"1.norm1": "b", "1.norm2": "a"},
 )
 
-
 DEPTHWISE = Sets({"0": "a", "2": "a", "4": "b"}, {"2": "a", "4": "a", "7": "b"})
-
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Sets]] = {
     "chain": (lambda: chain(bias=False), CHAIN),
@@ -140,9 +134,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Sets]] = {
     "residual with norms": (lambda: residual(norm=True), RESIDUAL),
     "depthwise": (depthwise, DEPTHWISE),
 }
-
-
-# SaliencyImportance.
 
 
 def graph_of(model: nn.Module, size: int = 6) -> tp.DependencyGraph:
@@ -266,9 +257,6 @@ def snapped(
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
     assert same(one.state_dict(), other.state_dict())
-
-
-# The original stays as it is.
 
 
 def marked(model: nn.Module) -> nn.Module:

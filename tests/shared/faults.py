@@ -22,14 +22,8 @@ from force_plugin import (
 )
 
 NAN, INF = float("nan"), float("inf")
-
-
 Batch = tuple[Any, Any]
-
-
 ADVICE = "ake more steps, more batches, a lower sparsity or another method"
-
-
 ONCE = "ake more batches, a lower sparsity or a method that prunes in steps"
 
 
@@ -64,9 +58,6 @@ def score_it(model: nn.Module, **options: Any) -> dict[str, Tensor]:
 BOTH: dict[str, Callable[..., object]] = {"force_prune": prune_it, "saliency": score_it}
 
 
-# Arguments: of every function, another type or value than it takes.
-
-
 @dataclass(frozen=True)
 class Fault:
     """A call that fails.
@@ -97,17 +88,8 @@ def report(*kept: int) -> SparsityReport:
 
 
 MASK = {"0.weight": torch.ones(8, 6)}
-
-
 NO_MODULE = r"^model: expected a torch.nn.Module, got "
-
-
 NO_PATH = r"expected str, bytes or os.PathLike object, not "
-
-
-# Batches
-
-
 INPUTS, TARGETS = batch()
 
 
@@ -120,9 +102,6 @@ class Extra(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 0 * self.extra.sum().real.float()
-
-
-# What is no fault, though it looks like one
 
 
 def in_inference_mode() -> nn.Module:
@@ -198,9 +177,6 @@ WHERE: dict[str, Callable[[], nn.Module]] = {
     "pruned by structure": by_hand("structure"),
     "with a pruned bias": by_hand("bias"),
 }
-
-
-# Networks without skip connections, which one empty layer disconnects
 
 
 def vgg(norm: bool, bias: bool) -> nn.Module:

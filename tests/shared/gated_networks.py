@@ -17,14 +17,8 @@ from force_plugin import SaliencyMethod, SparsityReport, force_prune, saliency
 from force_plugin.scoring.probe import Probe
 
 NORMS = "normalisation weights"
-
-
 SCALES = "branch scales"
-
-
 Batch = tuple[Tensor, Tensor]
-
-
 Join = Callable[..., Tensor]
 
 
@@ -173,9 +167,6 @@ def gated_by(last: nn.Module, *, maps: bool = False) -> Gated:
     """A network with this module at the end of its branch."""
     ones = torch.ones(())
     return Gated(ones, lambda x, f, g, last: x + g * last(f), maps=maps, last=last)
-
-
-# Weights.
 
 
 class Dense(SaliencyMethod):

@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader
 
 from force_plugin.lightning import ForcePruning, SaliencyPruning
 
-# ---- What training_step gets, in each way that Lightning has of handing it over. ----
-
 # Outside of every module, so that what was noted while scoring is still there.
 SEEN: list[list[Any]] = []
 

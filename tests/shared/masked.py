@@ -37,15 +37,8 @@ def assert_same(masks: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         assert torch.equal(mask, expected[name].bool()), name
 
 
-# Applying
-
 TYPES = [torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.uint8]
-
-
-# Applying what does not fit
-
 GOOD = {"0.weight": torch.ones(4, 2, 3, 3)}
-
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown_name": (

@@ -16,11 +16,7 @@ from torch.nn.functional import cross_entropy
 from force_plugin import force_prune, get_masks
 
 Batch = tuple[Tensor, Tensor]
-
-
 Score = Callable[[Tensor, Tensor], Tensor]
-
-
 WEIGHTS = 6 * 2 * 9 + 4 * 6 * 9 + 3 * 16
 """Number of weights of the small convolutional network."""
 

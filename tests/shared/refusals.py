@@ -29,7 +29,6 @@ CALLS: dict[str, Callable[..., object]] = {
     "diagnose": lambda m, **o: diagnose(m, **{"loader": [waves()], **o}),
 }
 
-
 by_call = pytest.mark.parametrize("call", CALLS)
 
 
@@ -43,9 +42,6 @@ def refused(
         assert raised.value.problem in str(raised.value)
 
 
-# What is passed as a method
-
-
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     return (weight * gradient) ** 2
 
@@ -56,9 +52,6 @@ class Taylor(SaliencyMethod):
 
 def scoring(score: Callable[..., Any], **more: Any) -> type[SaliencyMethod]:
     return type("Mine", (SaliencyMethod,), {"score": staticmethod(score), **more})
-
-
-# Networks that are called otherwise
 
 
 class TwoInputs(nn.Module):

@@ -160,9 +160,6 @@ class Wrapped(nn.Module):
         return self.function(self.layers, *inputs)
 
 
-# Models of all kinds: the same outputs, or it is said why not.
-
-
 def shrink_or_complain(model: nn.Module, inputs: Any) -> nn.Module | None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -153,7 +153,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     ),
 }
 
-
 SHRINK = {"called_twice", "two_by_name", "two_in_order", "tokens", "tied_tokens"}
 
 

@@ -193,7 +193,6 @@ class Late:
 
 NAN = [(x * torch.nan, y) for x, y in images()]
 
-
 FAILURES: dict[str, tuple[type[BaseException], str, Any, dict[str, Any]]] = {
     "loader": (OSError, "the disk is gone", Broken(images()), {}),
     "loss": (KeyboardInterrupt, "^$", images(), {"loss_fn": interrupted}),
