@@ -35,6 +35,7 @@ import torch
 from families import add_sweep, families_to_run, loss_fn, prepare
 from harness.machine import made_with
 from harness.options import parser_of, use_threads
+from harness.reports import is_disconnected
 from harness.storage import append_line, read_lines
 from harness.tables import markdown
 from torch import Tensor, nn
@@ -115,8 +116,9 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         except RuntimeError as error:
             result["force"][str(sparsity)] = {"no_mask": str(error)}
             continue
-        cut = any("disconnected" in warning for warning in report.warnings)
-        result["force"][str(sparsity)] = one = {"disconnected": cut}
+        cut = is_disconnected(report.warnings)
+        one: dict[str, Any] = {"disconnected": cut}
+        result["force"][str(sparsity)] = one
         before = {name: t.clone() for name, t in pruned.state_dict().items()}
         began = time.perf_counter()
         try:

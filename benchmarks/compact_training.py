@@ -34,6 +34,7 @@ import torch
 from harness.fashion_mnist import Data, load
 from harness.machine import machine, show_machines
 from harness.options import add_files, add_quick, add_threads, parser_of, use_threads
+from harness.reports import is_disconnected
 from harness.runs import Run, add_training, shared_run
 from harness.storage import read_rows, write_json
 from harness.tables import percent, spread
@@ -90,7 +91,7 @@ def execute(run: Run, data: Data) -> Row:
     with torch.no_grad():
         one, other = (models[side].eval()(example) for side in SIDES[1:])
     result: Row = {
-        "disconnected": any("disconnected" in w for w in report.warnings),
+        "disconnected": is_disconnected(report.warnings),
         "emptied": len(report.empty_layers),
         "distance": float((one - other).abs().max() / other.abs().max()),
         "sides": {},
@@ -139,8 +140,8 @@ def show(rows: list[Row]) -> None:
                 f"{shares['seconds']:8.3f}{shares['multiplications']:8.3f}"
                 f"{shares['parameters']:13.3f}"
             )
-        pairs = zip(accuracies["compacted"], accuracies["masked"], strict=True)
-        print(f"{'compacted - masked':23}{spread([a - b for a, b in pairs]):>15}")
+        both = zip(accuracies["compacted"], accuracies["masked"], strict=True)
+        print(f"{'compacted - masked':23}{spread([a - b for a, b in both]):>15}")
         if cut := sum(row["disconnected"] for row in block):
             print(f"disconnected by their masks: {cut} of {len(block)}")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 
-matplotlib.use("agg")
+mpl.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from evidence import METHODS, Result, Run
@@ -16,7 +17,7 @@ from harness.intervals import half_width
 
 Results = dict[Run, Result]
 
-COLORS = dict(zip(METHODS, plt.get_cmap("tab20").colors[::2], strict=False))
+COLORS = dict(zip(METHODS, mpl.color_sequences["tab20"][::2], strict=False))
 COLORS |= {"synflow": "black", "random": "grey"}
 
 
@@ -71,7 +72,7 @@ def log_axis(axis: Any, values: tuple[int, ...], label: str) -> None:
     axis.set_xlabel(label)
 
 
-def line(axis: Any, xs: list[Any], found: list[Results], **options: Any) -> None:
+def line(axis: Any, xs: Iterable[Any], found: list[Results], **options: Any) -> None:
     points = [(x, accuracies(some)) for x, some in zip(xs, found, strict=True) if some]
     if points:
         axis.errorbar(

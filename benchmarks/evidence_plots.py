@@ -23,7 +23,6 @@ from evidence import (
     PRESETS,
     STEPS,
     Run,
-    layers_of,
 )
 from evidence_drawing import (
     COLORS,
@@ -36,6 +35,7 @@ from evidence_drawing import (
     log_axis,
     panels,
 )
+from evidence_networks import layers_of
 from harness.intervals import interval
 from harness.options import parser_of
 from harness.storage import read_runs

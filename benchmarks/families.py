@@ -36,6 +36,7 @@ import timm
 import torch
 from harness.machine import made_with
 from harness.options import add_threads, parser_of, use_threads
+from harness.reports import gates_opened, is_disconnected
 from harness.storage import append_line, read_lines, write_json
 from harness.tables import markdown
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ def models_to_run(path: Path) -> dict[str, str]:
         known = json.loads(path.read_text())
         if known["timm"] == timm.__version__:
             return known["models"]
-    sizes, families = {}, {}
+    sizes: dict[str, int] = {}
+    families: dict[str, str] = {}
     for family in timm.list_modules():
         print(f"measuring the models of {family}", file=sys.stderr)
         names = timm.list_models(module=family)
@@ -175,7 +177,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything for one model."""
     start = time.perf_counter()
     model, loader, size = prepare(name, args)
-    options = {"loss_fn": loss_fn, "on_collapse": "warn", "progress": False}
+    options: dict[str, Any] = {"loss_fn": loss_fn, "progress": False}
+    options |= {"on_collapse": "warn"}
 
     def prune(model: nn.Module, sparsity: float, **more: Any) -> dict[str, Any]:
         torch.manual_seed(1)
@@ -234,7 +237,7 @@ def table(results: list[dict[str, Any]]) -> str:
         return len(run["empty"])
 
     def cut(run: dict[str, Any]) -> bool:
-        return any("disconnected" in warning for warning in run["warnings"])
+        return is_disconnected(run["warnings"])
 
     def counts(condition: Callable[[dict[str, Any]], bool]) -> list[str]:
         found = []
@@ -260,9 +263,7 @@ def table(results: list[dict[str, Any]]) -> str:
             notes.append(f"- {cells[0]}: {result['error']}")
             continue
         force = result["force"]["0.9"]
-        gates = [w for w in force["warnings"] if w.startswith("gates opened")]
-        opened = sum(int(w.split(": ")[1].split()[0]) for w in gates)
-        cells += [str(force["layers"]), str(opened)]
+        cells += [str(force["layers"]), str(gates_opened(force["warnings"]))]
         for column in columns.values():
             run = column(result)
             cells.append(f"{emptied(run)}{' ✂' if cut(run) else ''}" if run else "")

@@ -41,6 +41,7 @@ import torch
 from harness.fashion_mnist import Data, load
 from harness.machine import in_words, made_with
 from harness.options import add_threads, parser_of, use_threads
+from harness.reports import gates_opened, is_disconnected
 from harness.runs import Run, add_training, shared_run
 from harness.storage import append_run, read_runs
 from harness.tables import aligned, markdown, percent, spread
@@ -59,12 +60,11 @@ Result = dict[str, Any]
 
 def describe(report: SparsityReport) -> Result:
     """What is on record of a pruning."""
-    opened = [w for w in report.warnings if w.startswith("gates opened")]
     return {
         "layers": len(report.layers),
         "emptied": len(report.empty_layers),
-        "gates_opened": sum(int(w.split(": ")[1].split()[0]) for w in opened),
-        "disconnected": any("disconnected" in w for w in report.warnings),
+        "gates_opened": gates_opened(report.warnings),
+        "disconnected": is_disconnected(report.warnings),
         "warnings": list(report.warnings),
     }
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -38,10 +38,11 @@ from torch.utils.data import DataLoader
 from force_plugin import compact_report, snap_prune
 
 Row = dict[str, Any]
-METHODS = ("snap", "random")
+Method = Literal["snap", "random"]
+METHODS: tuple[Method, ...] = ("snap", "random")
 
 
-def execute(run: Run, method: str, data: Data) -> Row:
+def execute(run: Run, method: Method, data: Data) -> Row:
     """Take channels out of one network and train it."""
     torch.manual_seed(run.seed)
     dense = timm.create_model(run.model, num_classes=10)

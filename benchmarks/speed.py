@@ -35,31 +35,28 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from itertools import groupby
 from math import exp, log
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import matplotlib as mpl
 import torch
-from harness.machine import machine, show_machines
+from harness.machine import machine
 from harness.memory import fresh, of_process
 from harness.options import add_files, add_quick, add_threads, parser_of, use_threads
+from harness.reports import is_disconnected
 from harness.storage import read_rows, write_json
 from harness.tables import percent
 from harness.training import Batch, step
+from speed_tables import Row, plot, show
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from force_plugin import compact, force_prune, make_permanent
 from force_plugin.structure.size import multiplications
 from force_plugin.zoo import digits, load_data, load_model
-
-Row = dict[str, Any]
 
 MODELS = "resnet50:32:64 vgg19_bn:32:64 vit_tiny_patch16_224:224:8"
 FULL = {"models": MODELS.split(), "sparsities": [0.9, 0.95, 0.98, 0.99, 0.995]}
@@ -194,7 +191,7 @@ def measure(
     )
     facts: Row = {
         "emptied": len(report.empty_layers),
-        "disconnected": any("disconnected" in w for w in report.warnings),
+        "disconnected": is_disconnected(report.warnings),
     }
     tell("compact")
     models["permanent"] = deepcopy(models["masked"])
@@ -227,110 +224,6 @@ def measure(
     for side, times in take_turns(models, batch, args).items():
         sides[side] |= times
     return facts | {"sides": sides}
-
-
-def ratios(row: Row, side: str, what: str) -> list[float]:
-    """Of a side's times to the dense model's, round by round."""
-    dense = row["sides"]["dense"][what]
-    return [a / b for a, b in zip(row["sides"][side][what], dense, strict=True)]
-
-
-def case_of(row: Row) -> tuple[str, int, bool]:
-    return row["model"], row["size"], row["channels_last"]
-
-
-def title(row: Row) -> str:
-    name, size, channels_last = case_of(row)
-    return f"{name} at {size}x{size}" + (", channels last" if channels_last else "")
-
-
-def show(rows: Iterable[Row]) -> None:
-    rows = sorted(rows, key=lambda row: (*case_of(row), row["sparsity"]))
-    show_machines(rows)
-    for _, block in groupby(rows, case_of):
-        first, *others = block
-        dense = first["sides"]["dense"]
-        print(
-            f"\n{title(first)}, batch {first['batch']}: "
-            f"{dense['parameters']:,} parameters,\n{dense['multiplications']:,} "
-            f"multiplications an image, {first['rounds']} rounds\n\n"
-            f"{'':20}{'forward':>18}{'training step':>27}{'peak':>9}\n{'':15}{'mult.'}"
-            + 2 * f"{'ms':>8}{'ratio':>6}{'min':>5}{'max':>5}"
-            + f"{'MB':>6}{'ratio':>6}"
-        )
-        for row in (first, *others):
-            told = [f"\n{percent(row['sparsity'])}, FORCE in {row['steps']} steps"]
-            if row["emptied"]:
-                told.append(f"{row['emptied']} layers emptied")
-            if row["disconnected"]:
-                told.append("disconnected")
-            if "snap_sparsity" in row:
-                told.append(f"snap: {row['snap_sparsity']:.1%} of channels")
-            print(", ".join(told))
-            base = row["sides"]["dense"]
-            for side, seen in row["sides"].items():
-                share = seen["multiplications"] / base["multiplications"]
-                line = f"{side:13}{share:7.3f}"
-                for what in ("forward", "step"):
-                    all_of = ratios(row, side, what)
-                    line += f"{1000 * median(seen[what]):8.1f}{median(all_of):6.3f}"
-                    line += f"{min(all_of):5.2f}{max(all_of):5.2f}"
-                over = seen["bytes"] / base["bytes"]
-                print(f"{line}{seen['bytes'] / 2**20:6.0f}{over:6.3f}")
-
-
-def plot(rows: list[Row], folder: Path) -> None:
-    """Draw speed-ups where there are several sparsities.
-
-    Not of networks that are disconnected, whose outputs are fixed. Dashed: what the
-    multiplications would promise.
-    """
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in rows if not row["disconnected"]]
-    rows.sort(key=lambda row: row["sparsity"])
-    cases = sorted({case_of(row) for row in rows})
-    some = [c for c in cases if [case_of(row) for row in rows].count(c) > 1]
-    cases = some or cases
-    shared = {"sharex": "col", "sharey": True, "squeeze": False}
-    width = max(3 * len(cases), 8)
-    figure, axes = plt.subplots(
-        2, len(cases), figsize=(width, 6), layout="constrained", **shared
-    )
-    drawn = {
-        "masked": "masked",
-        "compact 16": "compact, round_to=16",
-        "snap": "snap_prune",
-    }
-    for column, case in zip(axes.T, cases, strict=True):
-        found = [row for row in rows if case_of(row) == case]
-        labels = [percent(row["sparsity"]) for row in found]
-        promised = [
-            row["sides"]["dense"]["multiplications"]
-            / row["sides"]["compact"]["multiplications"]
-            for row in found
-        ]
-        for axis, what in zip(column, ("forward", "step"), strict=True):
-            for side, label in drawn.items():
-                has = [row for row in found if side in row["sides"]]
-                at = [percent(row["sparsity"]) for row in has]
-                over = [1 / median(ratios(row, side, what)) for row in has]
-                axis.plot(at, over, "o-", label=label, markersize=4)
-            axis.plot(labels, promised, "k--", label="multiplications")
-            axis.axhline(1, color="grey", linewidth=0.8)
-            axis.set_yscale("log", base=2)
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
-        column[0].set_title(title(found[0]), fontsize="medium")
-        column[1].set_xlabel("sparsity")
-    axes[0, 0].set_ylabel("speed-up, forward")
-    axes[1, 0].set_ylabel("speed-up, training step")
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=4)
-    figure.savefig(folder / "speed.png", dpi=150)
 
 
 def arguments() -> argparse.Namespace:
