@@ -29,27 +29,27 @@ import copy
 import importlib
 import io
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
+from harness.machine import in_words
+from harness.memory import freed_at_once, peak
+from harness.options import add_threads, parser_of
+from harness.storage import write_json
+from harness.timing import timed
 from torch import Tensor, nn
 
 from force_plugin import force_prune, get_masks
-from force_plugin.files import write_whole
 
 CLASSES = 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +61,6 @@ REPOSITORIES = {
 }
 
 Batch = tuple[Tensor, Tensor]
-Result = TypeVar("Result")
 # Their masks, in the order of the modules, and the same of a network that ours pruned.
 Theirs = Callable[[nn.Module], Iterable[Tensor]]
 Ours = Callable[[nn.Module], object]
@@ -190,27 +189,6 @@ def take_bare_steps(model: nn.Module, batch: Batch, steps: int) -> None:
         model.zero_grad()
 
 
-def timed(run: Callable[[], Result]) -> tuple[float, Result]:
-    """Wall time of one call, and what it returned."""
-    synchronise: Callable[[], object] = (
-        torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    )
-    synchronise()
-    start = time.perf_counter()
-    result = run()
-    synchronise()
-    return time.perf_counter() - start, result
-
-
-def peak() -> float:
-    """Of this process so far, in MiB."""
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    # Not ru_maxrss: that of a process starts with the peak of the one that started it.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
-
-
 def work(args: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own does: times and masks, or the peak of one side."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -219,11 +197,11 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     theirs, ours, bare_batch = prepare(args, batch)
     if args.side == "bare":
         take_bare_steps(model, bare_batch, args.steps)
-        return {"peak": peak()}
+        return {"peak": peak(DEVICE) / 2**20}
     if args.side != "times":
         run = theirs if args.side == "theirs" else ours
         result = run(model)  # held until the peak was looked at
-        return {"peak": peak(), "result": type(result).__name__}
+        return {"peak": peak(DEVICE) / 2**20, "result": type(result).__name__}
 
     times: dict[str, list[float]] = {"bare": [], "theirs": [], "ours": []}
     per_call = 1 if args.method == "grasp" else args.steps
@@ -260,16 +238,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 def ask(task: dict[str, Any]) -> dict[str, Any]:
     """What a fresh process answers: the names in the two checkouts clash."""
-    environment = dict(os.environ)
-    if task["side"] != "times":
-        # For glibc: by itself it keeps what is freed, more or less of it by chance.
-        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    process = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    with nullcontext() if task["side"] == "times" else freed_at_once():
+        process = subprocess.run(
+            [sys.executable, __file__, "--worker", json.dumps(task)],
+            capture_output=True,
+            text=True,
+        )
     if process.returncode:
         raise RuntimeError(
             f"{task['method']}, {task['side']}: the process ended with "
@@ -374,9 +348,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--force-repo", type=Path, help="checkout of naver/force")
     parser.add_argument("--grasp-repo", type=Path, help="checkout of alecwangcq/GraSP")
     parser.add_argument("--model", default="resnet50", help="any timm model")
@@ -386,7 +358,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each side")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
+    add_threads(parser)
     parser.add_argument("--store", type=Path, help="JSON file to write")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -407,11 +379,8 @@ def main() -> None:
         rows = compare(args.force_repo, args.grasp_repo, **setting)
     except (ValueError, RuntimeError) as error:
         sys.exit(str(error))
-    machine = (
-        f"{DEVICE}, {args.threads or torch.get_num_threads()} threads, "
-        f"{platform.machine()}, "
-        f"torch {torch.__version__}, timm {timm.__version__}"
-    )
+    threads = args.threads or torch.get_num_threads()
+    machine = in_words(DEVICE, threads, "torch", "timm")
     print(
         f"{args.model} at {args.size}x{args.size}, batch {args.batch_size}, "
         f"{args.steps} steps, {args.runs} runs, {args.dtype}\n{machine}\n"
@@ -419,9 +388,7 @@ def main() -> None:
     print(table(rows))
     if args.store:
         stored = {"machine": machine, "date": str(date.today()), **setting}
-        args.store.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**stored, "rows": rows}, indent=1) + "\n"
-        write_whole(args.store, text.encode())
+        write_json(args.store, {**stored, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ The whole run takes two hours on one core. Processes can share it as those of
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import sys
@@ -32,9 +31,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from families import families_to_run, loss_fn, prepare, read
+from families import add_sweep, families_to_run, loss_fn, prepare
+from harness.machine import made_with
+from harness.options import parser_of, use_threads
+from harness.reports import is_disconnected
+from harness.storage import append_line, read_lines
+from harness.tables import markdown
 from torch import Tensor, nn
 
 from force_plugin import (
@@ -113,8 +116,9 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         except RuntimeError as error:
             result["force"][str(sparsity)] = {"no_mask": str(error)}
             continue
-        cut = any("disconnected" in warning for warning in report.warnings)
-        result["force"][str(sparsity)] = one = {"disconnected": cut}
+        cut = is_disconnected(report.warnings)
+        one: dict[str, Any] = {"disconnected": cut}
+        result["force"][str(sparsity)] = one
         before = {name: t.clone() for name, t in pruned.state_dict().items()}
         began = time.perf_counter()
         try:
@@ -160,8 +164,7 @@ def table(results: list[dict[str, Any]]) -> str:
     titles = ["model (family)", "size"]
     for sparsity in SPARSITIES:
         titles += [f"{sparsity:.1%}".replace(".0%", "%"), "outputs"]
-    rows = [titles, ["---", *["--:"] * (len(titles) - 1)]]
-    notes = []
+    rows, notes = [], []
     for result in sorted(results, key=lambda r: (r["family"], r["model"])):
         name = f"`{result['model']}` ({result['family']})"
         if "error" in result:
@@ -182,9 +185,9 @@ def table(results: list[dict[str, Any]]) -> str:
             reasons += [short(w) for w in one["warnings"] if "disconnected" not in w]
         rows.append(cells)
         notes += [f"- {name}: {reason}" for reason in dict.fromkeys(reasons)][:1]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
     run = max(results, key=lambda r: r["date"])
-    lines += [
+    lines = [
+        *markdown(titles, rows),
         "",
         "Share of the dense model's multiplications after FORCE and compact (✂: the "
         "mask has disconnected the network), and the largest difference of outputs in "
@@ -200,23 +203,14 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", help="only these (default: all)")
+    parser = parser_of(__doc__)
+    add_sweep(parser, HERE / "compact_families.jsonl")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--batch", type=int, default=8, help="half of it from 192x192")
-    parser.add_argument("--size", type=int, default=64, help="where a model takes any")
-    parser.add_argument("--share", default="0/1", metavar="K/N")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
-    parser.add_argument("--out", type=Path, default=HERE / "compact_families.jsonl")
-    parser.add_argument("--table", type=Path, help="only write a table of the results")
     args = parser.parse_args()
     if args.table:
-        write_whole(args.table, table(read(args.out)).encode())
+        write_whole(args.table, table(read_lines(args.out)).encode())
         return
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args)
     todo = families_to_run(args)
     for number, (name, family) in enumerate(todo.items(), start=1):
         print(f"[{number}/{len(todo)}] {name}", file=sys.stderr, flush=True)
@@ -230,15 +224,12 @@ def main() -> None:
         facts = {
             "model": name,
             "family": family,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
             "torch_pruning": version("torch-pruning"),
             "machine": platform.machine(),
-            "date": time.strftime("%Y-%m-%d"),
+            **made_with(),
             **result,
         }
-        with args.out.open("a") as file:
-            file.write(json.dumps(facts) + "\n")
+        append_line(args.out, facts)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ step each, so that the times of a step are of the same minutes. In exact arithme
 compacted network is the masked one until a constant that training gives to a channel
 that was cut off from the inputs (the bias of its normalisation) reaches the outputs.
 
-Data, training and ``--data`` are those of benchmarks/open_gates.py: Fashion-MNIST, the
+Data and training are those of benchmarks/open_gates.py: Fashion-MNIST, the
 first ``--images`` of the training and all of the test images.
 """
 
@@ -21,32 +21,27 @@ import argparse
 import json
 import random
 import sys
-import time
 import warnings
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import timm
 import torch
-from cost import machine
-from open_gates import (
-    DEBIAN,
-    DIGITS,
-    EPOCHS,
-    FASHION,
-    TRAINING_IMAGES,
-    Data,
-    Run,
-    accuracy,
-    load,
-    loader,
-    percent,
-)
-from speed import read, show_machines, write
+from harness.fashion_mnist import Data, load
+from harness.machine import machine, show_machines
+from harness.options import add_files, add_quick, add_threads, parser_of, use_threads
+from harness.reports import is_disconnected
+from harness.runs import Run, add_training, shared_run
+from harness.storage import read_rows, write_json
+from harness.tables import percent, spread
+from harness.timing import seconds
+from harness.training import accuracy, adamw, one_cycle, step
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from force_plugin import compact, force_prune
@@ -59,30 +54,23 @@ SIDES = ("dense", "masked", "compacted")
 
 def train(models: dict[str, nn.Module], data: Data, run: Run) -> dict[str, list[float]]:
     """Train all of them on the same batches; seconds of each step."""
-    batches = loader(data[0], run)
+    batches = run.loader(data[0])
     total = run.epochs * len(batches)
     trained = []
     for side, model in models.items():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=run.lr, total_steps=total
-        )
-        trained.append((side, model.train(), optimizer, schedule))
-    seconds: dict[str, list[float]] = {side: [] for side in models}
+        optimizer = adamw(model.train(), run.lr)
+        trained.append((side, model, optimizer, one_cycle(optimizer, total)))
+    times: dict[str, list[float]] = {side: [] for side in models}
     order = random.Random(0)
     # disable=None: no bar where nobody looks.
     with tqdm(total=total, desc=f"seed {run.seed}", leave=False, disable=None) as bar:
         for _ in range(run.epochs):
-            for inputs, targets in batches:
+            for batch in batches:
                 for side, model, optimizer, schedule in order.sample(trained, 3):
-                    start = time.perf_counter()
-                    optimizer.zero_grad()
-                    cross_entropy(model(inputs), targets).backward()
-                    optimizer.step()
-                    seconds[side].append(time.perf_counter() - start)
+                    times[side].append(seconds(partial(step, model, optimizer, batch)))
                     schedule.step()
                 bar.update()
-    return seconds
+    return times
 
 
 def execute(run: Run, data: Data) -> Row:
@@ -92,7 +80,7 @@ def execute(run: Run, data: Data) -> Row:
     masked = models["masked"] = deepcopy(models["dense"])
     report = force_prune(
         masked,
-        loader(data[0], run),
+        run.loader(data[0]),
         run.sparsity,
         steps=run.steps,
         on_collapse="warn",
@@ -103,14 +91,14 @@ def execute(run: Run, data: Data) -> Row:
     with torch.no_grad():
         one, other = (models[side].eval()(example) for side in SIDES[1:])
     result: Row = {
-        "disconnected": any("disconnected" in w for w in report.warnings),
+        "disconnected": is_disconnected(report.warnings),
         "emptied": len(report.empty_layers),
         "distance": float((one - other).abs().max() / other.abs().max()),
         "sides": {},
     }
     for side, taken in train(models, data, run).items():
         result["sides"][side] = {
-            "accuracy": accuracy(models[side], data[1]),
+            "accuracy": accuracy(models[side], DataLoader(data[1], 500)),
             "seconds": median(taken),
             "multiplications": multiplications(models[side], example),
             "parameters": sum(p.numel() for p in models[side].parameters()),
@@ -121,11 +109,6 @@ def execute(run: Run, data: Data) -> Row:
 def show(rows: list[Row]) -> None:
     """Machine and commands, then a block for each setting."""
     show_machines(rows)
-
-    def spread(values: list[float]) -> str:
-        deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{mean(values):.2f}{deviation}"
-
     blocks: dict[str, list[Row]] = {}
     for row in rows:
         setting = row["run"] | {"seed": 0}
@@ -157,68 +140,47 @@ def show(rows: list[Row]) -> None:
                 f"{shares['seconds']:8.3f}{shares['multiplications']:8.3f}"
                 f"{shares['parameters']:13.3f}"
             )
-        pairs = zip(accuracies["compacted"], accuracies["masked"], strict=True)
-        print(f"{'compacted - masked':23}{spread([a - b for a, b in pairs]):>15}")
+        both = zip(accuracies["compacted"], accuracies["masked"], strict=True)
+        print(f"{'compacted - masked':23}{spread([a - b for a, b in both]):>15}")
         if cut := sum(row["disconnected"] for row in block):
             print(f"disconnected by their masks: {cut} of {len(block)}")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", default="resnet18", help="any timm model that takes 32x32")
     add("--sparsity", type=float, default=0.99)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--steps", type=int, default=60, help="of FORCE")
-    add("--data", help=f"a folder, or digits (default: {DEBIAN})")
-    add("--images", type=int, default=10_000, help="training images")
-    add("--epochs", type=int, help="default: 4; for the digits 40")
-    add("--batch", type=int, default=128)
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
-    add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
-    add("--quick", action="store_true", help="a small model: does it run?")
-    here = Path(__file__)
-    add("--store", type=Path, metavar="FILE", default=here.with_suffix(".json"))
-    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
+    add_training(parser, images=10_000)
+    add_threads(parser)
+    add_quick(parser)
+    add_files(parser, Path(__file__).with_suffix(".json"), draws=False)
     args = parser.parse_args()
     if args.quick:
         args.model, args.data, args.epochs, args.steps = "test_resnet", "digits", 1, 3
         args.images, args.batch, args.seeds = 64, 32, args.seeds[:2]
-    args.data = args.data or (str(DEBIAN) if DEBIAN.exists() else "digits")
     return args
 
 
 def main() -> None:
     args = arguments()
     warnings.simplefilter("ignore")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = read(args.source or args.store)
-    dataset = DIGITS if args.data == "digits" else FASHION
-    images = min(args.images, TRAINING_IMAGES[dataset])
+    use_threads(args)
+    rows = read_rows(args.source or args.store)
+    asked = {"model": args.model, "gates": "open", "sparsity": args.sparsity}
+    shared = replace(shared_run(args), steps=args.steps, **asked)
     data = None
     for seed in () if args.source else args.seeds:
-        run = Run(
-            dataset,
-            images,
-            args.epochs or EPOCHS[dataset],
-            args.batch,
-            args.lr,
-            args.model,
-            seed,
-            "open",
-            args.sparsity,
-            args.steps,
-        )
+        run = replace(shared, seed=seed)
         if any(row["run"] == vars(run) for row in rows):
             continue
         print(f"seed {seed}", file=sys.stderr, flush=True)
-        data = data or load(dataset, Path(args.data), images)
+        data = data or load(run.data, Path(args.data), run.images)
         found = execute(run, data)
         rows.append({"run": vars(run), "machine": machine("cpu")} | found)
-        write(args.store, rows)
+        write_json(args.store, rows)
     show(rows)
 
 

@@ -33,24 +33,23 @@ a preset that is changed takes another name. Ctrl-C loses the current runs only.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
-import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from open_gates import DEBIAN, read_idx
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from evidence_networks import Batches, load, make
+from harness.fashion_mnist import add_folder, need_folder
+from harness.machine import made_with
+from harness.options import parser_of
+from harness.storage import append_run, read_runs
+from harness.training import accuracy, train
+from torch import nn
 from tqdm import tqdm
 
 from force_plugin import (
@@ -61,7 +60,6 @@ from force_plugin import (
     saliency,
     shuffle_masks,
 )
-from force_plugin.zoo import digits
 
 Result = dict[str, Any]
 
@@ -139,106 +137,6 @@ PRESETS = {
 }
 
 
-def make(network: str, seed: int) -> nn.Module:
-    """A network for grey images of 28x28 and 10 classes, without closed gates."""
-    torch.manual_seed(seed)
-    if network == "resnet18":
-        return resnet(layers=(2, 2, 2, 2), channels=(64, 128, 256, 512))
-    if network == "resnet_small":
-        stem = {"stem_type": "deep_tiered", "stem_width": 8}  # that of timm's resnet10t
-        return resnet(layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), **stem)
-    if network == "vgg16":
-        return vgg(64, 64, 0, 128, 128, 0, *(256,) * 3, 0, *(512,) * 3, 0, *(512,) * 3)
-    return vgg(8, 0, 24, 0, 64, 64, 0, 128, 128, 0, 256, 256)
-
-
-def resnet(**widths: Any) -> nn.Module:
-    return timm.create_model(
-        "resnet18", num_classes=10, in_chans=1, zero_init_last=False, **widths
-    )
-
-
-def vgg(*widths: int) -> nn.Module:
-    """Convolutions with batch normalisation, 0 for a pooling, and a linear layer."""
-    layers: list[nn.Module] = []
-    channels = 1
-    for width in widths:
-        if width == 0:
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))
-            continue
-        convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(convolution.weight)
-        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        channels = width
-    head = nn.Linear(channels, 10)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-
-
-def layers_of(network: str) -> dict[str, int]:
-    """Names of the layers that are pruned, and how many weights each has."""
-    modules = make(network, seed=0).named_modules()
-    kinds = (nn.Conv2d, nn.Linear)
-    return {f"{n}.weight": m.weight.numel() for n, m in modules if isinstance(m, kinds)}
-
-
-class Batches:
-    """Shuffled batches of tensors, in another order each time, whole ones only."""
-
-    def __init__(self, images: Tensor, targets: Tensor, size: int, seed: int) -> None:
-        self.data, self.size = (images, targets), size
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.data[1]) // self.size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.data[1]), generator=self.generator)
-        for number in range(len(self)):
-            places = order[number * self.size : (number + 1) * self.size]
-            images, targets = (part[places] for part in self.data)
-            yield images.contiguous(memory_format=torch.channels_last), targets
-
-
-def load(data: str, folder: Path, device: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Normalised grey images of 28x28 and their classes, to train on and to test."""
-    parts = {}
-    if data == "digits":
-        for name, part in zip(("train", "test"), digits(28, channels=1), strict=True):
-            images = torch.stack([part[i][0] for i in range(len(part))])
-            parts[name] = images.to(device), part.targets.to(device)
-        return parts
-    for name, file in (("train", "train"), ("test", "t10k")):
-        pixels = read_idx(folder, f"{file}-images-idx3-ubyte")[:, None]
-        targets = read_idx(folder, f"{file}-labels-idx1-ubyte").long()
-        # Mean and standard deviation of the training images.
-        parts[name] = ((pixels / 255 - 0.2860) / 0.3530).to(device), targets.to(device)
-    return parts
-
-
-def train(model: nn.Module, batches: Batches, preset: Preset) -> None:
-    """Nothing in here knows that the model is pruned."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), preset.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=preset.lr, total_steps=preset.epochs * len(batches)
-    )
-    model.train()
-    for _ in range(preset.epochs):
-        for inputs, targets in batches:
-            optimizer.zero_grad()
-            cross_entropy(model(inputs), targets).backward()
-            optimizer.step()
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, targets: Tensor) -> float:
-    model.eval()
-    pairs = zip(images.split(500), targets.split(500), strict=True)
-    return sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(targets)
-
-
 def measured(model: nn.Module, batches: Batches) -> Result:
     """What FORCE maximises, and how many of the weights that stay have a part in it."""
     masks = get_masks(model)
@@ -286,13 +184,15 @@ def execute(run: Run) -> Result:
     preset, device = PRESETS[run.preset], _shared["device"]
     model, result = pruned(run)
     batches = Batches(*_shared["train"], preset.batch, 10 * run.seed + 1)
-    train(model, batches, preset)
+    optimizer = torch.optim.SGD(
+        model.parameters(), preset.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    train(model, batches, optimizer, preset.epochs, device)
+    test = zip(*(part.split(500) for part in _shared["test"]), strict=True)
     return result | {
-        "accuracy": accuracy(model, *_shared["test"]),
+        "accuracy": accuracy(model, test, device),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **made_with(),
     }
 
 
@@ -340,21 +240,6 @@ def plan(
     return list(dict.fromkeys(runs))
 
 
-def read(path: Path) -> dict[Run, Result]:
-    """The results so far."""
-    results = {}
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SystemExit(
-                f"{path}: line {number} was cut off; delete it, and it is run again"
-            ) from error
-        results[Run(**record.pop("run"))] = record
-    return results
-
-
 _shared: dict[str, Any] = {}
 
 
@@ -366,9 +251,7 @@ def prepare(data: str, folder: Path, device: str, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
@@ -376,7 +259,7 @@ def main() -> None:
         "--sparsities", type=float, nargs="+", help="only these (0: dense)"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
-    parser.add_argument("--data", type=Path, default=DEBIAN, help=f"default: {DEBIAN}")
+    add_folder(parser)
     parser.add_argument(
         "--processes", type=int, help="runs at once (default: a core each)"
     )
@@ -385,15 +268,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     preset = PRESETS[args.preset]
-    if preset.data == "fashion" and not args.data.is_dir():
-        parser.error(
-            f"--data: expected the folder of Fashion-MNIST, {args.data} is none; "
-            "apt-get install dataset-fashion-mnist, or --preset digits"
-        )
+    if preset.data == "fashion":
+        need_folder(parser, args.data, otherwise=", or --preset digits")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cores = os.cpu_count() or 1
     processes = args.processes or (1 if device == "cuda" else cores)
-    done = read(args.out)
+    done = read_runs(args.out, Run)
     questions = args.questions or list(preset.questions)
     seeds, names = args.seeds or preset.seeds, args.methods or preset.methods
     runs = plan(args.preset, list(seeds), questions, list(names))
@@ -418,8 +298,7 @@ def main() -> None:
                 bar.write(f"{run}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
             result = future.result()
-            with args.out.open("a") as file:
-                file.write(json.dumps({"run": asdict(run)} | result) + "\n")
+            append_run(args.out, run, result)
             bar.write(f"{run}: {result['accuracy']:.2%}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command does the rest", file=sys.stderr)

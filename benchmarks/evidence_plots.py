@@ -11,34 +11,35 @@ each seed's differences.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-import numpy as np
 from evidence import (
     BATCHES,
     CHECKED,
     METHODS,
     PRESETS,
     STEPS,
-    Result,
     Run,
-    layers_of,
-    read,
 )
-from scipy.stats import t
-
-Results = dict[Run, Result]
-
-COLORS = dict(zip(METHODS, plt.get_cmap("tab20").colors[::2], strict=False))
-COLORS |= {"synflow": "black", "random": "grey"}
+from evidence_drawing import (
+    COLORS,
+    Results,
+    accuracies,
+    accuracy_axis,
+    differences,
+    finished,
+    line,
+    log_axis,
+    panels,
+)
+from evidence_networks import layers_of
+from harness.intervals import interval
+from harness.options import parser_of
+from harness.storage import read_runs
+from harness.tables import aligned, percent, spread
 
 
 def where(results: Results, **wanted: Any) -> Results:
@@ -62,134 +63,9 @@ def usual(results: Results) -> dict[str, Results]:
     }
 
 
-def accuracies(results: Results) -> list[float]:
-    return [100 * result["accuracy"] for result in results.values()]
-
-
 def live_shares(results: Results) -> list[float]:
     """Of the weights that stay, those that the outputs depend on, in %."""
     return [100 * r["live"] / sum(r["kept"]) for r in results.values()]
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    if not values:
-        return "–"
-    several = f" ± {stdev(values):.{digits}f}" if values[1:] else ""
-    return f"{mean(values):.{digits}f}" + several
-
-
-def deviation(values: list[float]) -> float:
-    return stdev(values) if values[1:] else 0.0
-
-
-def half_width(differences: list[float]) -> float:
-    """Of the 95 % interval of a mean, by Student's t."""
-    if not differences[1:]:
-        return 0.0
-    count = len(differences)
-    return float(t.ppf(0.975, count - 1)) * stdev(differences) / count**0.5
-
-
-def interval(differences: list[float]) -> str:
-    """Mean of paired differences, its 95 % interval, and a star where 0 is outside."""
-    if not differences[1:]:
-        return "–"
-    middle, half = mean(differences), half_width(differences)
-    sign = " *" if abs(middle) > half else ""
-    return f"{middle:+.2f} ({middle - half:+.2f} to {middle + half:+.2f}){sign}"
-
-
-def aligned(rows: Iterable[Iterable[str]]) -> str:
-    rows = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.6g} %"
-
-
-def panels(names: list[str], **options: Any) -> tuple[Any, list[Any]]:
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False, **options
-    )
-    for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(name)
-        axis.grid(alpha=0.3)
-    return figure, list(axes[0])
-
-
-def accuracy_axis(axis: Any) -> None:
-    """Accuracies, apart by the logarithm of the error where some are at chance."""
-    axis.set_ylabel("test accuracy (%)")
-    low, high = axis.dataLim.intervaly
-    if high - low < 20:
-        return
-    scales = (lambda y: -np.log(100.01 - y), lambda z: 100.01 - np.exp(-z))
-    axis.set_yscale("function", functions=scales)
-    axis.set_ylim(low - 4, high + 0.5)
-    axis.set_yticks([tick for tick in (10, 30, *range(50, 81, 10)) if tick > low - 4])
-    axis.set_yticks([*axis.get_yticks(), *range(84, int(high) + 1, 2)])
-
-
-def finished(figure: Any, axis: Any, path: Path) -> None:
-    """One legend for all panels, beside them, and the file."""
-    figure.tight_layout()
-    figure.legend(
-        *axis.get_legend_handles_labels(),
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-        frameon=False,
-    )
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-def log_axis(axis: Any, values: tuple[int, ...], label: str) -> None:
-    axis.set_xscale("log")
-    axis.set_xticks(values, values)
-    axis.minorticks_off()
-    axis.set_xlabel(label)
-
-
-def line(axis: Any, xs: list[Any], found: list[Results], **options: Any) -> None:
-    points = [(x, accuracies(some)) for x, some in zip(xs, found, strict=True) if some]
-    if points:
-        axis.errorbar(
-            [x for x, _ in points],
-            [mean(values) for _, values in points],
-            [deviation(values) for _, values in points],
-            capsize=2,
-            marker="o",
-            markersize=3.5,
-            **options,
-        )
-
-
-def differences(
-    axis: Any, drawn: dict[str, dict[str, list[float]]], label: str
-) -> None:
-    """Means and 95 % intervals, a row for each name, beside each other by kind."""
-    axis.set_xscale("symlog", linthresh=2)
-    axis.axvline(0, color="black", lw=1)
-    for number, (kind, rows) in enumerate(drawn.items()):
-        found = [(place, v) for place, v in enumerate(rows.values()) if v]
-        axis.errorbar(
-            [mean(values) for _, values in found],
-            [place + (number - 0.5) * 0.3 for place, _ in found],
-            xerr=[half_width(values) for _, values in found],
-            fmt="os"[number],
-            color=COLORS.get(kind, f"C{4 + number}"),
-            capsize=2,
-            label=kind,
-        )
-        axis.set_yticks(range(len(rows)), rows)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    low, high = axis.get_xlim()
-    ticks = [tick for tick in (-50, -10, -2, -1, 0, 1, 2, 10, 50) if low < tick < high]
-    axis.set_xticks(ticks, ticks)
-    axis.set_xlabel(label)
 
 
 def methods(results: Results, networks: list[str], to: Path) -> str:
@@ -448,15 +324,13 @@ def made(results: Results) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     folder = Path(__file__).resolve().parent
     parser.add_argument("--results", type=Path, default=folder / "evidence.jsonl")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--to", type=Path, default=folder.parent / "docs" / "evidence")
     args = parser.parse_args()
-    stored = read(args.results)
+    stored = read_runs(args.results, Run)
     results = where(stored, preset=args.preset)
     if not results:
         raise SystemExit(

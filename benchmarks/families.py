@@ -34,6 +34,11 @@ from typing import Any
 
 import timm
 import torch
+from harness.machine import made_with
+from harness.options import add_threads, parser_of, use_threads
+from harness.reports import gates_opened, is_disconnected
+from harness.storage import append_line, read_lines, write_json
+from harness.tables import markdown
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -66,7 +71,8 @@ def models_to_run(path: Path) -> dict[str, str]:
         known = json.loads(path.read_text())
         if known["timm"] == timm.__version__:
             return known["models"]
-    sizes, families = {}, {}
+    sizes: dict[str, int] = {}
+    families: dict[str, str] = {}
     for family in timm.list_modules():
         print(f"measuring the models of {family}", file=sys.stderr)
         names = timm.list_models(module=family)
@@ -79,7 +85,7 @@ def models_to_run(path: Path) -> dict[str, str]:
         families |= dict.fromkeys([names[0], real[0]], family)
     families |= CLASSICS
     models = {name: families[name] for name in sorted(families, key=sizes.__getitem__)}
-    path.write_text(json.dumps({"timm": timm.__version__, "models": models}, indent=1))
+    write_json(path, {"timm": timm.__version__, "models": models})
     return models
 
 
@@ -171,7 +177,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything for one model."""
     start = time.perf_counter()
     model, loader, size = prepare(name, args)
-    options = {"loss_fn": loss_fn, "on_collapse": "warn", "progress": False}
+    options: dict[str, Any] = {"loss_fn": loss_fn, "progress": False}
+    options |= {"on_collapse": "warn"}
 
     def prune(model: nn.Module, sparsity: float, **more: Any) -> dict[str, Any]:
         torch.manual_seed(1)
@@ -230,7 +237,7 @@ def table(results: list[dict[str, Any]]) -> str:
         return len(run["empty"])
 
     def cut(run: dict[str, Any]) -> bool:
-        return any("disconnected" in warning for warning in run["warnings"])
+        return is_disconnected(run["warnings"])
 
     def counts(condition: Callable[[dict[str, Any]], bool]) -> list[str]:
         found = []
@@ -240,34 +247,30 @@ def table(results: list[dict[str, Any]]) -> str:
             found.append(f"{sum(map(condition, runs))}{of}")
         return found
 
+    titles = [f"of {len(smallest)} families, smallest model", *columns]
     rows = [
-        [f"of {len(smallest)} families, smallest model", *columns],
-        ["---", *["--:"] * len(columns)],
         ["lose half of their layers", *counts(lambda r: 2 * emptied(r) >= r["layers"])],
         ["lose any layer", *counts(lambda r: emptied(r) > 0)],
         ["are disconnected", *counts(cut)],
     ]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [*markdown(titles, rows), ""]
 
     titles = ["model (family)", "layers", "gates", *columns]
-    rows = [titles, ["---"] + ["--:"] * (len(titles) - 1)]
-    notes = []
+    rows, notes = [], []
     for result in sorted(results, key=lambda r: (r["family"], r["model"])):
         cells = [f"`{result['model']}` ({result['family']})"]
         if "error" in result:
             notes.append(f"- {cells[0]}: {result['error']}")
             continue
         force = result["force"]["0.9"]
-        gates = [w for w in force["warnings"] if w.startswith("gates opened")]
-        opened = sum(int(w.split(": ")[1].split()[0]) for w in gates)
-        cells += [str(force["layers"]), str(opened)]
+        cells += [str(force["layers"]), str(gates_opened(force["warnings"]))]
         for column in columns.values():
             run = column(result)
             cells.append(f"{emptied(run)}{' ✂' if cut(run) else ''}" if run else "")
         rows.append(cells)
         if 2 * max(emptied(force), emptied(result["snip_open"])) >= force["layers"]:
             notes.append(f"- {cells[0]}: {why(force['warnings']) or 'no reason known'}")
-    lines += ["", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += [*markdown(titles, rows), ""]
     run = max(results, key=lambda r: r["date"])
     lines += [
         "Layers without a weight at 90 % (✂: disconnected), with gates open "
@@ -281,12 +284,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The results so far."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def families_to_run(args: argparse.Namespace) -> dict[str, str]:
     """Family by name of the models asked for that have no result yet."""
     if args.models:
@@ -298,9 +295,21 @@ def families_to_run(args: argparse.Namespace) -> dict[str, str]:
     else:
         families = models_to_run(HERE / "families-models.json")
     share, shares = map(int, args.share.split("/"))
-    done = {result["model"] for result in read(args.out)}
+    done = {result["model"] for result in read_lines(args.out)}
     names = list(families)[share::shares]
     return {name: families[name] for name in names if name not in done}
+
+
+def add_sweep(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Add the options of a sweep whose results are in a file."""
+    add = parser.add_argument
+    add("--models", nargs="+", help="only these (default: all)")
+    add("--batch", type=int, default=8, help="half of it from 192x192")
+    add("--size", type=int, default=64, help="where a model takes any")
+    add("--share", default="0/1", metavar="K/N")
+    add("--out", type=Path, default=out)
+    add("--table", type=Path, help="only write a table of the results")
+    add_threads(parser)
 
 
 def sparsity_and_steps(text: str) -> tuple[float, int]:
@@ -310,10 +319,8 @@ def sparsity_and_steps(text: str) -> tuple[float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", help="only these (default: all)")
+    parser = parser_of(__doc__)
+    add_sweep(parser, HERE / "families.jsonl")
     parser.add_argument(
         "--runs",
         type=sparsity_and_steps,
@@ -321,18 +328,11 @@ def main() -> None:
         default=[(0.9, 60), (0.99, 10)],
         metavar="SPARSITY:STEPS",
     )
-    parser.add_argument("--batch", type=int, default=8, help="half of it from 192x192")
-    parser.add_argument("--size", type=int, default=64, help="where a model takes any")
-    parser.add_argument("--share", default="0/1", metavar="K/N")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
-    parser.add_argument("--out", type=Path, default=HERE / "families.jsonl")
-    parser.add_argument("--table", type=Path, help="only write a table of the results")
     args = parser.parse_args()
     if args.table:
-        write_whole(args.table, table(read(args.out)).encode())
+        write_whole(args.table, table(read_lines(args.out)).encode())
         return
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args)
     todo = families_to_run(args)
     warnings.simplefilter("ignore", UserWarning)
     for number, (name, family) in enumerate(todo.items(), start=1):
@@ -340,18 +340,15 @@ def main() -> None:
             "model": name,
             "family": family,
             "batch": args.batch,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
             "machine": platform.machine(),
-            "date": time.strftime("%Y-%m-%d"),
+            **made_with(),
         }
         try:
             result |= run(name, args)
         except Exception as error:
             traceback.print_exc()
             result["error"] = f"{type(error).__name__}: {error}"
-        with args.out.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+        append_line(args.out, result)
         found = [
             f"{len(one['empty'])} of {one['layers']} empty at {sparsity}"
             for sparsity, one in result.get("force", {}).items()

@@ -12,8 +12,6 @@ in ``--out``, one a network. The whole takes three quarters of an hour on one co
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 import warnings
 from pathlib import Path
@@ -21,11 +19,13 @@ from typing import Any
 
 import timm
 import torch
-from cost import machine
-from open_gates import DEBIAN, FASHION, load
+from harness.fashion_mnist import FASHION, add_folder, load, need_folder
+from harness.machine import machine
+from harness.options import parser_of
+from harness.storage import append_line, read_lines
+from harness.training import Batch, batches_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
-from torch.utils.data import DataLoader
 
 from force_plugin import force_prune
 
@@ -46,11 +46,9 @@ STEPS = {"force": 60, "snip": 1}
 def prune(name: str, method: str, folder: Path) -> dict[str, Any]:
     """What one method keeps of one network."""
     size, batch = (224, 16) if name in LARGE else (64, 64)
-    order = torch.Generator().manual_seed(0)
-    images = load(FASHION, folder, 60_000)[0]
-    loader = DataLoader(images, batch, shuffle=True, drop_last=True, generator=order)
+    loader = batches_of(load(FASHION, folder, 60_000)[0], batch, seed=0)
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
         enlarged = interpolate(batch[0], (size, size), mode="bilinear")
         return cross_entropy(model(enlarged), batch[1])
 
@@ -82,27 +80,19 @@ def prune(name: str, method: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--models", nargs="+", default=MODELS)
-    add("--data", type=Path, default=DEBIAN, help=f"default: {DEBIAN}")
-    add("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    parser = parser_of(__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    add_folder(parser)
+    out = Path(__file__).with_suffix(".jsonl")
+    parser.add_argument("--out", type=Path, default=out)
     args = parser.parse_args()
-    if not args.data.is_dir():
-        parser.error(
-            f"--data: expected the folder of Fashion-MNIST, {args.data} is none; "
-            "apt-get install dataset-fashion-mnist"
-        )
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(row["model"], row["method"]) for row in map(json.loads, lines)}
+    need_folder(parser, args.data)
+    done = {(row["model"], row["method"]) for row in read_lines(args.out)}
     for name in args.models:
         for method in STEPS:
             if (name, method) not in done:
                 row = prune(name, method, args.data)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_line(args.out, row)
                 print(f"{name}, {method}: {row['seconds']} s")
 
 

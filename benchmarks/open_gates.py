@@ -27,137 +27,44 @@ current one only. All runs take about two hours on one core. Processes with othe
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
-import platform
 import sys
 import textwrap
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-from tqdm import tqdm
+from harness.fashion_mnist import Data, load
+from harness.machine import in_words, made_with
+from harness.options import add_threads, parser_of, use_threads
+from harness.reports import gates_opened, is_disconnected
+from harness.runs import Run, add_training, shared_run
+from harness.storage import append_run, read_runs
+from harness.tables import aligned, markdown, percent, spread
+from harness.training import accuracy, adamw, train
+from torch.utils.data import DataLoader
 
 from force_plugin import SparsityReport, force_prune
 from force_plugin.files import write_whole
-from force_plugin.zoo import digits
 
-FASHION, DIGITS = "Fashion-MNIST", "scikit-learn's digits"
-TRAINING_IMAGES = {FASHION: 60_000, DIGITS: 1437}
-EPOCHS = {FASHION: 4, DIGITS: 40}
 # A ViT takes no other size than it is made for; 16 patches of these images.
 OPTIONS = {"test_vit2": {"img_size": 32, "patch_size": 8}}
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-Data = tuple[Dataset[Any], Dataset[Any]]
 Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that decides the result of one training."""
-
-    data: str
-    images: int
-    epochs: int
-    batch: int
-    lr: float
-    model: str = ""
-    seed: int = 0
-    gates: str = "dense"  # not pruned; or "open", "closed"
-    sparsity: float = 0.0
-    steps: int = 0
-
-    def __str__(self) -> str:
-        """The part that changes from run to run."""
-        pruned = f"{percent(self.sparsity)}, gates {self.gates}"
-        return f"{self.model}, seed {self.seed}, {pruned if self.sparsity else 'dense'}"
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.6g} %"
-
-
-def read_idx(folder: Path, name: str) -> Tensor:
-    """The bytes of an idx file, gzipped or not, somewhere below a folder."""
-    path = next(folder.rglob(f"{name}*"), None)
-    if path is None:
-        raise SystemExit(f"--data: expected {name} or {name}.gz below {folder}")
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        raw = gzip.decompress(raw)
-    # Byte 3 is the number of dimensions; their sizes and the values follow.
-    shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
-    return torch.from_numpy(values.reshape(shape).copy())
-
-
-def load(data: str, folder: Path, images: int) -> Data:
-    """Training and test images of 3x32x32."""
-    if data == DIGITS:
-        train, test = digits(32)
-        return Subset(train, range(images)), test
-    parts = []
-    for part in ("train", "t10k"):
-        pixels = pad(read_idx(folder, f"{part}-images-idx3-ubyte"), (2, 2, 2, 2))
-        targets = read_idx(folder, f"{part}-labels-idx1-ubyte").long()
-        # Mean and standard deviation of the training images.
-        normal = (pixels[:, None] / 255 - 0.2860) / 0.3530
-        parts.append(TensorDataset(normal.expand(-1, 3, -1, -1), targets))
-    return Subset(parts[0], range(images)), parts[1]
-
-
-def loader(images: Dataset[Any], run: Run) -> DataLoader[Any]:
-    order = torch.Generator().manual_seed(run.seed)
-    return DataLoader(images, run.batch, shuffle=True, drop_last=True, generator=order)
-
-
-def train(model: nn.Module, batches: DataLoader[Any], run: Run) -> None:
-    """Nothing in here knows that the model is pruned."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=run.lr, total_steps=run.epochs * len(batches)
-    )
-    model.train()
-    for epoch in range(1, run.epochs + 1):
-        # disable=None: no bar where nobody looks.
-        bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
-        for inputs, targets in bar:
-            loss = cross_entropy(model(inputs.to(DEVICE)), targets.to(DEVICE))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Dataset[Any]) -> float:
-    model.eval()
-    right = total = 0
-    for inputs, targets in DataLoader(images, 500):
-        right += int((model(inputs.to(DEVICE)).argmax(1).cpu() == targets).sum())
-        total += len(targets)
-    return right / total
 
 
 def describe(report: SparsityReport) -> Result:
     """What is on record of a pruning."""
-    opened = [w for w in report.warnings if w.startswith("gates opened")]
     return {
         "layers": len(report.layers),
         "emptied": len(report.empty_layers),
-        "gates_opened": sum(int(w.split(": ")[1].split()[0]) for w in opened),
-        "disconnected": any("disconnected" in w for w in report.warnings),
+        "gates_opened": gates_opened(report.warnings),
+        "disconnected": is_disconnected(report.warnings),
         "warnings": list(report.warnings),
     }
 
@@ -172,7 +79,7 @@ def execute(run: Run, data: Data) -> Result:
     if run.sparsity:
         report = force_prune(
             model,
-            loader(data[0], run),
+            run.loader(data[0]),
             run.sparsity,
             steps=run.steps,
             open_gates=run.gates == "open",
@@ -182,34 +89,24 @@ def execute(run: Run, data: Data) -> Result:
         result |= describe(report)
     pruned = time.perf_counter()
     torch.manual_seed(run.seed)  # dropout
-    train(model, loader(data[0], run), run)
+    optimizer = adamw(model, run.lr)
+    train(model, run.loader(data[0]), optimizer, run.epochs, DEVICE, progress=True)
     trained = time.perf_counter()
     return result | {
-        "accuracy": accuracy(model, data[1]),
+        "accuracy": accuracy(model, DataLoader(data[1], 500), DEVICE),
         "seconds_pruning": round(pruned - start, 1),
         "seconds_training": round(trained - pruned, 1),
         "seconds": round(time.perf_counter() - start, 1),
-        "machine": f"{DEVICE}, {torch.get_num_threads()} threads, {platform.machine()}",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        "machine": in_words(DEVICE, torch.get_num_threads()),
+        **made_with(),
     }
-
-
-def read(path: Path) -> dict[Run, Result]:
-    """The results so far."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = map(json.loads, lines)
-    return {Run(**record.pop("run")): record for record in records}
 
 
 def table(results: dict[Run, Result]) -> list[list[str]]:
     """Titles, and a row for each network and sparsity."""
 
-    def spread(found: list[Result]) -> str:
-        values = [100 * result["accuracy"] for result in found]
-        deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{mean(values):.1f}{deviation}" if values else "–"
+    def accuracies(found: list[Result]) -> str:
+        return spread([100 * result["accuracy"] for result in found], digits=1)
 
     def emptied(found: list[Result]) -> str:
         return f"{mean(r['emptied'] for r in found):.1f}" if found else "–"
@@ -225,7 +122,8 @@ def table(results: dict[Run, Result]) -> list[list[str]]:
         closed = groups.get((model, sparsity, "closed"), [])
         counts = f"{emptied(opened)} / {emptied(closed)}"
         of = f" of {(opened + closed)[0]['layers']}"
-        rows.append([model, percent(sparsity), *map(spread, (dense, opened, closed))])
+        rows.append([model, percent(sparsity)])
+        rows[-1] += map(accuracies, (dense, opened, closed))
         rows[-1].append(counts + of)
     return rows
 
@@ -248,7 +146,7 @@ def caption(results: dict[Run, Result], planned: int) -> str:
 
 def plan(args: argparse.Namespace) -> list[Run]:
     """All runs, a seed at a time."""
-    base = Run(args.dataset, args.images, args.epochs, args.batch, args.lr)
+    base = shared_run(args)
     runs = []
     for seed in args.seeds:
         for model in args.models:
@@ -261,58 +159,45 @@ def plan(args: argparse.Namespace) -> list[Run]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--models", nargs="+", default=["resnet18", "resnet18d", "convnext_atto"]
     )
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95, 0.99])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60, help="steps of FORCE")
-    parser.add_argument("--data", help=f"a folder, or digits (default: {DEBIAN})")
-    parser.add_argument("--images", type=int, default=20_000, help="training images")
-    parser.add_argument("--epochs", type=int, help="default: 4; for the digits 40")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
+    add_training(parser, images=20_000)
+    add_threads(parser)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).with_suffix(".jsonl")
     )
     parser.add_argument("--table", type=Path, help="only write the table, as Markdown")
-    args = parser.parse_args()
-    args.data = args.data or (str(DEBIAN) if DEBIAN.exists() else "digits")
-    args.dataset = DIGITS if args.data == "digits" else FASHION
-    args.images = min(args.images, TRAINING_IMAGES[args.dataset])
-    args.epochs = args.epochs or EPOCHS[args.dataset]
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args)
     warnings.simplefilter("ignore", UserWarning)  # they are in the reports
-    runs, known = plan(args), read(args.out)
+    runs, known = plan(args), read_runs(args.out, Run)
     results = {run: known[run] for run in runs if run in known}
     if args.table:
         if not results:
             raise SystemExit(f"--table: none of these runs is in {args.out} yet")
         titles, *rows = table(results)
-        rows = [titles, ["---"] + ["--:"] * (len(titles) - 1), *rows]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
         text = textwrap.fill(caption(results, len(runs)), 88)
-        write_whole(args.table, "\n".join([*lines, "", text, ""]).encode())
+        write_whole(
+            args.table, "\n".join([*markdown(titles, rows), "", text, ""]).encode()
+        )
         return
 
     todo = [run for run in runs if run not in results]
-    print(f"{args.dataset}: {len(todo)} of {len(runs)} runs to do", flush=True)
+    print(f"{runs[0].data}: {len(todo)} of {len(runs)} runs to do", flush=True)
     try:
-        data = load(args.dataset, Path(args.data), args.images)
+        data = load(runs[0].data, Path(args.data), runs[0].images)
         for number, run in enumerate(todo, start=1):
             result = results[run] = execute(run, data)
-            with args.out.open("a") as file:
-                file.write(json.dumps({"run": asdict(run)} | result) + "\n")
+            append_run(args.out, run, result)
             print(
                 f"[{number}/{len(todo)}] {run}: {result['accuracy']:.2%}, "
                 f"{result.get('emptied', 0)} layers emptied, {result['seconds']} s",
@@ -321,11 +206,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped; the same command does the rest", file=sys.stderr)
     if results:
-        rows = table(results)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        print()
-        for row in rows:
-            print("  ".join(map(str.ljust, row, widths)).rstrip())
+        print(f"\n{aligned(table(results))}")
         print("\n" + textwrap.fill(caption(results, len(runs)), 80))
 
 

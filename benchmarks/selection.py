@@ -15,23 +15,22 @@ A time is the least of the runs: other processes only ever add to it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
+from harness.machine import in_words
+from harness.options import parser_of
+from harness.storage import write_json
+from harness.timing import timed
 from torch import Tensor
 
-from force_plugin.files import write_whole
 from force_plugin.selection.top_k import top_k_masks
 
 Method = Callable[[list[Tensor], int], float]
@@ -111,14 +110,6 @@ def rows(
     device: str = "cpu",
 ) -> Iterator[dict[str, Any]]:
     """Milliseconds of each run of each method, a row for each number asked for."""
-
-    def timed(run: Method, scores: list[Tensor], k: int) -> tuple[float, float]:
-        if device != "cpu":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        found = run(scores, k)  # a number: it has waited for the device
-        return 1000 * (time.perf_counter() - start), found
-
     for size, kind in product(sizes, kinds):
         found = methods(size, device)
         scores = make_scores(size, kind, device)
@@ -128,8 +119,8 @@ def rows(
             for _ in range(runs):
                 values = set()
                 for method, run in found.items():
-                    spent, value = timed(run, scores, k)
-                    times[method].append(spent)
+                    spent, value = timed(partial(run, scores, k))
+                    times[method].append(1000 * spent)
                     values.add(value)
                 if len(values) > 1:
                     raise AssertionError(f"{size} scores, {kind}, {share}: {values}")
@@ -137,19 +128,14 @@ def rows(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 2.5e7])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--store", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
-    machine = (
-        f"{args.device}, {torch.get_num_threads()} threads, {platform.machine()}, "
-        f"torch {torch.__version__}, numpy {np.__version__}"
-    )
+    machine = in_words(args.device, torch.get_num_threads(), "torch", "numpy")
     print(f"{machine}, milliseconds, the least of {args.runs}\n")
     names = ["ours", "topk", "kthvalue", "partition"]
     columns = "".join(f"{name:>10}" for name in names)
@@ -168,8 +154,7 @@ def main() -> None:
     print("\nratio: ours over the fastest of the others")
     if args.store:
         record = {"machine": machine, "date": str(date.today()), "rows": stored}
-        args.store.parent.mkdir(exist_ok=True)
-        write_whole(args.store, f"{json.dumps(record, indent=1)}\n".encode())
+        write_json(args.store, record)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,18 @@ what was in use.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import resource
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from harness.machine import in_words
+from harness.memory import freed_at_once, of_process
+from harness.options import parser_of
+from harness.timing import seconds
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -41,7 +42,7 @@ def work(
         args.batch_size, 3, args.image, args.image, generator=generator
     )
     batches = [(inputs, torch.zeros(args.batch_size, dtype=torch.int64))]
-    seconds = 0.0
+    spent = 0.0
     if form != "nothing":
         torch.manual_seed(0)
         with torch.device("meta" if form == "sharded" else "cpu"):
@@ -54,13 +55,11 @@ def work(
             model.to_empty(device="cpu")
             for parameter in model.parameters():
                 nn.init.normal_(parameter.to_local(), 0.02, 0.02)
-        start = time.perf_counter()
-        force_prune(
-            model, batches, 0.9, steps=args.steps, on_collapse="warn", progress=False
-        )
-        seconds = (time.perf_counter() - start) / args.steps
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    Path(folder, str(rank)).write_text(f"{peak} {seconds}", encoding="utf-8")
+        options = {"steps": args.steps, "on_collapse": "warn", "progress": False}
+        call = partial(force_prune, model, batches, 0.9, **options)
+        spent = seconds(call) / args.steps
+    peak = of_process("VmHWM")
+    Path(folder, str(rank)).write_text(f"{peak} {spent}", encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -70,14 +69,24 @@ def measure(size: int, form: str, args: argparse.Namespace) -> tuple[float, floa
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (size, form, args, folder), nprocs=size)
         rows = [Path(folder, str(r)).read_text("utf-8").split() for r in range(size)]
-    peaks, seconds = zip(*rows, strict=True)
-    return max(map(float, peaks)), max(map(float, seconds))
+    peaks, times = zip(*rows, strict=True)
+    return max(map(float, peaks)), max(map(float, times))
+
+
+def tell(args: argparse.Namespace, weights: int) -> None:
+    """A line for each number of ranks and form of the model."""
+    for size in args.ranks:
+        nothing, _ = measure(size, "nothing", args)
+        base = 0.0
+        for form in ("whole", "sharded"):
+            peak, step = measure(size, form, args)
+            used = (peak - nothing) / weights
+            base = base or used
+            print(f"{size:<8}{form:<8}{used:22.1f}{used / base:8.2f}{step:10.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="vit_base_patch16_224", help="a timm ViT")
     parser.add_argument("--image", type=int, default=64, help="height and width")
     parser.add_argument("--batch-size", type=int, default=1, help="of each rank")
@@ -85,26 +94,17 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     args = parser.parse_args()
 
-    # For glibc: by itself it keeps what is freed, more or less of it by chance.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with torch.device("meta"):
         model = timm.create_model(args.model, img_size=args.image)
     weights = sum(p.numel() for p in model.parameters())
     print(
         f"{args.model} at {args.image}x{args.image}, {weights:,} parameters, batch "
         f"{args.batch_size}, FORCE, {args.steps} steps\n"
-        f"cpu, 1 thread a rank, {platform.machine()}, torch {torch.__version__}, timm "
-        f"{timm.__version__}\n"
+        f"{in_words('cpu', '1 thread a rank', 'torch', 'timm')}\n"
     )
     print(f"ranks   model   {'peak, bytes a weight':>22}{'ratio':>8}{'s a step':>10}")
-    for size in args.ranks:
-        nothing, _ = measure(size, "nothing", args)
-        base = 0.0
-        for form in ("whole", "sharded"):
-            peak, seconds = measure(size, form, args)
-            used = (peak - nothing) / weights
-            base = base or used
-            print(f"{size:<8}{form:<8}{used:22.1f}{used / base:8.2f}{seconds:10.2f}")
+    with freed_at_once():
+        tell(args, weights)
 
 
 if __name__ == "__main__":

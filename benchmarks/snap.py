@@ -16,59 +16,60 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import Any, Literal
 
 import timm
 import torch
-from cost import machine
-from open_gates import DEBIAN, DIGITS, FASHION, Data, Run, accuracy, load, loader
-from speed import read, show_machines, write
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from harness.fashion_mnist import Data, load
+from harness.machine import machine, show_machines
+from harness.options import add_files, add_threads, parser_of, use_threads
+from harness.runs import Run, add_training, shared_run
+from harness.storage import read_rows, write_json
+from harness.tables import spread
+from harness.timing import timed
+from harness.training import accuracy, adamw, train
+from torch.utils.data import DataLoader
 
 from force_plugin import compact_report, snap_prune
 
 Row = dict[str, Any]
-METHODS = ("snap", "random")
+Method = Literal["snap", "random"]
+METHODS: tuple[Method, ...] = ("snap", "random")
 
 
-def execute(run: Run, method: str, data: Data) -> Row:
+def execute(run: Run, method: Method, data: Data) -> Row:
     """Take channels out of one network and train it."""
     torch.manual_seed(run.seed)
     dense = timm.create_model(run.model, num_classes=10)
     example = data[0][0][0][None]
-    start = time.perf_counter()
-    model = snap_prune(
-        dense,
-        loader(data[0], run),
-        example,
-        run.sparsity,
-        method=method,
-        progress=False,
+    seconds, model = timed(
+        partial(
+            snap_prune,
+            dense,
+            run.loader(data[0]),
+            example,
+            run.sparsity,
+            method=method,
+            progress=False,
+        )
     )
-    seconds = time.perf_counter() - start
     sizes = compact_report(dense, model, example)
     del dense
-    batches = loader(data[0], run)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=run.lr, total_steps=run.epochs * len(batches)
+    test = DataLoader(data[1], 500)
+    accuracies: list[float] = []
+    train(
+        model,
+        run.loader(data[0]),
+        adamw(model, run.lr),
+        run.epochs,
+        progress=True,
+        after_epoch=lambda: accuracies.append(accuracy(model, test)),
     )
-    accuracies = []
-    for epoch in range(run.epochs):
-        model.train()
-        for inputs, targets in tqdm(
-            batches, f"epoch {epoch}", leave=False, disable=None
-        ):
-            optimizer.zero_grad()
-            cross_entropy(model(inputs), targets).backward()
-            optimizer.step()
-            schedule.step()
-        accuracies.append(accuracy(model, data[1]))
     return {
         "seconds_of_pruning": seconds,
         "channels": sizes.channels,
@@ -105,11 +106,10 @@ def show(rows: list[Row]) -> None:
             mean(row[key][1] / row[key][0] for row in some)
             for key in ("parameters", "multiplications")
         ]
-        cells = []
-        for epoch in (0, -1):
-            values = [100 * row["accuracies"][epoch] for row in some]
-            deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.2f}{deviation}")
+        cells = [
+            spread([100 * row["accuracies"][epoch] for row in some])
+            for epoch in (0, -1)
+        ]
         print(
             f"{sparsity:<14.0%}{method:8}{shares[0]:12.3%}{shares[1]:9.3%}"
             f"{cells[0]:>15}{cells[1]:>15}{len(some):7}"
@@ -149,36 +149,23 @@ def plot(rows: list[Row], folder: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", default="vgg16_bn", help="any timm model that takes 32x32")
     add("--sparsities", type=float, nargs="+", default=[0.8, 0.93, 0.97])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--data", help=f"a folder, or digits (default: {DEBIAN})")
-    add("--images", type=int, default=10_000, help="training images")
-    add("--epochs", type=int, default=8)
-    add("--batch", type=int, default=128)
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
-    add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
-    here = Path(__file__)
-    add("--store", type=Path, metavar="FILE", default=here.with_suffix(".json"))
-    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
-    add("--plot", type=Path, metavar="FOLDER", help="draw snap.png there")
-    args = parser.parse_args()
-    args.data = args.data or (str(DEBIAN) if DEBIAN.exists() else "digits")
-    return args
+    add_training(parser, images=10_000, epochs=8)
+    add_threads(parser)
+    add_files(parser, Path(__file__).with_suffix(".json"))
+    return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     warnings.simplefilter("ignore")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = read(args.source or args.store)
-    dataset = DIGITS if args.data == "digits" else FASHION
-    data = None
+    use_threads(args)
+    rows = read_rows(args.source or args.store)
+    shared, data = replace(shared_run(args), model=args.model, gates="open"), None
     plan = [
         (seed, sparsity, method)
         for seed in args.seeds
@@ -186,15 +173,14 @@ def main() -> None:
         for method in METHODS
     ]
     for seed, sparsity, method in [] if args.source else plan:
-        settings = (dataset, args.images, args.epochs, args.batch, args.lr, args.model)
-        run = Run(*settings, seed, "open", sparsity)
+        run = replace(shared, seed=seed, sparsity=sparsity)
         if any(row["run"] == vars(run) and row["method"] == method for row in rows):
             continue
         print(f"seed {seed}, {sparsity:.0%}, {method}", file=sys.stderr, flush=True)
-        data = data or load(dataset, Path(args.data), args.images)
+        data = data or load(run.data, Path(args.data), run.images)
         facts = {"run": vars(run), "method": method, "machine": machine("cpu")}
         rows.append(facts | execute(run, method, data))
-        write(args.store, rows)
+        write_json(args.store, rows)
     show(rows)
     if args.plot:
         plot(rows, args.plot)

@@ -30,36 +30,33 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from itertools import groupby
 from math import exp, log
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import matplotlib as mpl
 import torch
-from cost import fresh, machine, of_process
-from open_gates import percent
+from harness.machine import machine
+from harness.memory import fresh, of_process
+from harness.options import add_files, add_quick, add_threads, parser_of, use_threads
+from harness.reports import is_disconnected
+from harness.storage import read_rows, write_json
+from harness.tables import percent
+from harness.training import Batch, step
+from speed_tables import Row, plot, show
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from force_plugin import compact, force_prune, make_permanent
-from force_plugin.files import write_whole
 from force_plugin.structure.size import multiplications
 from force_plugin.zoo import digits, load_data, load_model
-
-Row = dict[str, Any]
-Batch = tuple[Tensor, Tensor]
 
 MODELS = "resnet50:32:64 vgg19_bn:32:64 vit_tiny_patch16_224:224:8"
 FULL = {"models": MODELS.split(), "sparsities": [0.9, 0.95, 0.98, 0.99, 0.995]}
@@ -67,12 +64,6 @@ FULL |= {"steps": 20, "rounds": 5, "seconds": 0.5}
 QUICK = {"models": ["test_resnet:32:8"], "sparsities": [0.9]}
 QUICK |= {"steps": 3, "rounds": 2, "seconds": 0.01}
 SAMPLES = 32  # at least, in a step of scoring
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    optimizer.zero_grad()
-    cross_entropy(model(batch[0]), batch[1]).backward()
-    optimizer.step()
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -200,7 +191,7 @@ def measure(
     )
     facts: Row = {
         "emptied": len(report.empty_layers),
-        "disconnected": any("disconnected" in w for w in report.warnings),
+        "disconnected": is_disconnected(report.warnings),
     }
     tell("compact")
     models["permanent"] = deepcopy(models["masked"])
@@ -235,134 +226,8 @@ def measure(
     return facts | {"sides": sides}
 
 
-def ratios(row: Row, side: str, what: str) -> list[float]:
-    """Of a side's times to the dense model's, round by round."""
-    dense = row["sides"]["dense"][what]
-    return [a / b for a, b in zip(row["sides"][side][what], dense, strict=True)]
-
-
-def read(file: Path) -> list[Row]:
-    return json.loads(file.read_text("utf-8")) if file.exists() else []
-
-
-def write(file: Path, rows: list[Row]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, f"{json.dumps(rows, indent=1)}\n".encode())
-
-
-def show_machines(rows: Iterable[Row]) -> None:
-    """Where, with what and by which commands it was measured."""
-    lines = [
-        "{cpu}, {cores} cores, {threads} threads, on {device}\n"
-        "Python {python}, torch {torch}, timm {timm}, {date}".format(**row["machine"])
-        for row in rows
-    ]
-    lines += [row["machine"]["command"] for row in rows]
-    print(*dict.fromkeys(lines), sep="\n")
-
-
-def case_of(row: Row) -> tuple[str, int, bool]:
-    return row["model"], row["size"], row["channels_last"]
-
-
-def title(row: Row) -> str:
-    name, size, channels_last = case_of(row)
-    return f"{name} at {size}x{size}" + (", channels last" if channels_last else "")
-
-
-def show(rows: Iterable[Row]) -> None:
-    rows = sorted(rows, key=lambda row: (*case_of(row), row["sparsity"]))
-    show_machines(rows)
-    for _, block in groupby(rows, case_of):
-        first, *others = block
-        dense = first["sides"]["dense"]
-        print(
-            f"\n{title(first)}, batch {first['batch']}: "
-            f"{dense['parameters']:,} parameters,\n{dense['multiplications']:,} "
-            f"multiplications an image, {first['rounds']} rounds\n\n"
-            f"{'':20}{'forward':>18}{'training step':>27}{'peak':>9}\n{'':15}{'mult.'}"
-            + 2 * f"{'ms':>8}{'ratio':>6}{'min':>5}{'max':>5}"
-            + f"{'MB':>6}{'ratio':>6}"
-        )
-        for row in (first, *others):
-            told = [f"\n{percent(row['sparsity'])}, FORCE in {row['steps']} steps"]
-            if row["emptied"]:
-                told.append(f"{row['emptied']} layers emptied")
-            if row["disconnected"]:
-                told.append("disconnected")
-            if "snap_sparsity" in row:
-                told.append(f"snap: {row['snap_sparsity']:.1%} of channels")
-            print(", ".join(told))
-            base = row["sides"]["dense"]
-            for side, seen in row["sides"].items():
-                share = seen["multiplications"] / base["multiplications"]
-                line = f"{side:13}{share:7.3f}"
-                for what in ("forward", "step"):
-                    all_of = ratios(row, side, what)
-                    line += f"{1000 * median(seen[what]):8.1f}{median(all_of):6.3f}"
-                    line += f"{min(all_of):5.2f}{max(all_of):5.2f}"
-                over = seen["bytes"] / base["bytes"]
-                print(f"{line}{seen['bytes'] / 2**20:6.0f}{over:6.3f}")
-
-
-def plot(rows: list[Row], folder: Path) -> None:
-    """Draw speed-ups where there are several sparsities.
-
-    Not of networks that are disconnected, whose outputs are fixed. Dashed: what the
-    multiplications would promise.
-    """
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in rows if not row["disconnected"]]
-    rows.sort(key=lambda row: row["sparsity"])
-    cases = sorted({case_of(row) for row in rows})
-    some = [c for c in cases if [case_of(row) for row in rows].count(c) > 1]
-    cases = some or cases
-    shared = {"sharex": "col", "sharey": True, "squeeze": False}
-    width = max(3 * len(cases), 8)
-    figure, axes = plt.subplots(
-        2, len(cases), figsize=(width, 6), layout="constrained", **shared
-    )
-    drawn = {
-        "masked": "masked",
-        "compact 16": "compact, round_to=16",
-        "snap": "snap_prune",
-    }
-    for column, case in zip(axes.T, cases, strict=True):
-        found = [row for row in rows if case_of(row) == case]
-        labels = [percent(row["sparsity"]) for row in found]
-        promised = [
-            row["sides"]["dense"]["multiplications"]
-            / row["sides"]["compact"]["multiplications"]
-            for row in found
-        ]
-        for axis, what in zip(column, ("forward", "step"), strict=True):
-            for side, label in drawn.items():
-                has = [row for row in found if side in row["sides"]]
-                at = [percent(row["sparsity"]) for row in has]
-                over = [1 / median(ratios(row, side, what)) for row in has]
-                axis.plot(at, over, "o-", label=label, markersize=4)
-            axis.plot(labels, promised, "k--", label="multiplications")
-            axis.axhline(1, color="grey", linewidth=0.8)
-            axis.set_yscale("log", base=2)
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
-        column[0].set_title(title(found[0]), fontsize="medium")
-        column[1].set_xlabel("sparsity")
-    axes[0, 0].set_ylabel("speed-up, forward")
-    axes[1, 0].set_ylabel("speed-up, training step")
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=4)
-    figure.savefig(folder / "speed.png", dpi=150)
-
-
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", metavar="NAME:SIZE:BATCH", help="any of timm's")
     add("--sparsities", type=float, nargs="+")
@@ -371,12 +236,9 @@ def arguments() -> argparse.Namespace:
     add("--seconds", type=float, help="of a turn, at least (default: 0.5)")
     add("--channels-last", action="store_true", help="weights and images, of all sides")
     add("--no-snap", action="store_true", help="leave out snap_prune")
-    add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
-    add("--quick", action="store_true", help="a small model: does it run?")
-    here = Path(__file__)
-    add("--store", type=Path, metavar="FILE", default=here.with_suffix(".json"))
-    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
-    add("--plot", type=Path, metavar="DIR", help="draw it into this folder")
+    add_threads(parser)
+    add_quick(parser)
+    add_files(parser, Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     for key, value in (QUICK if args.quick else FULL).items():
         if getattr(args, key) is None:
@@ -387,9 +249,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     warnings.simplefilter("ignore")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rows = read(args.source or args.store)
+    use_threads(args)
+    rows = read_rows(args.source or args.store)
     for spec in () if args.source else args.models:
         name, size, samples = spec.split(":")
         for sparsity in args.sparsities:
@@ -401,7 +262,7 @@ def main() -> None:
             found = measure(name, int(size), int(samples), sparsity, args)
             case |= {"rounds": args.rounds, "machine": machine("cpu")}
             rows.append(case | found)
-            write(args.store, rows)
+            write_json(args.store, rows)
     show(rows)
     if args.plot:
         plot(rows, args.plot)

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
-import platform
-import resource
 import statistics
-import time
+from functools import partial
 from multiprocessing.connection import Connection
 
 import timm
 import torch
+from harness.machine import in_words
+from harness.memory import freed_at_once, peak
+from harness.options import add_threads, parser_of, use_threads
+from harness.timing import seconds
+from harness.training import step
 from torch import nn
 from torch.nn.utils import prune
 
@@ -53,44 +55,27 @@ def build(form: str, args: argparse.Namespace) -> nn.Module:
 
 def work(form: str, args: argparse.Namespace, turns: Connection) -> None:
     """Take a step whenever asked, and say how long it took."""
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    use_threads(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(form, args).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
     inputs = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
     targets = torch.randint(1000, (args.batch_size,), device=device)
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    def peak() -> float:
-        if device == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
     turns.send(torch.get_num_threads())
     while turns.recv():
-        wait()
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(inputs), targets).backward()
-        optimizer.step()
-        wait()
-        turns.send(time.perf_counter() - start)
-    turns.send(peak())
+        turns.send(seconds(partial(step, model, optimizer, (inputs, targets))))
+    turns.send(peak(device) / 2**20)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="resnet50", help="any timm model")
     parser.add_argument("--size", type=int, default=224, help="height and width")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--steps", type=int, default=9, help="counted steps of each")
-    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own)")
+    add_threads(parser)
     args = parser.parse_args()
 
     context = multiprocessing.get_context("spawn")
@@ -100,7 +85,7 @@ def main() -> None:
         context.Process(target=work, args=(form, args, theirs), daemon=True).start()
         return ours, ours.recv()
 
-    def step(end: Connection) -> float:
+    def one_step(end: Connection) -> float:
         end.send(True)
         return float(end.recv())
 
@@ -114,26 +99,24 @@ def main() -> None:
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     for number in range(args.steps + 2):
         for form, end in ends.items():
-            seconds = step(end)
+            spent = one_step(end)
             if number > 1:  # the first two warm up
-                times[form].append(seconds)
+                times[form].append(spent)
     for end in ends.values():
         finish(end)
-    # For glibc: by itself it keeps what is freed, more or less of it by chance.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     memory = {}
-    for form in FORMS:
-        end, _ = start(form)
-        step(end)
-        step(end)
-        memory[form] = finish(end)
+    with freed_at_once():
+        for form in FORMS:
+            end, _ = start(form)
+            one_step(end)
+            one_step(end)
+            memory[form] = finish(end)
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     print(
         f"{args.model} at {args.size}x{args.size}, batch {args.batch_size}, "
         f"{args.steps} steps, sparsity {args.sparsity}\n"
-        f"{kind}, {threads} threads, {platform.machine()}, torch {torch.__version__}, "
-        f"timm {timm.__version__}\n"
+        f"{in_words(kind, threads, 'torch', 'timm')}\n"
     )
     print(f"{'':22}{'seconds a step':>20}{'ratio':>8}{'peak MB':>12}{'ratio':>8}")
     base = statistics.median(times["dense"])

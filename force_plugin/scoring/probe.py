@@ -104,11 +104,7 @@ class Probe:
 
     @property
     def gates(self) -> dict[str, Gate]:
-        """The closed gates that were opened, by parameter name.
-
-        Weights that are 0 are there from the beginning, other gates from the first
-        measurement on.
-        """
+        """The closed gates that were opened so far, by parameter name."""
         return self._opening.gates
 
     @property
@@ -197,10 +193,7 @@ class Probe:
         return self._synflow.gradients(self.step, self._device)
 
     def explain_silence(self, names: Sequence[str]) -> dict[str, str]:
-        """Why weights have a saliency of exactly 0, by parameter name.
-
-        Costs one more pass of the last batch, where there is any such weight.
-        """
+        """Why weights have a saliency of exactly 0, by name, at the cost of a pass."""
         return dead_gradients.explain(
             {name: self.parameters[name] for name in names},
             self.weights,
@@ -209,11 +202,7 @@ class Probe:
         )
 
     def flow(self) -> tuple[bool | None, int, list[str]]:
-        """What the outputs of the network, as it is pruned, depend on.
-
-        Returns:
-            As :meth:`LastLook.flow` says.
-        """
+        """What the outputs depend on now, as :meth:`LastLook.flow` says."""
         masks = self.masks or {}
         return self._last_look.flow(masks, self.evaluation_mode, self.loss)
 

@@ -1,0 +1,97 @@
+"""Lines of tables, and the case that several sections are about."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.networks import make_batch, make_model
+from harness.training import Batch
+from harness.turns import STEPS, Turns
+from torch import nn
+
+Row = dict[str, Any]
+
+
+def make_row(
+    section: str,
+    setting: str,
+    case: str,
+    unit: str,
+    pairs: Sequence[tuple[float, float]],
+    bound: float | None = None,
+    difference: bool = False,
+    **more: Any,
+) -> Row:
+    """A line of a table: both sides, and the ratio (or difference) of their medians."""
+
+    def compared(ours: float, theirs: float) -> float:
+        return ours - theirs if difference else ours / theirs
+
+    def spread(values: Sequence[float]) -> Row:
+        middle = statistics.median(values)
+        return {"median": middle, "min": min(values), "max": max(values)}
+
+    ours, theirs = (spread(side) for side in zip(*pairs, strict=True))
+    # Of the medians; what pairs tell is how much it may be off.
+    over = spread([compared(*pair) for pair in pairs])
+    over["median"] = compared(ours["median"], theirs["median"])
+    row: Row = {"section": section, "setting": setting, "case": case, "unit": unit}
+    row |= {"runs": len(pairs), "ours": ours, "bare": theirs, "ratio": over}
+    return row | {"bound": bound, "difference": difference} | more
+
+
+def milliseconds(
+    pairs: Iterable[tuple[float, float]], per: int = 1
+) -> list[tuple[float, float]]:
+    return [(1000 * ours / per, 1000 * theirs / per) for ours, theirs in pairs]
+
+
+def row_of_few(
+    section: str,
+    setting: str,
+    case: str,
+    turns: Sequence[Turns],
+    remark: str = "",
+    **more: Any,
+) -> Row:
+    """A line about calls of few steps, and beneath it what they do once."""
+    once = 1000 * statistics.median(t.once() for t in turns)
+    more["note"] = f"{remark}done once: {once:.0f} ms"
+    pairs = milliseconds(t.step_of_60() for t in turns)
+    return make_row(section, setting, case, "ms a step", pairs, **more)
+
+
+@dataclass
+class Case:
+    """What the sections about a step measure."""
+
+    setting: str
+    dense: nn.Module
+    batch: Batch
+    steps: int
+    turn: int
+
+
+def step_case(args: argparse.Namespace) -> Case:
+    # Turns of two seconds: within longer ones the machine's own speed may change.
+    name, samples, steps, turn = "resnet50", 128, STEPS, 5
+    if args.quick:
+        name, samples, steps, turn = "test_resnet", 16, 8, 4
+    dense = make_model(name, 32, args.device)
+    batch = make_batch(samples, 32, args.device)
+    return Case(f"{name} 32x32, batch {samples}", dense, batch, steps, turn)
+
+
+def identity(row: Row) -> tuple[str, str, str]:
+    return row["section"], row["setting"], row["case"]
+
+
+def is_worse(row: Row, stored: Row) -> bool:
+    """Whether a ratio is worse than a stored one by more than its spread and 3 %."""
+    before = stored["ratio"]
+    allowed = before["max"] - before["min"] + 0.03 * abs(before["median"])
+    return bool(row["ratio"]["median"] > before["median"] + allowed)

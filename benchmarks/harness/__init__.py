@@ -1,0 +1,1 @@
+"""What the benchmarks share: a script says what it asks, and how is in here."""
