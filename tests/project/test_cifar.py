@@ -7,6 +7,7 @@ import json
 import pickle
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,16 @@ from torchvision import datasets
 SCRIPT = Path(__file__).parents[2] / "examples" / "cifar" / "train.py"
 
 
+@cache
+def photographs() -> list[np.ndarray]:
+    return load_sample_images().images  # type: ignore[no-any-return]
+
+
 def write(path: Path, count: int, key: str, random: np.random.Generator) -> None:
     """Crops of the two photographs that come with scikit-learn, by class."""
     rows, labels = [], []
     for number in range(count):
-        pixels = load_sample_images().images[number % 2]
+        pixels = photographs()[number % 2]
         top, left = (random.integers(0, n - 32) for n in pixels.shape[:2])
         crop = pixels[top : top + 32, left : left + 32]
         rows.append(crop.transpose(2, 0, 1).reshape(-1))

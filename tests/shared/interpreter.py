@@ -66,7 +66,9 @@ class Running:
 
     def stop(self) -> None:
         with suppress(OSError, ValueError):
-            os.killpg(int((Path(self.folder.name) / "group").read_text()), 9)
+            os.killpg(
+                int((Path(self.folder.name) / "group").read_text()), signal.SIGKILL
+            )
 
     def wait(self, seconds: float) -> Done:
         end = time.monotonic() + seconds
@@ -115,12 +117,14 @@ def ranks(
 @cache
 def _server() -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, __file__],
         env=environment | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         text=True,
     )
+    atexit.register(server.communicate)  # it ends with its input
+    return server
 
 
 def _serve() -> None:
@@ -130,15 +134,19 @@ def _serve() -> None:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the commands
     for line in sys.stdin:
         if not os.fork():
             os._exit(_supervise(json.loads(line)))
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
 
 
 def _supervise(job: dict[str, Any]) -> int:
     """Wait for the command, and leave its status in a file that is whole at once."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     folder = Path(job["folder"])
     command = os.fork()
     if not command:
