@@ -22,7 +22,6 @@ from torch import nn
 
 from force_plugin import (
     apply_masks,
-    cli,
     get_masks,
     load_compact,
     load_masks,
@@ -30,6 +29,7 @@ from force_plugin import (
     save_masks,
     sparsity_report,
 )
+from force_plugin.command_line import results
 from force_plugin.files import replacing, write_whole
 from force_plugin.hold import save_pruned
 
@@ -49,11 +49,11 @@ SAVERS: dict[str, tuple[str, Callable[[nn.Module, Path], object]]] = {
     "plot": ("file.png", lambda model, path: sparsity_report(model).plot(path)),
     "json": (
         "file.json",
-        lambda model, path: cli._write_json(sparsity_report(model), path, {}),
+        lambda model, path: results._write_json(sparsity_report(model), path, {}),
     ),
     "csv": (
         "file.csv",
-        lambda model, path: cli._write_csv(sparsity_report(model), path),
+        lambda model, path: results._write_csv(sparsity_report(model), path),
     ),
     "bytes": ("file", lambda model, path: write_whole(path, b"x" * 40_000)),
 }
