@@ -91,6 +91,7 @@ SUITES = {
     "timm": Suite(
         "timm",
         "tests/test_models.py",
+        path="tests",  # beside it, the checkout's own timm would be what is tested
         not_ours={
             "test_model_inference*": "compares the outputs with those of the dense "
             "weights, which it downloads",

@@ -90,9 +90,10 @@ def force_prune(
         schedule: Density after each step: ``"exponential"``, ``"linear"``,
             ``"snip_it"`` or a callable ``(step, steps, density) -> density``.
             ``"snip_it"`` keeps its own as a method, which the report says.
-        batches: Batches a step, over which the gradient is averaged; ``None``: one
-            whole pass of the loader a step.
-        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        batches: Batches a step, over which the gradient is averaged (default: 1);
+            ``None``: one whole pass of the loader a step.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar; default:
+            :func:`torch.nn.functional.cross_entropy`.
         forward: ``forward(model, batch)``, a scalar loss, for batches that are no
             ``(inputs, targets)`` pair; replaces ``loss_fn``.
         parameters: ``[(module, "weight"), ...]`` as in
@@ -108,28 +109,29 @@ def force_prune(
             The model keeps its own values.
         microbatch: Pass each batch through the network in equal parts of at most this
             many samples, so that no more than one of them has to fit into memory;
-            ``None``: as a whole. The tensors and arrays of a batch, in tuples, lists,
-            mappings and dataclasses, are split if their first dimension is that of the
-            first of them, and so are lists with an item a sample (images of different
-            sizes, a dictionary for each). The rest goes with each part, which has the
-            types of the batch. A
+            ``None`` (the default): as a whole. The tensors and arrays of a batch, in
+            tuples, lists, mappings and dataclasses, are split if their first dimension
+            is that of the first of them. So are lists with an item a sample (images of
+            different sizes, a dictionary for each). The rest goes with each part, which
+            has the types of the batch. A
             part's loss counts by its share of the samples, so of a loss that is a mean
             over samples the gradient is that of the whole batch, but for what looks at
             several samples: batch normalisation in training mode normalises over a
             part, and a contrastive loss compares within it.
             ``"synflow"`` passes one sample anyway.
         autocast: ``torch.bfloat16``: run the network and the loss under
-            :func:`torch.autocast`; ``None``: as the caller does. ``"synflow"``, which
-            needs float64, is left out.
+            :func:`torch.autocast`; ``None`` (the default): as the caller does.
+            ``"synflow"``, which needs float64, is left out.
         channels_last: Hand the network inputs of 4 dimensions (floating point) in
             ``torch.channels_last``, and of 5 in ``torch.channels_last_3d``, which may
-            be faster. Weights and masks keep their formats.
+            be faster (default: False). Weights and masks keep their formats.
         compile: Run the scoring passes by :func:`torch.compile`, all but the first,
             which looks for gates; a string is its ``mode``, as ``"reduce-overhead"``.
             Compiling takes a while, and once more where batches differ in size, and
             changes roundings and random numbers (dropout). It is for methods that take
             nothing but gradients, so not for ``"grasp"`` and ``"synflow"``, and for
             models that are not sharded; what it cannot compile is its own error.
+            Default: False.
         on_collapse: What to do where the mask disconnects the network, so that its
             outputs no longer depend on its inputs: ``"raise"`` an error, with the model
             untouched, or ``"warn"`` and prune it all the same. ``"magnitude"`` and
@@ -290,8 +292,8 @@ def saliency(
             others or not.
         loader: Batches, as in :func:`force_plugin.force_prune`.
         method: A name of ``force_plugin.METHODS``, or a class.
-        batches: Number of batches; ``None``: the whole loader.
-        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar.
+        batches: Number of batches (default: 1); ``None``: the whole loader.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a scalar; default: cross entropy.
         forward: ``forward(model, batch)``, a scalar loss, for batches that are no
             ``(inputs, targets)`` pair.
         parameters: ``[(module, "weight"), ...]``; default as in
@@ -299,11 +301,11 @@ def saliency(
         open_gates: Score with closed gates opened, as in
             :func:`force_plugin.force_prune`.
         microbatch: The most samples to pass through the network at once, as in
-            :func:`force_plugin.force_prune`; ``None``: a batch.
+            :func:`force_plugin.force_prune`; ``None`` (the default): a batch.
         autocast: ``torch.bfloat16`` to pass them under :func:`torch.autocast`.
-        channels_last: Hand images over in ``torch.channels_last``.
+        channels_last: Hand images over in ``torch.channels_last`` (default: False).
         compile: Run all passes but the first by :func:`torch.compile`; a string is its
-            ``mode``.
+            ``mode``. Default: False.
 
     Returns:
         By parameter name (``"layer1.0.conv1.weight"``), a tensor of the weight's shape
