@@ -113,11 +113,11 @@ def force_prune(
             tuples, lists, mappings and dataclasses, are split if their first dimension
             is that of the first of them. So are lists with an item a sample (images of
             different sizes, a dictionary for each). The rest goes with each part, which
-            has the types of the batch. A
-            part's loss counts by its share of the samples, so of a loss that is a mean
-            over samples the gradient is that of the whole batch, but for what looks at
-            several samples: batch normalisation in training mode normalises over a
-            part, and a contrastive loss compares within it.
+            has the types of the batch. A part's loss counts by its share of the
+            samples. So of a loss that is a mean over samples the gradient is that of
+            the whole batch, but for what looks at several samples: batch normalisation
+            in training mode normalises over a part, and a contrastive loss compares
+            within it.
             ``"synflow"`` passes one sample anyway.
         autocast: ``torch.bfloat16``: run the network and the loss under
             :func:`torch.autocast`; ``None`` (the default): as the caller does.
