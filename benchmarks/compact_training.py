@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from force_plugin import compact, force_prune
-from force_plugin.structure.size import multiplications
+from force_plugin.structure.compact_report import multiplications
 
 Row = dict[str, Any]
 

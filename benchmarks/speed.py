@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from force_plugin import compact, force_prune, make_permanent
-from force_plugin.structure.size import multiplications
+from force_plugin.structure.compact_report import multiplications
 from force_plugin.zoo import digits, load_data, load_model
 
 MODELS = "resnet50:32:64 vgg19_bn:32:64 vit_tiny_patch16_224:224:8"

@@ -41,10 +41,14 @@ from force_plugin.pruning.loop import force_prune, saliency
 from force_plugin.report.sparsity import LayerReport, SparsityReport, sparsity_report
 
 if TYPE_CHECKING:
+    from force_plugin.structure.compact_report import (
+        CompactReport,
+        LayerSize,
+        compact_report,
+    )
     from force_plugin.structure.compaction import compact
     from force_plugin.structure.files import load_compact, save_compact
     from force_plugin.structure.importance import SaliencyImportance
-    from force_plugin.structure.size import CompactReport, LayerSize, compact_report
     from force_plugin.structure.snap import snap_prune
 
 __version__ = "0.1.0"

@@ -34,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from force_plugin.files import write_whole
 from force_plugin.masks.apply import get_masks
 from force_plugin.masks.permanent import make_permanent
-from force_plugin.model.names import unwrapped
+from force_plugin.model.module_names import unwrapped
 from force_plugin.model.weights import named_parameters
 from force_plugin.parallel.ranks import unwrap
 from force_plugin.structure.cut_copies import deep_copy

@@ -26,11 +26,11 @@ from force_plugin.masks.apply import apply_masks, get_masks
 from force_plugin.masks.permanent import make_permanent
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import find_method
-from force_plugin.model.choice import find_weights
 from force_plugin.model.weights import (
     named_parameters,
     parameter_key,
 )
+from force_plugin.model.weights_to_prune import find_weights
 from force_plugin.pruning.loop import force_prune, saliency
 from force_plugin.report.sparsity import SparsityReport, sparsity_report
 from force_plugin.trainers.fit_loop import score_by_steps
@@ -236,7 +236,7 @@ class SaliencyPruning(ModelPruning):
         weights = find_weights(module, pairs)
         for group in [weights] if self._together else [[w] for w in weights]:
             left = [
-                torch.ones_like(w.part, dtype=torch.bool) if w.mask is None else w.mask
+                torch.ones_like(w.local, dtype=torch.bool) if w.mask is None else w.mask
                 for w in group
             ]
             mask = method.compute_mask(

@@ -48,7 +48,7 @@ def to_device(
         return mapped(
             lambda t: t.to(memory_format=format_of(t)), own if moved is None else moved
         )
-    return rebuilt(batch, lambda value: to_device(value, device, formats))
+    return with_changed_items(batch, lambda value: to_device(value, device, formats))
 
 
 def count_samples(batch: Any) -> int:
@@ -98,14 +98,14 @@ def cut(batch: Any, samples: int, part: slice) -> Any:
         _is_sequence(item) and len(item) == samples and not _can_hold(item, samples)
         for item in _each(batch)
     )
-    return _cut(batch, samples, part, listed, outermost=True)
+    return _cut_items(batch, samples, part, listed, outermost=True)
 
 
-def _cut(
+def _cut_items(
     batch: Any, samples: int, part: slice, listed: bool, outermost: bool = False
 ) -> Any:
     if isinstance(batch, _ONE):
-        return _cut_one(batch, part) if samples in _counts(batch) else batch
+        return _cut_item(batch, part) if samples in _counts(batch) else batch
     if _is_sequence(batch) and len(batch) == samples and not outermost:
         if listed:
             return _cut_list(batch, part)
@@ -116,7 +116,9 @@ def _cut(
             "take another size of batch, stack what are samples, or leave microbatch "
             "out",
         )
-    result = rebuilt(batch, lambda value: _cut(value, samples, part, listed))
+    result = with_changed_items(
+        batch, lambda value: _cut_items(value, samples, part, listed)
+    )
     if result is batch and not isinstance(batch, nn.Module) and not _is_built_in(batch):
         hidden = [*attributes(batch).values()]
         if _holds(hidden, samples):
@@ -176,7 +178,7 @@ def _cut_list(batch: Any, part: slice) -> Any:
     return _with_attributes(clone, batch, lambda value: value)
 
 
-def _cut_one(batch: Any, part: slice) -> Any:
+def _cut_item(batch: Any, part: slice) -> Any:
     if isinstance(batch, PackedSequence):
         sequences = unpack_sequence(batch)[part]
         return pack_sequence(sequences, enforce_sorted=batch.sorted_indices is None)
@@ -200,7 +202,7 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same containers with other tensors."""
     if isinstance(value, Tensor):
         return function(value)
-    return rebuilt(value, lambda item: mapped(function, item))
+    return with_changed_items(value, lambda item: mapped(function, item))
 
 
 def items(batch: Any) -> Iterable[Any]:
@@ -217,7 +219,7 @@ def items(batch: Any) -> Iterable[Any]:
 _PLAIN = (tuple, list, set, frozenset, deque)
 
 
-def rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+def with_changed_items(batch: Any, change: Callable[[Any], Any]) -> Any:
     """A container of the same type with changed items; anything else as it is.
 
     Its attributes are changed, too: some dictionaries keep their items in both places.
@@ -377,7 +379,7 @@ def _copied(value: Any) -> Any:
     """A container with copies of its tensors, or a copy of anything that can move."""
     if isinstance(value, Tensor):
         return value.clone()
-    other = rebuilt(value, _copied)
+    other = with_changed_items(value, _copied)
     if other is not value or not _moves_itself(value):
         return other
     try:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from force_plugin.errors import MaskMismatchError
 from force_plugin.methods.base import SaliencyMethod
-from force_plugin.model.choice import check_names
-from force_plugin.model.names import fitted, name_some
+from force_plugin.model.module_names import fitted, name_some
 from force_plugin.model.reparametrisation import reparametrise
 from force_plugin.model.restoring import restored
 from force_plugin.model.weights import (
@@ -20,6 +19,7 @@ from force_plugin.model.weights import (
     pruned_so_far,
     whole_of,
 )
+from force_plugin.model.weights_to_prune import check_names
 
 
 def get_masks(model: nn.Module) -> dict[str, Tensor]:

@@ -29,10 +29,10 @@ from force_plugin.model.weights import (
     HELD,
     Weight,
     is_sharded,
+    local_values,
     parameter_key,
-    part_of,
 )
-from force_plugin.parallel.shards import Parts, shard_like
+from force_plugin.parallel.shards import Shards, shard_like
 
 
 class _Zeros:
@@ -45,8 +45,8 @@ class _Zeros:
 
     def __init__(self, kept: Tensor) -> None:
         self.kept = kept
-        # Of a sharded parameter, this rank's part of the mask.
-        self._part: Tensor | None = None
+        # Of a sharded parameter, this rank's shard of the mask.
+        self._local: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Zeros:
         return _Zeros(self.kept)
@@ -74,14 +74,14 @@ class _Zeros:
         torch.where(kept.view(torch.bool), values, values.new_zeros(()), out=values)
 
     def _beside(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and their mask; of sharded ones, this rank's part of both."""
+        """Values and their mask; of sharded ones, this rank's shard of both."""
         if not is_sharded(values):
             self.kept = self.kept.to(values.device)
             return values, self.kept
-        part = part_of(values)
-        if self._part is None or self._part.shape != part.shape:
-            self._part = shard_like(values, self.kept.to(values.device))
-        return part, self._part
+        local = local_values(values)
+        if self._local is None or self._local.shape != local.shape:
+            self._local = shard_like(values, self.kept.to(values.device))
+        return local, self._local
 
 
 class _Hold:
@@ -219,9 +219,9 @@ def zeros_of(weight: Weight) -> set[_Zeros]:
     return found
 
 
-def hold(weight: Weight, mask: Tensor, parts: Parts, undo: ExitStack) -> None:
+def hold(weight: Weight, mask: Tensor, shards: Shards, undo: ExitStack) -> None:
     """Hold what a mask prunes of a weight from now on, and nothing else."""
-    zeros = _Zeros(parts.joined(weight.name, mask.view(torch.uint8)))
+    zeros = _Zeros(shards.joined(weight.name, mask.view(torch.uint8)))
     earlier = held_of(weight.dense)
     undo.callback(hold_instead, weight.dense, earlier)
     hold_instead(weight.dense, [zeros])
@@ -244,7 +244,7 @@ def _hold_parameter(parameter: nn.Parameter, zeros: _Zeros) -> bool:
     Returns:
         Whether they were not held before.
     """
-    _watch()
+    _listen()
     own = _held.get(id(parameter)) or _Hold(parameter)
     new = zeros not in own.zeros
     own.zeros[zeros] = None
@@ -364,7 +364,7 @@ def _has_zeros(parameter: Tensor, kept: Tensor, also_alone: bool) -> bool:
     return left <= number and not bool(values.masked_fill(mask, 0).any())
 
 
-def _watch() -> None:
+def _listen() -> None:
     """Have optimizers and modules say what they do, from the first zeros on."""
     if not _handles:
         # A training step that is compiled as a whole is not to trace them.

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from force_plugin.errors import NotPrunedError
 from force_plugin.masks.held_zeros import hold, zeros_of
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.model.reparametrisation import remove
 from force_plugin.model.restoring import snapshot
 from force_plugin.model.weights import (
@@ -27,7 +27,7 @@ from force_plugin.model.weights import (
     named_parameters,
 )
 from force_plugin.parallel.ranks import Ranks
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 
 
 def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
@@ -75,7 +75,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             held at 0, as layers that lost every weight. Or tensors are held that are
             pruned only when they are named: an embedding, say, or an LSTM's.
     """
-    parts = Parts(model, Ranks(model))
+    shards = Shards(model, Ranks(model))
     parameters = list(named_parameters(model).values())
     weights = [weight for weight in parameters if weight.mask is not None]
     if not hold_zeros:
@@ -84,7 +84,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             w for w in weights if any(mask_of(*owner) is not None for owner in w.owners)
         ]
     elif not weights:
-        weights = _with_zeros(parameters, parts)
+        weights = _with_pruned_zeros(parameters, shards)
     if not weights:
         raise NotPrunedError(
             "make_permanent: expected a model pruned with torch.nn.utils.prune, or one "
@@ -94,7 +94,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     with ExitStack() as undo:
         undo.callback(snapshot(model.modules()))
         for weight in weights:
-            values = weight.part
+            values = weight.local
             undo.callback(values.copy_, values.clone())
             pruned = torch.zeros_like(values, dtype=torch.bool)
             if weight.mask is None:
@@ -109,19 +109,21 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                     remove(module, name)
                     weight.dense.data = values.copy_(weight.dense.data)
             for zeros in zeros_of(weight):
-                kept = parts.part(weight.name, zeros.kept)
+                kept = shards.local(weight.name, zeros.kept)
                 pruned |= kept.to(pruned.device) == 0
-            values.masked_fill_(_zeros_among(weight) & ~pruned, _least(values))
+            values.masked_fill_(
+                _zeros_among(weight) & ~pruned, _smallest_number(values)
+            )
             # The products are -0 where a weight was negative, NaN where it was inf.
             values.masked_fill_(pruned, 0)
             if hold_zeros:
-                hold(weight, ~pruned, parts, undo)
+                hold(weight, ~pruned, shards, undo)
         for weight in parameters:
             if _is_weight(weight) and weight not in weights:
-                values, zero = weight.part, _zeros_among(weight)
+                values, zero = weight.local, _zeros_among(weight)
                 if zero.any():
                     undo.callback(values.masked_fill_, zero, 0)
-                    values.masked_fill_(zero, _least(values))
+                    values.masked_fill_(zero, _smallest_number(values))
         undo.pop_all()
 
 
@@ -133,7 +135,7 @@ def _is_weight(weight: Weight) -> bool:
 
 def _zeros_among(weight: Weight) -> Tensor:
     """Where it is 0, but for the row of an embedding that stands for padding."""
-    zero = weight.part == 0
+    zero = weight.local == 0
     for module, _ in weight.owners:
         padding = getattr(module, "padding_idx", None)
         if isinstance(padding, int) and not is_sharded(weight.dense):
@@ -141,41 +143,41 @@ def _zeros_among(weight: Weight) -> Tensor:
     return zero
 
 
-def _least(values: Tensor) -> float:
+def _smallest_number(values: Tensor) -> float:
     """What stands for the 0 of a weight that was not pruned."""
     kind = torch.finfo(values.dtype)
     return kind.smallest_normal * kind.eps
 
 
 @torch.no_grad()
-def prune_in_place(masks: Iterable[tuple[Weight, Tensor]], parts: Parts) -> None:
+def prune_in_place(masks: Iterable[tuple[Weight, Tensor]], shards: Shards) -> None:
     """Set weights to 0 and hold them there, all of them or, after an error, none.
 
     For sharded models: FSDP2 sets a module's parameters by their names, under which a
     reparametrisation keeps something else.
 
     Args:
-        masks: Weights, and this rank's parts of their bool masks.
-        parts: How they are divided.
+        masks: Weights, and this rank's shards of their bool masks.
+        shards: How they are divided.
     """
     with ExitStack() as undo:
         for weight, mask in masks:
-            values = weight.part
+            values = weight.local
             undo.callback(snapshot(module for module, _ in weight.owners))
             undo.callback(values.copy_, values.clone())
             values.masked_fill_(~mask, 0)
-            hold(weight, mask, parts, undo)
+            hold(weight, mask, shards, undo)
         undo.pop_all()
 
 
-def _with_zeros(parameters: Iterable[Weight], parts: Parts) -> list[Weight]:
+def _with_pruned_zeros(parameters: Iterable[Weight], shards: Shards) -> list[Weight]:
     """The weights that hold zeros, if they seem to come from a pruning.
 
     Layers start with nothing but zeros too. So do matrices that are no layers' own, and
     these are left alone.
     """
     weights = [weight for weight in parameters if _is_weight(weight)]
-    zeros = parts.totals.count(
+    zeros = shards.totals.count(
         {weight.name: _zeros_among(weight) for weight in weights}
     )
     whole = {w.name for w in weights if zeros[w.name] == w.dense.numel()}

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from force_plugin.errors import NotPrunedError
 from force_plugin.masks.apply import checked_masks
-from force_plugin.model.names import name_some, named_buffers
+from force_plugin.model.module_names import name_some, named_buffers
 from force_plugin.model.reparametrisation import find_hook, show
 from force_plugin.model.restoring import snapshot
 from force_plugin.model.weights import (

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from force_plugin.errors import NotPrunedError
 from force_plugin.masks.apply import checked_masks
 from force_plugin.methods.base import SaliencyMethod
-from force_plugin.model.names import fitted, name_some
+from force_plugin.model.module_names import fitted, name_some
 from force_plugin.model.reparametrisation import reorder, reparametrise, show
 from force_plugin.model.restoring import snapshot, tensor_as_it_is
 from force_plugin.model.weights import (

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from force_plugin.methods.measurements import Measurements
 from force_plugin.methods.scores import Scorer
-from force_plugin.model.choice import find_parameter, no_parameter
 from force_plugin.model.reparametrisation import Reparametrisation, reparametrise
 from force_plugin.model.weights import pruned_so_far
+from force_plugin.model.weights_to_prune import find_parameter, no_parameter
 from force_plugin.selection.schedules import (
     count_kept,
 )
@@ -34,7 +34,7 @@ Score = TypeVar("Score", bound=Callable[..., Tensor])
 def elementwise(score: Score) -> Score:
     """Say of a ``score`` that it looks at each weight and its signal alone.
 
-    The parts of a sharded weight are then scored where they are; for any other one each
+    The shards of a weight are then scored where they are; for any other one each
     weight is put together first. It is said of this function, and not of one that
     overrides it.
 

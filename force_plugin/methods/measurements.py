@@ -8,20 +8,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 
 
 class Measurements(Protocol):
     """A network, as it is pruned so far, that can be measured.
 
     Attributes:
-        parts: The processes that measure together.
+        shards: The processes that measure together.
         weights: The dense weights θ by parameter name, without gradient.
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         step: The step being measured, from 1.
     """
 
-    parts: Parts
+    shards: Shards
     weights: dict[str, Tensor]
     masks: Mapping[str, Tensor] | None
     step: int

@@ -13,7 +13,7 @@ from torch import Tensor
 from force_plugin.data.containers import describe, tensors
 from force_plugin.errors import MethodError, NotFiniteError
 from force_plugin.methods.measurements import Measurements
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.model.restoring import same_bits
 from force_plugin.parallel.shards import WHOLE
 
@@ -40,8 +40,8 @@ class Scorer:
         self._probe = probe
         self._trusted = is_ours(method.score)
         self._elementwise = getattr(method.score, "elementwise", False)
-        # What is scored at once: a part where each weight is scored by itself.
-        self._parts = WHOLE if self._elementwise else probe.parts
+        # What is scored at once: a shard where each weight is scored by itself.
+        self._shards = WHOLE if self._elementwise else probe.shards
         # Whether the signal of a weight is finite; of methods that are not ours.
         self._sound: dict[str, bool] = {}
 
@@ -56,8 +56,8 @@ class Scorer:
         signal, scores, sums = self._signal(), {}, []
         by = f"{self._method.__name__}.score"
         with nullcontext() if self._trusted else self._probe.protected(by):
-            for name, part in self._probe.weights.items():
-                scores[name] = self._score(name, part, signal.pop(name, None))
+            for name, shard in self._probe.weights.items():
+                scores[name] = self._score(name, shard, signal.pop(name, None))
                 # While it is in the cache; a sum may overflow where all are finite.
                 sums.append(scores[name].sum())
         dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
@@ -87,18 +87,18 @@ class Scorer:
             )
         return dict(signal)
 
-    def _score(self, name: str, part: Tensor, signal: Any) -> Tensor:
-        """Score of one weight, or of this rank's part of it."""
-        weight = self._parts.whole(name, part)
+    def _score(self, name: str, shard: Tensor, signal: Any) -> Tensor:
+        """Score of one weight, or of this rank's shard of it."""
+        weight = self._shards.whole(name, shard)
         if signal is not None:
-            signal = self._parts.whole(name, signal)
+            signal = self._shards.whole(name, signal)
         score = (self._given if self._trusted else self._watched)(name, weight, signal)
         score = self._usable(name, score, weight)
         if _share_memory(score, weight):
             score = score.clone()
         if not (self._method.looks or self._elementwise):
-            self._probe.parts.ranks.share([score])  # a random one is each rank's own
-        score = self._parts.part(name, score)
+            self._probe.shards.ranks.share([score])  # a random one is each rank's own
+        score = self._shards.local(name, score)
         return score if score.is_floating_point() else score.double()
 
     def _given(self, name: str, weight: Tensor, signal: Any) -> object:

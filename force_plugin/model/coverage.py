@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from force_plugin.errors import Remark
-from force_plugin.model.names import named_modules
+from force_plugin.model.module_names import named_modules
 from force_plugin.model.weights import Weight, named_parameters
 
 

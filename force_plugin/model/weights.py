@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from force_plugin.model.names import named_modules, unwrapped
-from force_plugin.model.products import looks_up, output_axis
+from force_plugin.model.linear_like import looks_up, output_axis
+from force_plugin.model.module_names import named_modules, unwrapped
 from force_plugin.model.reparametrisation import find_hook
 
 PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
@@ -45,9 +45,9 @@ class Weight:
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     @property
-    def part(self) -> Tensor:
-        """The values without gradient; of a sharded parameter, this rank's part."""
-        return part_of(self.dense.detach())
+    def local(self) -> Tensor:
+        """The values without gradient; of a sharded parameter, this rank's shard."""
+        return local_values(self.dense.detach())
 
     @property
     def prunable(self) -> bool:
@@ -133,7 +133,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def part_of(tensor: Tensor) -> Tensor:
+def local_values(tensor: Tensor) -> Tensor:
     """What this process has of a tensor: all of it, unless it is sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from force_plugin.errors import PruningError, RankError
-from force_plugin.model.names import unwrapped
+from force_plugin.model.module_names import unwrapped
 
 _LETTERS = 2000
 

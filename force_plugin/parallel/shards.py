@@ -1,8 +1,8 @@
-"""A network that FSDP2 has sharded: each rank holds a part of every parameter.
+"""A network that FSDP2 has sharded: each rank holds a shard of every parameter.
 
 While it is measured, a parameter is put together where the network reads it, again for
 the backward pass, and never kept; its gradient is divided among the ranks as soon as it
-is there. So a rank holds its parts of weights, scores and masks, and the whole of what
+is there. So a rank holds its shards of weights, scores and masks, and the whole of what
 is at work. FSDP2 does as much in training, but its backward pass has no derivative,
 which GraSP needs, and with it a rank that fails leaves the others waiting.
 """
@@ -22,9 +22,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from force_plugin.model.weights import (
     Weight,
     is_sharded,
+    local_values,
     mask_of,
     named_parameters,
-    part_of,
 )
 from force_plugin.parallel.ranks import ALONE, Ranks
 from force_plugin.parallel.totals import Totals
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-class Parts:
-    """Which part of a network's parameters this process holds.
+class Shards:
+    """Which shard of a network's parameters this process holds.
 
-    Of a network that is not sharded every part is the whole, and nothing is exchanged.
+    Of a network that is not sharded every shard is the whole, and nothing is exchanged.
 
     Args:
         model: The network. What FSDP2 has put together of it is let go.
@@ -45,8 +45,8 @@ class Parts:
 
     Attributes:
         ranks: As given.
-        sharded: Whether there is more than one part.
-        totals: Numbers of all parts.
+        sharded: Whether there is more than one shard.
+        totals: Numbers of all shards.
 
     Raises:
         ValueError: It is sharded otherwise than by ``fully_shard`` alone (FSDP1, tensor
@@ -88,7 +88,7 @@ class Parts:
             self.totals = Totals(ranks, across.tolist(), mine)
 
     def check(self, weights: Iterable[Weight]) -> None:
-        """Make sure that all weights are in parts, or none.
+        """Make sure that all weights are in shards, or none.
 
         Raises:
             ValueError: The model is sharded, but not one of these.
@@ -102,9 +102,9 @@ class Parts:
                 )
 
     def require_same(self, what: str, advice: str, *tensors: Tensor) -> None:
-        """Make sure that all ranks have the same, where they have the same part.
+        """Make sure that all ranks have the same, where they have the same shard.
 
-        As :meth:`Ranks.require_same`. Parts are not compared.
+        As :meth:`Ranks.require_same`. Shards are not compared.
         """
         if not self.sharded:
             self.ranks.require_same(what, advice, *tensors)
@@ -123,32 +123,32 @@ class Parts:
         """Whether a parameter of this name is sharded."""
         return name in self._layouts
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """All values of a tensor of which each rank has the part of a parameter.
+    def whole(self, name: str, shard: Tensor) -> Tensor:
+        """All values of a tensor of which each rank has the shard of a parameter.
 
         Args:
             name: Name of the parameter.
-            part: This rank's.
+            shard: This rank's.
         """
         if name not in self._layouts:
-            return part
+            return shard
         self.ranks.vote(self._tags[name])
-        return self.joined(name, part).full_tensor()  # type: ignore[attr-defined, no-any-return]
+        return self.joined(name, shard).full_tensor()  # type: ignore[attr-defined, no-any-return]
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor that is whole or sharded; nothing is sent."""
+    def local(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's shard of a tensor that is whole or sharded; nothing is sent."""
         layout = self._layouts.get(name)
         return whole if layout is None else shard_like(layout, whole).clone()
 
-    def joined(self, name: str, part: Tensor) -> Tensor:
-        """The parts of all ranks as one tensor, of which each holds its own."""
+    def joined(self, name: str, shard: Tensor) -> Tensor:
+        """The shards of all ranks as one tensor, of which each holds its own."""
         layout = self._layouts.get(name)
         if layout is None:
-            return part
+            return shard
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(
-            part.detach().contiguous(),
+            shard.detach().contiguous(),
             layout.device_mesh,
             layout.placements,
             run_check=False,
@@ -156,12 +156,12 @@ class Parts:
             stride=layout.stride(),
         )
 
-    def shape(self, name: str, part: Tensor) -> torch.Size:
+    def shape(self, name: str, shard: Tensor) -> torch.Size:
         """The shape of a whole tensor."""
-        return self._layouts[name].shape if name in self._layouts else part.shape
+        return self._layouts[name].shape if name in self._layouts else shard.shape
 
     def sum(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's part of the sum of what the ranks have.
+        """This rank's shard of the sum of what the ranks have.
 
         Args:
             name: Name of a parameter that is sharded.
@@ -183,7 +183,7 @@ class Parts:
         """Put in the place of each tensor its mean over the ranks.
 
         Args:
-            tensors: By parameter name; of one that is sharded, this rank's part of the
+            tensors: By parameter name; of one that is sharded, this rank's shard of the
                 sum. The tensors themselves are not written to.
         """
         rest = {n: t for n, t in tensors.items() if n not in self._layouts}
@@ -196,22 +196,22 @@ class Reader:
     """Puts a parameter together where a pass reads it, and again for its backward pass.
 
     Args:
-        parts: How parameters are divided.
+        shards: How parameters are divided.
     """
 
-    def __init__(self, parts: Parts) -> None:  # noqa: D107
-        self._parts = parts
+    def __init__(self, shards: Shards) -> None:  # noqa: D107
+        self._shards = shards
         # Where autograd finds again what it has saved of a parameter, by its memory.
         self._open: dict[int, tuple[ref[Tensor], Tensor, str]] = {}
 
     def read(self, name: str, leaf: Tensor) -> Tensor:
         """A parameter of which every rank has a leaf, for a differentiable pass.
 
-        The gradient of the leaf is this rank's part of the sum over the ranks.
+        The gradient of the leaf is this rank's shard of the sum over the ranks.
         """
-        if not self._parts.divides(name):
+        if not self._shards.divides(name):
             return leaf
-        value: Tensor = _Whole.apply(leaf, name, self._parts)
+        value: Tensor = _Whole.apply(leaf, name, self._shards)
         where = value.untyped_storage().data_ptr()
         self._open[where] = (
             ref(value, lambda _: self._open.pop(where, None)),
@@ -223,7 +223,7 @@ class Reader:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Let autograd save of each parameter that was read where to read it again."""
-        if not self._parts.sharded:
+        if not self._shards.sharded:
             yield
             return
 
@@ -242,52 +242,52 @@ class Reader:
             if isinstance(saved, Tensor):
                 return saved
             (leaf, name), shape = saved
-            return self._parts.whole(name, leaf.detach()).as_strided(*shape)
+            return self._shards.whole(name, leaf.detach()).as_strided(*shape)
 
         with saved_tensors_hooks(pack, unpack):
             yield
 
 
 class _Whole(torch.autograd.Function):
-    """The whole of a parameter from its parts."""
+    """The whole of a parameter from its shards."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, name: str, parts: Parts) -> Tensor:
-        ctx.name, ctx.parts = name, parts
-        return parts.whole(name, part)
+    def forward(ctx: Any, shard: Tensor, name: str, shards: Shards) -> Tensor:
+        ctx.name, ctx.shards = name, shards
+        return shards.whole(name, shard)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Sum.apply(gradient, ctx.name, ctx.parts), None, None
+        return _Sum.apply(gradient, ctx.name, ctx.shards), None, None
 
 
 class _Sum(torch.autograd.Function):
-    """The parts of the sum of what the ranks have."""
+    """The shards of the sum of what the ranks have."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, name: str, parts: Parts) -> Tensor:
-        ctx.name, ctx.parts = name, parts
-        return parts.sum(name, whole)
+    def forward(ctx: Any, whole: Tensor, name: str, shards: Shards) -> Tensor:
+        ctx.name, ctx.shards = name, shards
+        return shards.sum(name, whole)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Whole.apply(gradient, ctx.name, ctx.parts), None, None
+        return _Whole.apply(gradient, ctx.name, ctx.shards), None, None
 
 
 def shard_like(layout: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is whole on every rank, or sharded already.
+    """This rank's shard of a tensor that is whole on every rank, or sharded already.
 
     Args:
         layout: A sharded tensor of the same shape.
         tensor: The tensor.
     """
     if is_sharded(tensor):
-        return part_of(tensor)
+        return local_values(tensor)
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = layout.device_mesh, layout.placements  # type: ignore[attr-defined]
     whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return part_of(whole.redistribute(placements=placements))  # nothing is sent
+    return local_values(whole.redistribute(placements=placements))  # nothing is sent
 
 
 def _checked(weight: Weight, units: Sequence[FSDPModule], ranks: Ranks) -> DTensor:
@@ -334,5 +334,5 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
-WHOLE = Parts(nn.Module())
+WHOLE = Shards(nn.Module())
 """Of what is not sharded."""

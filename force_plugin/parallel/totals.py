@@ -1,4 +1,4 @@
-"""Numbers of all parts of a network, of which each process has its own."""
+"""Numbers of all shards of a network, of which each process has its own."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from force_plugin.parallel.ranks import ALONE, Ranks
 
 
 class Totals:
-    """Adds up what the processes that hold a network's parts count.
+    """Adds up what the processes that hold a network's shards count.
 
     Args:
         ranks: The processes.
-        holders: Those that hold one part each; with replicas (HSDP), those of the
+        holders: Those that hold one shard each; with replicas (HSDP), those of the
             first. ``None``: every process holds all, and nothing is exchanged.
-        mine: Which of the parts is this process's own.
+        mine: Which of the shards is this process's own.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -30,18 +30,18 @@ class Totals:
 
     @property
     def divided(self) -> bool:
-        """Whether there is more than one part."""
+        """Whether there is more than one shard."""
         return self._holders is not None
 
     def each(self, number: float) -> tuple[Sequence[float], int]:
-        """A number of every part, and which of them is this process's own."""
+        """A number of every shard, and which of them is this process's own."""
         if self._holders is None:
             return [number], 0
         rows = self._ranks.gather(number)
         return [rows[rank][0] for rank in self._holders], self._mine
 
     def sum(self, *numbers: float) -> Sequence[float]:
-        """Sums over all parts of numbers that each process has of its own."""
+        """Sums over all shards of numbers that each process has of its own."""
         if self._holders is None or not numbers:
             return numbers
         rows = self._ranks.gather(*numbers)
@@ -49,28 +49,28 @@ class Totals:
         return [sum(column) for column in zip(*held, strict=True)]
 
     def largest(self, *numbers: float) -> Sequence[float]:
-        """The largest of what the parts have, of each number."""
+        """The largest of what the shards have, of each number."""
         if self._holders is None or not numbers:
             return numbers
         rows = self._ranks.gather(*numbers)
         return [max(column) for column in zip(*rows, strict=True)]
 
     def count(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many values are not 0, in all parts together, by name."""
+        """How many values are not 0, in all shards together, by name."""
         counts = self.sum(*(int(t.count_nonzero()) for t in tensors.values()))
         return {name: int(n) for name, n in zip(tensors, counts, strict=True)}
 
     def empty(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The names of those whose values are 0, in all parts."""
+        """The names of those whose values are 0, in all shards."""
         found = self.sum(*(_any(tensor) for tensor in tensors.values()))
         return [name for name, some in zip(tensors, found, strict=True) if not some]
 
     def size(self, tensors: Sequence[Tensor]) -> int:
-        """How many values tensors have, all parts together."""
+        """How many values tensors have, all shards together."""
         return int(*self.sum(sum(tensor.numel() for tensor in tensors)))
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """The values of all parts, one after the other.
+        """The values of all shards, one after the other.
 
         Args:
             values: One dimension, any length.

@@ -16,12 +16,12 @@ from typing_extensions import Unpack
 from force_plugin.errors import NoGradientError
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import find_method, scores_of
-from force_plugin.model.choice import find_weights
 from force_plugin.model.coverage import Coverage, passed_over
-from force_plugin.model.names import name_layers, name_some
+from force_plugin.model.module_names import name_layers, name_some
 from force_plugin.model.weights import Weight
+from force_plugin.model.weights_to_prune import find_weights
 from force_plugin.parallel.ranks import ALONE, Ranks, unwrap
-from force_plugin.parallel.shards import Parts, sharded_modules
+from force_plugin.parallel.shards import Shards, sharded_modules
 from force_plugin.pruning.doubts import find_small, sizes
 from force_plugin.report.text import COLUMNS, stage_of, table_rows
 from force_plugin.scoring import dead_gradients, gates
@@ -239,10 +239,10 @@ def diagnose(
     model = unwrap(model)
     # The ranks of a sharded model can only look at it together.
     with Ranks(model) if sharded_modules(model) else ALONE as ranks:
-        parts = Parts(model, ranks)
+        shards = Shards(model, ranks)
         criterion = find_method(method)
         weights = find_weights(model, parameters)
-        parts.check(weights)
+        shards.check(weights)
         fractions = _fractions(sparsities)
         passes = Passes.of(options, "diagnose")
         rest = passed_over(model, {weight.name for weight in weights})
@@ -251,10 +251,10 @@ def diagnose(
             chosen: Sequence[Weight], open_gates: bool
         ) -> tuple[dict[str, Tensor], Probe, dict[str, str]]:
             wanted = passes.opening(open_gates and criterion.looks)
-            with Probe(model, chosen, loader, wanted, parts=parts) as probe:
+            with Probe(model, chosen, loader, wanted, shards=shards) as probe:
                 scores = scores_of(criterion, probe)
-                blind = parts.totals.empty(scores) if open_gates else ()
-                return scores, probe, probe.explain_silence(blind)
+                blind = shards.totals.empty(scores) if open_gates else ()
+                return scores, probe, probe.explain_zero_saliency(blind)
 
         unused: tuple[str, ...] = ()
         try:
@@ -268,11 +268,11 @@ def diagnose(
         for problem in probe.problems if ranks.rank == 0 else ():
             warnings.warn(problem, stacklevel=3)  # past inference_mode
         closed = score(weights, False)[0] if probe.gates else scores
-        hidden = parts.totals.empty(closed)
+        hidden = shards.totals.empty(closed)
 
         # What an earlier pruning removed has no share, and does not come back.
         masks = {
-            w.name: parts.part(w.name, w.mask) for w in weights if w.mask is not None
+            w.name: shards.local(w.name, w.mask) for w in weights if w.mask is not None
         }
         left = [
             {n: s[masks[n]] if n in masks else s for n, s in one.items()}
@@ -280,20 +280,21 @@ def diagnose(
         ]
         totals = [
             dict(
-                zip(one, parts.totals.sum(*map(_magnitude, one.values())), strict=True)
+                zip(one, shards.totals.sum(*map(_magnitude, one.values())), strict=True)
             )
             for one in left
         ]
         prunable = sum(weight.dense.numel() for weight in weights)
         emptied = {
             sparsity: [
-                _emptied(one, count_kept(prunable, 1 - sparsity), parts) for one in left
+                _emptied(one, count_kept(prunable, 1 - sparsity), shards)
+                for one in left
             ]
             for sparsity in fractions
         }
         lost = {name for opened, _ in emptied.values() for name in opened}
         small = find_small(
-            (name, probe.parameters[name].rows(parts.whole(name, weight)))
+            (name, probe.parameters[name].rows(shards.whole(name, weight)))
             for name, weight in probe.weights.items()
             if name in lost
         )
@@ -351,11 +352,11 @@ def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
     return tuple(map(float, fractions))
 
 
-def _emptied(scores: Mapping[str, Tensor], kept: int, parts: Parts) -> list[str]:
+def _emptied(scores: Mapping[str, Tensor], kept: int, shards: Shards) -> list[str]:
     """Layers that have none of the weights with the largest scores."""
-    left = parts.totals.size([*scores.values()])
-    masks, _ = top_k_masks([*scores.values()], min(kept, left), parts.totals)
-    return parts.totals.empty(dict(zip(scores, masks, strict=True)))
+    left = shards.totals.size([*scores.values()])
+    masks, _ = top_k_masks([*scores.values()], min(kept, left), shards.totals)
+    return shards.totals.empty(dict(zip(scores, masks, strict=True)))
 
 
 def _wrap(line: str) -> list[str]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from force_plugin.errors import CollapseError
 from force_plugin.methods.base import SaliencyMethod
-from force_plugin.model.names import name_layers
+from force_plugin.model.module_names import name_layers
 from force_plugin.model.weights import Weight
-from force_plugin.parallel.shards import WHOLE, Parts
+from force_plugin.parallel.shards import WHOLE, Shards
 from force_plugin.scoring import dead_gradients
 from force_plugin.scoring.probe import Probe
 from force_plugin.selection.top_k import top_k_masks
@@ -66,12 +66,12 @@ class DeadChannels:
         for name in masks:
             # One layer at a time: whether a channel is empty is told by all of it.
             chosen = scores[name] * among.get(name, True)
-            mask, score = (rows(name, part) for part in (masks[name], chosen))
+            mask, score = (rows(name, tensor) for tensor in (masks[name], chosen))
             score = score.abs()
             empty = mask.flatten(1).any(1) if mask.dim() > 1 else torch.ones_like(mask)
-            for part, weights in ((dead, ~empty), (kept, mask), (every, ...)):
-                part[0] += float(score[weights].sum(dtype=torch.float64))
-                part[1] += score[weights].numel()
+            for sums, weights in ((dead, ~empty), (kept, mask), (every, ...)):
+                sums[0] += float(score[weights].sum(dtype=torch.float64))
+                sums[1] += score[weights].numel()
         share = dead[0] / every[0] if every[0] else 0.0
         ratio = dead[0] / dead[1] / (kept[0] / kept[1]) if dead[1] and kept[0] else 0.0
         if share <= self._share or ratio <= _OVERRATED:
@@ -95,7 +95,7 @@ class Doubts:
         on_collapse: ``"raise"`` an error where the network is disconnected, or
             ``"warn"``.
         criterion: The method that chooses them.
-        parts: Which part of scores and masks this process is given.
+        shards: Which shard of scores and masks this process has.
 
     Attributes:
         problems: A sentence each.
@@ -106,7 +106,7 @@ class Doubts:
         kept: Sequence[int],
         on_collapse: str,
         criterion: type[SaliencyMethod],
-        parts: Parts = WHOLE,
+        shards: Shards = WHOLE,
     ) -> None:
         self.problems: list[str] = []
         self._steps = len(kept)
@@ -115,7 +115,7 @@ class Doubts:
         self._regrows = criterion.regrows
         self._fixed = criterion.steps is not None
         self._reads = True  # whether other batches would have a say
-        self._parts = parts
+        self._shards = shards
         self._dead = DeadChannels(len(kept), self._fixed)
         # All that there is to choose from, and what has a saliency at the first step.
         self._choice = self._alive_at_first = 0
@@ -142,19 +142,19 @@ class Doubts:
         """
         self._weights, self._parameters = probe.weights, probe.parameters
         self._reads = not math.isnan(probe.loss)
-        alive = self._parts.totals.count(scores)
+        alive = self._shards.totals.count(scores)
         blind = [name for name, count in alive.items() if not count]
-        causes = probe.explain_silence(blind)
+        causes = probe.explain_zero_saliency(blind)
         self.problems += [
             *probe.problems,
             *dead_gradients.sentences(causes, len(scores)),
         ]
         self._causes = [*dict.fromkeys(causes.values())]
-        self._choice = self._parts.totals.size([*scores.values()])
+        self._choice = self._shards.totals.size([*scores.values()])
         if among:
-            self._gone = {*self._parts.totals.empty(among)}
-            self._choice = sum(self._parts.totals.count(among).values())
-            alive = self._parts.totals.count(self._found(scores, among))
+            self._gone = {*self._shards.totals.empty(among)}
+            self._choice = sum(self._shards.totals.count(among).values())
+            alive = self._shards.totals.count(self._found(scores, among))
         self._alive_at_first = sum(alive.values())
 
     @staticmethod
@@ -186,12 +186,12 @@ class Doubts:
         self._layers = len(masks)
         if step == 1 < self._steps:
             at_once, _ = top_k_masks(
-                [*scores.values()], self._left, self._parts.totals, [*among.values()]
+                [*scores.values()], self._left, self._shards.totals, [*among.values()]
             )
-            none = self._parts.totals.empty(dict(zip(scores, at_once, strict=True)))
+            none = self._shards.totals.empty(dict(zip(scores, at_once, strict=True)))
             self._kept_at_once = scores.keys() - none
         empty = [
-            name for name in self._parts.totals.empty(masks) if name not in self._gone
+            name for name in self._shards.totals.empty(masks) if name not in self._gone
         ]
         emptied = [name for name in empty if name not in self._empty]
         self._empty = {name: self._empty.get(name, step) for name in empty}
@@ -200,8 +200,8 @@ class Doubts:
         # Scores below 0 are GraSP's, and mean something.
         if self._collapsed or threshold != 0:
             return
-        alive = sum(self._parts.totals.count(self._found(scores, among)).values())
-        kept = sum(self._parts.totals.count(masks).values())
+        alive = sum(self._shards.totals.count(self._found(scores, among)).values())
+        kept = sum(self._shards.totals.count(masks).values())
         if not alive and kept < self._choice:
             self._disconnect(
                 "every saliency is exactly 0 at the first step: there is nothing to "
@@ -211,7 +211,7 @@ class Doubts:
                 f"{self._steps}: no gradient reaches any weight through the mask"
             )
         choice = (
-            sum(self._parts.totals.count(among).values()) if among else self._choice
+            sum(self._shards.totals.count(among).values()) if among else self._choice
         )
         # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
         # on 1x1 maps, units that a batch leaves asleep) are kept while there is room
@@ -293,9 +293,9 @@ class Doubts:
         ]
         return f"{', '.join(others)} or {last}"
 
-    def _rows(self, name: str, part: Tensor) -> Tensor:
+    def _rows(self, name: str, shard: Tensor) -> Tensor:
         """All of a tensor of a weight's shape, with the output channels first."""
-        return self._parameters[name].rows(self._parts.whole(name, part))
+        return self._parameters[name].rows(self._shards.whole(name, shard))
 
     def emptied(self) -> list[str]:
         """What there is to say about layers without any weight, if there are any."""

@@ -15,14 +15,14 @@ from force_plugin.masks.apply import prune_with
 from force_plugin.masks.permanent import prune_in_place
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import find_method, scores_of
-from force_plugin.model.choice import find_weights
 from force_plugin.model.coverage import Coverage, passed_over
 from force_plugin.model.weights import (
     Weight,
     named_parameters,
 )
+from force_plugin.model.weights_to_prune import find_weights
 from force_plugin.parallel.ranks import Ranks, unwrap
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 from force_plugin.pruning.doubts import Doubts
 from force_plugin.report.sparsity import SparsityReport, report_of
 from force_plugin.scoring import gates
@@ -107,17 +107,17 @@ def force_prune(
             its weights from the gradient, and weights that are all (nearly) 0. See
             :mod:`force_plugin.scoring.gates`. ``False`` gives the papers' scores there.
             The model keeps its own values.
-        microbatch: Pass each batch through the network in equal parts of at most this
-            many samples, so that no more than one of them has to fit into memory;
-            ``None`` (the default): as a whole. The tensors and arrays of a batch, in
+        microbatch: Cut each batch into equal microbatches of at most this many samples.
+            Only one microbatch has to fit into memory. ``None`` (the default): each
+            batch passes as a whole. The tensors and arrays of a batch, in
             tuples, lists, mappings and dataclasses, are split if their first dimension
             is that of the first of them. So are lists with an item a sample (images of
-            different sizes, a dictionary for each). The rest goes with each part, which
-            has the types of the batch. A part's loss counts by its share of the
+            different sizes, a dictionary for each). The rest goes with each microbatch,
+            which has the types of the batch. Its loss counts by its share of the
             samples. So of a loss that is a mean over samples the gradient is that of
             the whole batch, but for what looks at several samples: batch normalisation
-            in training mode normalises over a part, and a contrastive loss compares
-            within it.
+            in training mode normalises over a microbatch, and a contrastive loss
+            compares within it.
             ``"synflow"`` passes one sample anyway.
         autocast: ``torch.bfloat16``: run the network and the loss under
             :func:`torch.autocast`; ``None`` (the default): as the caller does.
@@ -165,11 +165,11 @@ def force_prune(
     """
     model = unwrap(model)
     with Ranks(model) as ranks:
-        parts = Parts(model, ranks)
+        shards = Shards(model, ranks)
         criterion = find_method(method)
         method_name = method if isinstance(method, str) else method.__name__
         weights = find_weights(model, parameters)
-        parts.check(weights)
+        shards.check(weights)
         check_count("steps", steps)
         find_schedule(schedule)  # also where the method has its own
         if on_collapse not in ("raise", "warn"):
@@ -182,12 +182,12 @@ def force_prune(
         )
         # The masks of an earlier pruning, if any: what it removed never comes back.
         earlier = {
-            w.name: torch.ones_like(w.part, dtype=torch.bool)
+            w.name: torch.ones_like(w.local, dtype=torch.bool)
             if w.mask is None
-            else parts.part(w.name, w.mask)
+            else shards.local(w.name, w.mask)
             for w in (weights if any(w.mask is not None for w in weights) else ())
         }
-        removed = parts.totals.count({name: ~mask for name, mask in earlier.items()})
+        removed = shards.totals.count({name: ~mask for name, mask in earlier.items()})
         available = total - sum(removed.values())
         if kept_after[-1] > available:
             raise ValueError(
@@ -196,10 +196,10 @@ def force_prune(
             )
         passes = Passes.of(options, "force_prune")
         require_one_start(
-            parts, model, weights, method_name, passes.open_gates, kept_after
+            shards, model, weights, method_name, passes.open_gates, kept_after
         )
 
-        doubts = Doubts(kept_after, on_collapse, criterion, parts)
+        doubts = Doubts(kept_after, on_collapse, criterion, shards)
         if parameters is None:
             rest = passed_over(model, {weight.name for weight in weights})
             doubts.problems += Coverage(total, rest).doubts()
@@ -213,7 +213,7 @@ def force_prune(
                 passes.batches != 1
                 and bar.set_postfix_str(f"batch {number} of the step")
             ),
-            parts=parts,
+            shards=shards,
         )
         bar = tqdm(
             total=len(kept_after),
@@ -230,11 +230,11 @@ def force_prune(
                 selected, threshold = top_k_masks(
                     [*scores.values()],
                     min(kept, available),
-                    parts.totals,
+                    shards.totals,
                     [*among.values()],
                 )
                 masks = dict(zip(scores, selected, strict=True))
-                parts.require_same(
+                shards.require_same(
                     f"the masks of step {step}", _REPORT, *masks.values()
                 )
                 doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
@@ -245,7 +245,7 @@ def force_prune(
             if kept_after[-1] < total:
                 doubts.on_flow(*probe.flow())
 
-        kept_in, emptied = parts.totals.count(masks), doubts.emptied()
+        kept_in, emptied = shards.totals.count(masks), doubts.emptied()
         # Before the model is touched: a filter may make errors of warnings.
         said = [*doubts.problems, *(["; ".join(emptied)] if emptied else [])]
         _warn(said, ranks)
@@ -263,8 +263,8 @@ def force_prune(
     report = report_of(model, weights, kept_in, remarks, method_name)
     # Nothing comes after it that could fail.
     pairs = [(weight, masks[weight.name]) for weight in weights]
-    if parts.sharded:
-        prune_in_place(pairs, parts)
+    if shards.sharded:
+        prune_in_place(pairs, shards)
     else:
         prune_with(pairs, criterion)
     return report
@@ -322,22 +322,22 @@ def saliency(
     """
     model = unwrap(model)
     with Ranks(model) as ranks:
-        parts = Parts(model, ranks)
+        shards = Shards(model, ranks)
         criterion = find_method(method)
         weights = find_weights(model, parameters)
-        parts.check(weights)
+        shards.check(weights)
         passes = Passes.of(options, "saliency")
-        require_one_start(parts, model, weights, criterion.__name__, passes.open_gates)
+        require_one_start(shards, model, weights, criterion.__name__, passes.open_gates)
         with Probe(
             model,
             weights,
             loader,
             passes.opening(criterion.looks),
-            parts=parts,
+            shards=shards,
         ) as probe:
             scores = scores_of(criterion, probe)
             _warn(probe.problems, ranks)
-            return {name: parts.joined(name, part) for name, part in scores.items()}
+            return {name: shards.joined(name, own) for name, own in scores.items()}
 
 
 def _warn(problems: Iterable[str], ranks: Ranks) -> None:
@@ -352,20 +352,20 @@ def _name(schedule: str | Schedule) -> str:
 
 
 def require_one_start(
-    parts: Parts, model: nn.Module, weights: Sequence[Weight], *settings: object
+    shards: Shards, model: nn.Module, weights: Sequence[Weight], *settings: object
 ) -> None:
     """Make sure that the ranks are about to do the same to the same network."""
-    parts.ranks.require_same(
+    shards.ranks.require_same(
         "the arguments, or the model",
         "pass the same method, sparsity, steps, schedule, parameters and open_gates, "
         "and a model of the same architecture, on every rank",
         *settings,
         *((w.name, w.dense.shape, w.dense.dtype, w.mask is None) for w in weights),
     )
-    parts.require_same(
+    shards.require_same(
         "the model's parameters",
         "seed every rank alike (torch.manual_seed) before the model is made, or wrap "
         "it in DistributedDataParallel first, which copies rank 0's",
-        *(parameter.part for parameter in named_parameters(model).values()),
+        *(parameter.local for parameter in named_parameters(model).values()),
         *(weight.mask for weight in weights if weight.mask is not None),
     )

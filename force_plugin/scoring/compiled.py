@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 
 
 class Compiled:
@@ -18,16 +18,16 @@ class Compiled:
         model: The network.
         mode: A mode of :func:`torch.compile`, True for its default, False not to.
         device: Where it is.
-        parts: Its shards; they cannot be compiled.
+        shards: Its shards; they cannot be compiled.
 
     Raises:
         ValueError: It is to be compiled, and sharded.
     """
 
     def __init__(  # noqa: D107 (the class has it)
-        self, model: nn.Module, mode: bool | str, device: torch.device, parts: Parts
+        self, model: nn.Module, mode: bool | str, device: torch.device, shards: Shards
     ) -> None:
-        if mode and parts.sharded:
+        if mode and shards.sharded:
             raise ValueError(
                 "compile: expected a model that is not sharded, as parameters that "
                 "are put together when they are read cannot be compiled; leave compile "

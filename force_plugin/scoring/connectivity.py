@@ -145,7 +145,7 @@ class _Calls:
             return tensor
         if tensor.grad_fn is not None and not first:
             return tensor  # the output of another one
-        return _with_zeros(tensor, self.leaves)
+        return _joined_by_zeros(tensor, self.leaves)
 
     def _look_up(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         taken = list(tensors((args, kwargs)))
@@ -159,7 +159,7 @@ class _Calls:
         if not output.is_floating_point():
             return output
         self.looked_up.append(output.detach())
-        return _with_zeros(output, self.zeros)
+        return _joined_by_zeros(output, self.zeros)
 
 
 def responds(model: nn.Module, run: Callable[[], object]) -> bool:
@@ -206,7 +206,7 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     return bool(((one - other).abs() > rounding * one.abs().max()).any())
 
 
-def _with_zeros(tensor: Tensor, kind: list[Tensor]) -> Tensor:
+def _joined_by_zeros(tensor: Tensor, kind: list[Tensor]) -> Tensor:
     """The same values, also as a function of zeros; a network may write to them."""
     kind.append(torch.zeros_like(tensor).requires_grad_())
     return tensor.clone().add_(kind[-1])  # a sum would choose strides of its own

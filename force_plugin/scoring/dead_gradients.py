@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from force_plugin.model.names import name_layers, name_some
+from force_plugin.model.module_names import name_layers, name_some
 from force_plugin.model.weights import Weight
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 from force_plugin.scoring.gates import operation
 
 _LAYERS = {
@@ -136,7 +136,7 @@ Graph = AbstractContextManager[tuple[Tensor, Mapping[str, Tensor]] | None]
 def explain(
     asked: Mapping[str, Weight],
     values: Mapping[str, Tensor],
-    parts: Parts,
+    shards: Shards,
     last_graph: Callable[[], Graph],
 ) -> dict[str, str]:
     """Why weights have a saliency of exactly 0, by parameter name.
@@ -144,16 +144,16 @@ def explain(
     Args:
         asked: The weights.
         values: What was scored of them, by name.
-        parts: The processes that have scored them.
+        shards: The processes that have scored them.
         last_graph: Makes the last measurement again.
     """
     masks = {
-        name: parts.part(name, weight.mask)
+        name: shards.local(name, weight.mask)
         for name, weight in asked.items()
         if weight.mask is not None
     }
-    pruned = parts.totals.empty(masks)
-    alive = parts.totals.count({name: values[name] for name in asked})
+    pruned = shards.totals.empty(masks)
+    alive = shards.totals.count({name: values[name] for name in asked})
     causes = {
         name: "the method gives it none" if count else "its weights are 0"
         for name, count in alive.items()

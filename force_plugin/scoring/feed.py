@@ -1,4 +1,4 @@
-"""The batches of a step: read from the loader, cut into parts, put on the device."""
+"""The batches of a step: read from a loader, cut into microbatches, put on a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from force_plugin.data.containers import count_samples, cut, describe, to_device
 from force_plugin.errors import BatchError
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 from force_plugin.scoring.passes import Loader, Passes
 
 
@@ -20,9 +20,9 @@ class Feed:
 
     Args:
         loader: Iterable of batches. It is not read before the first step.
-        passes: How many batches a step has, and how many samples a part of one.
+        passes: How many batches a step has, and how many samples a microbatch.
         device: Where they are passed through the network.
-        parts: The processes that read together; those of a sharded network have
+        shards: The processes that read together; those of a sharded network have
             equally many batches.
         on_batch: Called after each batch with its number within the step, from 1.
 
@@ -36,14 +36,14 @@ class Feed:
         loader: Loader,
         passes: Passes,
         device: torch.device,
-        parts: Parts,
+        shards: Shards,
         on_batch: Callable[[int], object],
     ) -> None:
         self.last: Any = None
         self._loader = loader
         self._passes = passes
         self.device = device
-        self._parts = parts
+        self._shards = shards
         self._on_batch = on_batch
         self._iterator: Iterator[Any] | None = None
 
@@ -85,7 +85,7 @@ class Feed:
             self._on_batch(number)
 
     def split(self, batch: Any) -> Iterator[tuple[Any, float]]:
-        """The parts of a batch, and the share of its samples that each of them has.
+        """A batch's microbatches, each with its share of the batch's samples.
 
         Raises:
             BatchError: It is to be cut, and nobody can tell what its samples are.
@@ -102,7 +102,7 @@ class Feed:
                 "leave microbatch out",
             )
         count = math.ceil(samples / most)
-        self._go_on_together(count, f"parts of at most {most} samples")
+        self._go_on_together(count, f"microbatches of at most {most} samples")
         # Of about the same size: a batch norm can do little with what is left over.
         for start, end in pairwise(samples * i // count for i in range(count + 1)):
             yield cut(batch, samples, slice(start, end)), (end - start) / samples
@@ -113,8 +113,8 @@ class Feed:
 
     def _go_on_together(self, more: int, what: str = "batches") -> None:
         """Make sure that the ranks of a sharded network have equally much to pass."""
-        if self._parts.sharded:
-            others = [row[0] for row in self._parts.ranks.gather(more)]
+        if self._shards.sharded:
+            others = [row[0] for row in self._shards.ranks.gather(more)]
             if min(others) != max(others):
                 fewer = others.index(min(others))
                 raise BatchError(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from force_plugin.parallel.shards import WHOLE, Parts
+from force_plugin.parallel.shards import WHOLE, Shards
 
 CLOSED = 1e-2
 """A gate is closed where none of its values exceeds this share of an open one's: 1 for
@@ -70,14 +70,14 @@ def closed_weights(
     }
 
 
-def small(parameters: Mapping[str, Tensor], parts: Parts = WHOLE) -> dict[str, float]:
+def small(parameters: Mapping[str, Tensor], shards: Shards = WHOLE) -> dict[str, float]:
     """The parameters that could be gates: none of their values is above 0.01.
 
     Most of them are no gates: biases, the tables of position embeddings.
 
     Args:
-        parameters: By name; of those that are sharded, this rank's parts.
-        parts: Who has the other parts.
+        parameters: By name; of those that are sharded, this rank's shards.
+        shards: Who has the other shards.
 
     Returns:
         The largest magnitude among the values of each, by name.
@@ -89,7 +89,7 @@ def small(parameters: Mapping[str, Tensor], parts: Parts = WHOLE) -> dict[str, f
         and values.layout == torch.strided
         and values.itemsize > 1  # there is no arithmetic in 8 bits
     }
-    found = zip(largest, parts.totals.largest(*largest.values()), strict=True)
+    found = zip(largest, shards.totals.largest(*largest.values()), strict=True)
     return {name: value for name, value in found if 0 <= value <= CLOSED}
 
 
@@ -281,7 +281,7 @@ def operation(node: Node) -> str:
 def open_values(
     gates: Mapping[str, Gate],
     parameters: Mapping[str, Tensor],
-    parts: Parts = WHOLE,
+    shards: Shards = WHOLE,
     transposed: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """What to score with instead: 1, or for weights a fresh random initialisation.
@@ -293,7 +293,7 @@ def open_values(
     Args:
         gates: By parameter name.
         parameters: The closed values, by parameter name.
-        parts: Which part of them these are.
+        shards: Which part of them these are.
         transposed: The matrices whose output channels are not the rows.
 
     Returns:
@@ -304,10 +304,10 @@ def open_values(
     for name, gate in gates.items():
         values = parameters[name].detach()
         if gate.kind == WEIGHT:
-            fresh = torch.empty(parts.shape(name, values), dtype=torch.float32)
+            fresh = torch.empty(shards.shape(name, values), dtype=torch.float32)
             rows = fresh.t() if name in transposed else fresh
             nn.init.kaiming_uniform_(rows, a=5**0.5, generator=generator)
-            opened[name] = parts.part(name, fresh.to(values))
+            opened[name] = shards.local(name, fresh.to(values))
         else:
             opened[name] = torch.ones_like(values)
     return opened

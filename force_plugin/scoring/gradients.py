@@ -13,13 +13,13 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from force_plugin.errors import NoGradientError
-from force_plugin.model.names import name_some
-from force_plugin.parallel.shards import Parts
+from force_plugin.model.module_names import name_some
+from force_plugin.parallel.shards import Shards
 from force_plugin.scoring.feed import Feed
 from force_plugin.scoring.stand_ins import StandIns
 
 LossOf = Callable[[Any, float], Tensor]
-"""Loss of a part of a batch, whose outputs a temperature divides."""
+"""Loss of a microbatch, whose outputs a temperature divides."""
 
 
 class Sums(dict[str, Tensor]):
@@ -61,20 +61,20 @@ class Sums(dict[str, Tensor]):
         else:
             self[name] = wide
 
-    def average(self, parts: Parts) -> None:
+    def average(self, shards: Shards) -> None:
         """Average over ranks; what only some of them have is 0 on the others."""
         for leaf in self._leaves.values():
             leaf.grad = None  # or the next sum would begin with this one
-        rows = parts.ranks.gather(*(name in self for name in self._leaves))
+        rows = shards.ranks.gather(*(name in self for name in self._leaves))
         for (name, leaf), *held in zip(self._leaves.items(), *rows, strict=True):
             if any(held) and name not in self:
                 dtype = torch.promote_types(leaf.dtype, torch.float32)
                 self[name] = torch.zeros_like(leaf, dtype=dtype, requires_grad=False)
-        parts.average(self)
+        shards.average(self)
 
     def complete(
         self,
-        parts: Parts,
+        shards: Shards,
         step: int,
         problem: str = "the loss does not use it, or behind a detach or no_grad only",
         advice: str = "leave it out with parameters=, or pass a forward= that uses it",
@@ -82,7 +82,7 @@ class Sums(dict[str, Tensor]):
         """The mean of the ranks' sums, in the order of the leaves.
 
         Args:
-            parts: The ranks.
+            shards: The ranks.
             step: Number of the step, for a message.
             problem: What it means that there is none for a leaf.
             advice: What to do about it.
@@ -90,7 +90,7 @@ class Sums(dict[str, Tensor]):
         Raises:
             NoGradientError: There is none for some leaf.
         """
-        self.average(parts)
+        self.average(shards)
         missing = [name for name in self._leaves if name not in self]
         if missing:
             raise NoGradientError(
@@ -108,20 +108,20 @@ class Gradients:
         stand_ins: What they are taken with respect to.
         feed: The batches.
         loss_of: Their loss.
-        parts: The processes, over whose batches they are averaged.
+        shards: The processes, over whose batches they are averaged.
 
     Attributes:
         loss: Mean loss of the last step, NaN before.
     """
 
     def __init__(  # noqa: D107 (the class has it)
-        self, stand_ins: StandIns, feed: Feed, loss_of: LossOf, parts: Parts
+        self, stand_ins: StandIns, feed: Feed, loss_of: LossOf, shards: Shards
     ) -> None:
         self.loss = math.nan
         self._stand_ins = stand_ins
         self._feed = feed
         self._loss_of = loss_of
-        self._parts = parts
+        self._shards = shards
 
     def mean(self, step: int) -> dict[str, Tensor]:
         """Mean of the gradients over the batches of a step.
@@ -131,11 +131,11 @@ class Gradients:
         """
         total, number, totals = 0.0, 0, Sums(self._stand_ins.scored)
         for number, batch in enumerate(self._feed.batches(step), start=1):  # noqa: B007
-            for part, share in self._feed.split(batch):
-                loss = self._loss_of(part, 1.0) * share
+            for microbatch, share in self._feed.split(batch):
+                loss = self._loss_of(microbatch, 1.0) * share
                 totals.add_gradients(loss)
                 total += loss.item()
-        gradients = totals.complete(self._parts, step)
+        gradients = totals.complete(self._shards, step)
         count = self._note_loss(total, number)
         if count != 1:
             for gradient in gradients.values():
@@ -145,8 +145,8 @@ class Gradients:
     def hessian_products(self, step: int, temperature: float) -> dict[str, Tensor]:
         """Hg, with g held constant; g and Hg are summed over the batches of a step.
 
-        Each batch, or part of one, is passed through twice: for what it adds to g, and
-        for the gradient of ⟨g, ∇L_b⟩. Of the last one, a single pass serves for both.
+        Each microbatch is passed through twice: for what it adds to g, and for the
+        gradient of ⟨g, ∇L_b⟩. For the last microbatch, a single pass serves for both.
 
         Raises:
             TypeError, ValueError: The temperature is no positive number.
@@ -166,14 +166,14 @@ class Gradients:
         *earlier, last = pieces
         scored = self._stand_ins.scored
         g = Sums(scored)
-        for part, share in earlier:
-            g.add_gradients(self._loss_of(part, temperature) * share)
+        for microbatch, share in earlier:
+            g.add_gradients(self._loss_of(microbatch, temperature) * share)
         total, totals = 0.0, Sums(scored)
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
             for piece in (last, *earlier):
-                part, share = piece
-                loss = self._loss_of(part, temperature) * share
+                microbatch, share = piece
+                loss = self._loss_of(microbatch, temperature) * share
                 slopes = torch.autograd.grad(
                     loss, [*scored.values()], allow_unused=True, create_graph=True
                 )
@@ -182,17 +182,17 @@ class Gradients:
                 if piece is last:
                     for name, gradient in slope.items():
                         g.add(name, gradient.detach())
-                    g.complete(self._parts, step)
+                    g.complete(self._shards, step)
                 _add_products(totals, slope, g)
                 total += loss.item()
         self._note_loss(total, len(batches))
-        totals.average(self._parts)
+        totals.average(self._shards)
         weights = self._stand_ins.weights
         return {n: totals.get(n, torch.zeros_like(w)) for n, w in weights.items()}
 
     def _note_loss(self, total: float, batches: int) -> float:
         """Note the mean loss of the batches of all ranks; their number on a rank."""
-        rows = self._parts.ranks.gather(total, batches)
+        rows = self._shards.ranks.gather(total, batches)
         count = sum(row[1] for row in rows)
         self.loss = sum(row[0] for row in rows) / count
         return count / len(rows)

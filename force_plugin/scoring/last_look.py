@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from force_plugin.data.containers import is_pair
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 from force_plugin.scoring.connectivity import Flow, find_flow, responds
 from force_plugin.scoring.feed import Feed
 from force_plugin.scoring.gradients import LossOf, Sums
@@ -33,7 +33,7 @@ class LastLook:
         passes: How a batch is passed through.
         feed: Has the batch, and knows the device.
         loss_of: The loss of a batch.
-        parts: The processes that look together.
+        shards: The processes that look together.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -43,14 +43,14 @@ class LastLook:
         passes: Passes,
         feed: Feed,
         loss_of: LossOf,
-        parts: Parts,
+        shards: Shards,
     ) -> None:
         self._model = model
         self._stand_ins = stand_ins
         self._passes = passes
         self._feed = feed
         self._loss_of = loss_of
-        self._parts = parts
+        self._shards = shards
         self._masks: Mapping[str, Tensor] = {}
         self._evaluation: EvaluationMode = nullcontext
 
@@ -90,10 +90,10 @@ class LastLook:
                 self._model(self._feed.moved(inputs))
                 return None
 
-        ranks = self._parts.ranks
-        kept = sum(self._parts.totals.count(self._masks).values())
+        ranks = self._shards.ranks
+        kept = sum(self._shards.totals.count(self._masks).values())
         # What fails on one rank only would lose the ranks of a sharded network.
-        few_serve = isinstance(inputs, Tensor) and not self._parts.sharded
+        few_serve = isinstance(inputs, Tensor) and not self._shards.sharded
         if forward is None and few_serve:
             # Fewer samples may be too few to wake a sparse unit.
             found = self._find_flow(lambda: run(inputs[:8]))
@@ -132,7 +132,7 @@ class LastLook:
         evaluation mode serves.
         """
         weights = list(self._stand_ins.scored.values())
-        if self._parts.sharded:
+        if self._shards.sharded:
             return find_flow(self._model, run, weights)
         for mode in (nullcontext, self._evaluation):
             with suppress(*OF_A_CALL), mode():
@@ -150,7 +150,7 @@ class LastLook:
     def _reaches_weights(self, batch: Any) -> bool | None:
         """Whether a gradient of the loss reaches any of the kept weights."""
         left = self._masks
-        with nullcontext() if self._parts.sharded else suppress(*OF_A_CALL):
+        with nullcontext() if self._shards.sharded else suppress(*OF_A_CALL):
             sums = Sums(self._stand_ins.scored)
             sums.add_gradients(self._loss_of(batch, 1.0))
             return any(
@@ -161,10 +161,10 @@ class LastLook:
     def _responds(self, run: Callable[[], object]) -> bool:
         """Whether the network has other outputs for other inputs, on any rank."""
         found = False
-        if not self._parts.sharded:
+        if not self._shards.sharded:
             with suppress(*OF_A_CALL), self._evaluation():
                 found = responds(self._model, run)
-        return self._parts.ranks.any(found)
+        return self._shards.ranks.any(found)
 
     def _count_idle(self, found: Flow, dense: Flow | None = None) -> int:
         """How many of the kept weights have no gradient, at most, on any rank."""
@@ -181,5 +181,5 @@ class LastLook:
             elif dense:
                 continue
             idle += int(mask.count_nonzero())
-        (everywhere,) = self._parts.totals.sum(idle)
-        return int(min(row[0] for row in self._parts.ranks.gather(everywhere)))
+        (everywhere,) = self._shards.totals.sum(idle)
+        return int(min(row[0] for row in self._shards.ranks.gather(everywhere)))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from force_plugin.data.containers import describe, is_pair
 from force_plugin.errors import BatchError, NoGradientError, NotFiniteError, RankError
 from force_plugin.model.weights import is_scripted
-from force_plugin.scoring.causes import Causes
 from force_plugin.scoring.feed import Feed
+from force_plugin.scoring.nonfinite import Causes
 from force_plugin.scoring.passes import Forward, Passes
 from force_plugin.scoring.temperature import Dividing, divide
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from force_plugin.model.restoring import in_evaluation_mode, without_trace
 from force_plugin.model.weights import Weight, named_parameters
-from force_plugin.parallel.shards import WHOLE, Parts
+from force_plugin.parallel.shards import WHOLE, Shards
 from force_plugin.scoring import dead_gradients
-from force_plugin.scoring.causes import Causes
 from force_plugin.scoring.compiled import Compiled
 from force_plugin.scoring.feed import Feed
 from force_plugin.scoring.gates import Gate
@@ -23,11 +22,12 @@ from force_plugin.scoring.gradients import Gradients, refuse_recomputation
 from force_plugin.scoring.last_look import LastLook
 from force_plugin.scoring.loss import Loss
 from force_plugin.scoring.malloc import freed_memory_kept
-from force_plugin.scoring.opening import Opening
+from force_plugin.scoring.nonfinite import Causes
+from force_plugin.scoring.open_gates import Opening
 from force_plugin.scoring.passes import Loader, Passes
-from force_plugin.scoring.protection import protected
 from force_plugin.scoring.stand_ins import StandIns
 from force_plugin.scoring.synflow import SynapticFlow
+from force_plugin.scoring.undone_writes import protected
 
 
 class Probe:
@@ -43,12 +43,12 @@ class Probe:
         loader: Iterable of batches; it is cycled.
         passes: How they are passed through the network.
         on_batch: Called after each batch with its number within the step, from 1.
-        parts: The processes that measure together: what is measured is the mean over
+        shards: The processes that measure together: what is measured is the mean over
             their batches, and they open the same gates. If the network is sharded, each
             has its part of whatever is said here to have a weight's shape.
 
     Attributes:
-        parts: As given.
+        shards: As given.
         weights: The dense weights θ by parameter name, without gradient.
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         parameters: Every parameter of the model, by name.
@@ -66,32 +66,32 @@ class Probe:
         passes: Passes,
         *,
         on_batch: Callable[[int], object] = lambda number: None,
-        parts: Parts = WHOLE,
+        shards: Shards = WHOLE,
     ) -> None:
         self.model = model
-        self.parts = parts
+        self.shards = shards
         self.parameters = named_parameters(model)
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
         self._passes = passes
         self._loader = loader
         self._opening = Opening(
-            model, self.parameters, weights, parts, passes.open_gates
+            model, self.parameters, weights, shards, passes.open_gates
         )
         opened = self._opening.values()
-        self.weights = {w.name: opened.get(w.name, w.part) for w in weights}
+        self.weights = {w.name: opened.get(w.name, w.local) for w in weights}
         self._device = next(iter(self.weights.values())).device
-        self._stand_ins = StandIns(model, self.parameters, self.weights, parts)
-        self._compiled = Compiled(model, passes.compile, self._device, parts)
-        self._feed = Feed(loader, passes, self._device, parts, on_batch)
+        self._stand_ins = StandIns(model, self.parameters, self.weights, shards)
+        self._compiled = Compiled(model, passes.compile, self._device, shards)
+        self._feed = Feed(loader, passes, self._device, shards, on_batch)
         self._causes = Causes(model, self.parameters, passes.autocast, self._device)
         self._loss = Loss(model, passes, self._feed, self._causes, self._remember)
-        self._gradients = Gradients(self._stand_ins, self._feed, self._loss_of, parts)
+        self._gradients = Gradients(self._stand_ins, self._feed, self._loss_of, shards)
         self._synflow = SynapticFlow(
-            model, self._stand_ins, self._opening, self._feed, parts
+            model, self._stand_ins, self._opening, self._feed, shards
         )
         self._last_look = LastLook(
-            model, self._stand_ins, passes, self._feed, self._loss_of, parts
+            model, self._stand_ins, passes, self._feed, self._loss_of, shards
         )
         # The model's own; the stand-ins take on what a pass writes.
         self._buffers = dict(model.named_buffers())
@@ -192,12 +192,12 @@ class Probe:
         self._open()
         return self._synflow.gradients(self.step, self._device)
 
-    def explain_silence(self, names: Sequence[str]) -> dict[str, str]:
+    def explain_zero_saliency(self, names: Sequence[str]) -> dict[str, str]:
         """Why weights have a saliency of exactly 0, by name, at the cost of a pass."""
         return dead_gradients.explain(
             {name: self.parameters[name] for name in names},
             self.weights,
-            self.parts,
+            self.shards,
             lambda: self._opening.last_graph(self._stand_ins),
         )
 
@@ -249,7 +249,7 @@ class Probe:
             self._exit.enter_context(freed_memory_kept())
         self._exit.callback(torch.clear_autocast_cache)
         self._exit.enter_context(self._stand_ins.reader.reading())
-        self.parts.detach(self.model)
+        self.shards.detach(self.model)
         self._compiled.begin(self._exit)
         if "torch._dynamo" in sys.modules:
             # A model that was compiled is measured as it is written: compiling it anew
@@ -266,7 +266,7 @@ class Probe:
         """The loss of one batch, with gates open."""
 
         def measure() -> tuple[Tensor, Mapping[str, Tensor]]:
-            masks = {} if self.parts.sharded else self.masks or {}
+            masks = {} if self.shards.sharded else self.masks or {}
             with self._passes.autocasting(self._device):
                 loss = self._loss.of(batch, self.step, masks, temperature)
             return loss, self._stand_ins.leaves

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from force_plugin.model.reparametrisation import show_all
 from force_plugin.model.restoring import random_states, snapshot
 from force_plugin.model.weights import Weight, is_scripted
-from force_plugin.parallel.shards import Parts, Reader
+from force_plugin.parallel.shards import Reader, Shards
 
 
 class StandIns:
@@ -27,7 +27,7 @@ class StandIns:
         parameters: All of its parameters, by name.
         weights: Values of those that are scored, by name. It is read anew whenever
             masks change, so another value there is the stand-in's.
-        parts: If the network is sharded, stand-ins are of this rank's parts.
+        shards: If the network is sharded, stand-ins are of this rank's shards.
 
     Attributes:
         weights: As given.
@@ -41,15 +41,15 @@ class StandIns:
         model: nn.Module,
         parameters: Mapping[str, Weight],
         weights: dict[str, Tensor],
-        parts: Parts,
+        shards: Shards,
     ) -> None:
         self.weights = weights
         self.leaves: dict[str, nn.Parameter] = {}
         self.scored: dict[str, nn.Parameter] = {}
-        self.reader = Reader(parts)
+        self.reader = Reader(shards)
         self._model = model
         self._parameters = parameters
-        self._parts = parts
+        self._shards = shards
 
     def put(self, values: Mapping[str, Tensor], undo: ExitStack) -> None:
         """Put stand-ins in the place of weights and buffers.
@@ -71,12 +71,12 @@ class StandIns:
                         undo.callback(module._buffers.__setitem__, key, buffer)
         for name, parameter in self._parameters.items():
             leaf = nn.Parameter(
-                values.get(name, parameter.part).clone(),
+                values.get(name, parameter.local).clone(),
                 name in self.weights or parameter.dense.requires_grad,
             )
             for module, key in parameter.slots():
                 module._parameters[key] = leaf
-                if self._parts.sharded:
+                if self._shards.sharded:
                     if not isinstance(module._parameters, _PutTogether):
                         vars(module)["_parameters"] = _PutTogether(
                             module._parameters, self.reader
@@ -103,7 +103,7 @@ class StandIns:
         """Give those that are not scored the model's values, but for opened gates."""
         for name, leaf in self.leaves.items():
             if name not in self.weights and name not in opened:
-                leaf.data.copy_(self._parameters[name].part)
+                leaf.data.copy_(self._parameters[name].local)
 
     def remember(self, opened: Mapping[str, Any]) -> Callable[[], None]:
         """What a forward pass may change, and the way back."""

@@ -13,11 +13,11 @@ from force_plugin.errors import BatchError, NoGradientError
 from force_plugin.model.reparametrisation import show_all
 from force_plugin.model.restoring import restored
 from force_plugin.model.weights import is_scripted
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 from force_plugin.scoring.feed import Feed
 from force_plugin.scoring.gradients import Sums
 from force_plugin.scoring.loss import OF_A_CALL, PASSED_ON
-from force_plugin.scoring.opening import Opening
+from force_plugin.scoring.open_gates import Opening
 from force_plugin.scoring.stand_ins import StandIns
 
 
@@ -29,7 +29,7 @@ class SynapticFlow:
         stand_ins: Its stand-ins, which twins take the place of meanwhile.
         opening: Its gates.
         feed: Tells the shape of an input.
-        parts: The processes.
+        shards: The processes.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -38,13 +38,13 @@ class SynapticFlow:
         stand_ins: StandIns,
         opening: Opening,
         feed: Feed,
-        parts: Parts,
+        shards: Shards,
     ) -> None:
         self._model = model
         self._stand_ins = stand_ins
         self._opening = opening
         self._feed = feed
-        self._parts = parts
+        self._shards = shards
         self._input_shape: tuple[int, ...] | None = None
         # The absolute values of the stand-ins, by their identity.
         self._twins: dict[int, nn.Parameter] = {}
@@ -87,7 +87,7 @@ class SynapticFlow:
             totals = Sums({name: twins[name] for name in self._stand_ins.weights})
             totals.add_gradients(flow)
         return totals.complete(
-            self._parts,
+            self._shards,
             step,
             "the outputs do not depend on it",
             "leave it out with parameters=, or take another method",

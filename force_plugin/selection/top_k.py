@@ -48,7 +48,7 @@ def top_k_masks(
         scores: Tensors of any shapes and devices and one floating-point dtype, without
             NaN.
         k: Number of scores to mark, 0 ≤ k ≤ the number that there is to choose from.
-        totals: What other processes hold the other parts of these tensors. Each learns
+        totals: What other processes hold the other shards of these tensors. Each learns
             of theirs how many scores are above a threshold, and a small sample.
         among: Bool tensors of the scores' shapes and devices, True where a score may be
             marked; none: everywhere.
@@ -60,7 +60,7 @@ def top_k_masks(
     Raises:
         ValueError: k is negative or larger than the number to choose from.
     """
-    total = _count(among, totals) if among else totals.size(scores)
+    total = _count_kept(among, totals) if among else totals.size(scores)
     if not 0 <= k <= total:
         raise ValueError(f"k: expected 0 <= k <= {total} scores, got {k}")
     if k == 0:
@@ -98,7 +98,7 @@ def top_k_masks(
             ties &= among[number]
         ties = ties.flatten()  # in row-major order, which need not be the memory's
         numbers, mine = totals.each(_number(ties))
-        # What of the surplus is not in the parts that come after this one.
+        # What of the surplus is not in the shards that come after this one.
         own = max(0, surplus - int(sum(numbers[mine + 1 :])))
         if own < numbers[mine]:
             _keep_last(ties, own)
@@ -151,7 +151,7 @@ def _partitioned(scores: Sequence[Tensor], k: int) -> float | None:
     if sum(map(len, scores)) > _FEW or not _suit_numpy(scores):
         return None
     merged = torch.cat([*scores]).numpy()
-    if not _differ(merged):
+    if not _mostly_distinct(merged):
         return None
     at = len(merged) - k
     merged.partition(at)
@@ -174,7 +174,7 @@ def _search(
         # (0, as a rule) would otherwise be carried from round to round.
         low, high, from_high, inside = found[:4]
         if k <= from_high:
-            if k > _count(candidates.where(operator.gt, high), totals):
+            if k > _count_kept(candidates.where(operator.gt, high), totals):
                 return high, from_high - k
             candidates = candidates.only(operator.gt, high)
         elif k <= from_high + inside:
@@ -184,7 +184,7 @@ def _search(
             k -= from_high + inside
             at_low = 0
             if low < high:
-                at_low = _count(candidates.where(operator.eq, low), totals)
+                at_low = _count_kept(candidates.where(operator.eq, low), totals)
             if k <= at_low:
                 return low, at_low - k
             k -= at_low
@@ -204,13 +204,13 @@ def _kth_of(values: Tensor, k: int) -> float:
     at = len(values) - k
     if _suit_numpy([values]):
         array = values.numpy()
-        if _differ(array):
+        if _mostly_distinct(array):
             array.partition(at)
             return float(array[at])
     return float(values.kthvalue(at + 1).values)
 
 
-def _differ(values: np.ndarray[Any, Any]) -> bool:
+def _mostly_distinct(values: np.ndarray[Any, Any]) -> bool:
     """Whether most values differ: NumPy's partition is by far the slowest if not."""
     some = values[:: len(values) // 256 + 1].tolist()
     return 2 * len(set(some)) > len(some)
@@ -244,9 +244,9 @@ class _Split(NamedTuple):
 
     low: float
     high: float
-    from_high: int  # how many are at least ``high``, in all parts
-    inside: int  # how many are between, in all parts
-    between: Tensor  # those of this part
+    from_high: int  # how many are at least ``high``, in all shards
+    inside: int  # how many are between, in all shards
+    between: Tensor  # those of this shard
     # Of each run of tensors, which are at least ``high``, and the tensors' lengths.
     runs: list[tuple[Tensor, list[int]]]
     # Of each block: the number of its run, its part of that, where those between are,
@@ -297,11 +297,11 @@ def _split(candidates: _Choice, low: float, high: float, totals: Totals) -> _Spl
             return int(upper.count_nonzero()), (number, upper, at, values[at])
         # NumPy finds the few that are between many times as fast as PyTorch does, whose
         # operations would also have threads of their own in each of ours.
-        array = _joined(run)
+        array = _as_array(run)
         above = np.greater_equal(array, high, out=upper.numpy())
         between = array > low
         if may:
-            permitted = _joined(may)
+            permitted = _as_array(may)
             above &= permitted
             between &= permitted
         between ^= above
@@ -322,8 +322,8 @@ def _split(candidates: _Choice, low: float, high: float, totals: Totals) -> _Spl
         may = next(among, [])
         if on_cpu and len(run) == 1:
             pieces = (torch.split(whole, _BLOCK) for whole in (*run, *may, marks))
-            for values, *rest, part in zip(*pieces, strict=True):
-                work.append((number, [values], rest, part))
+            for values, *rest, marked in zip(*pieces, strict=True):
+                work.append((number, [values], rest, marked))
         else:
             work.append((number, run, may, marks))
     if on_cpu and sum(c.nbytes for c in candidates.scores) > _ALONE:
@@ -347,7 +347,7 @@ def _suit_numpy(scores: Sequence[Tensor]) -> bool:
     return _on_cpu(scores) and scores[0].itemsize > 2
 
 
-def _joined(tensors: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+def _as_array(tensors: Sequence[Tensor]) -> np.ndarray[Any, Any]:
     """Flat tensors as one array, of a type that NumPy is quick with."""
     narrow = tensors[0].dtype in (torch.bfloat16, torch.float16)
     arrays = [(t.float() if narrow else t).numpy() for t in tensors]
@@ -360,7 +360,7 @@ def _number(marks: Tensor) -> int:
     return int(np.count_nonzero(marks.numpy()) if on_cpu else marks.count_nonzero())
 
 
-def _count(masks: Iterable[Tensor], totals: Totals) -> int:
+def _count_kept(masks: Iterable[Tensor], totals: Totals) -> int:
     return int(*totals.sum(sum(map(_number, masks))))
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from force_plugin.data.containers import mapped, tensors
 from force_plugin.errors import CompactionError
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.model.restoring import random_states, restored
 from force_plugin.model.weights import named_parameters
 from force_plugin.scoring.gates import CLOSED

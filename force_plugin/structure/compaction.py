@@ -111,7 +111,7 @@ def compact(
     weights = named_parameters(model)
     masks = {n: w.mask for n, w in weights.items() if w.mask is not None}
     if not masks:
-        prunable = {n: w.part != 0 for n, w in weights.items() if w.prunable}
+        prunable = {n: w.local != 0 for n, w in weights.items() if w.prunable}
         masks = {n: m for n, m in prunable.items() if m.any() and not m.all()}
     if not masks:
         raise NotPrunedError(
@@ -207,7 +207,7 @@ class _Compaction:
         modes = self._behaviour.traced
         carried: dict[str, Tensor] = {}
         for mode, one in product(modes, self._behaviour.variants):
-            watched = _watch(one, self._behaviour.trial, mode, graded=False)
+            watched = _inputs_seen(one, self._behaviour.trial, mode, graded=False)
             for name, seen in watched.items():
                 before = carried.get(name, torch.zeros(()))
                 carried[name] = torch.maximum(seen.largest, before)
@@ -218,7 +218,8 @@ class _Compaction:
             _randomise(model, self._masks, positive)
             for mode in modes:
                 inputs = mapped(partial(_random_like, positive=positive), self._inputs)
-                for name, seen in _watch(model, inputs, mode, graded=True).items():
+                found = _inputs_seen(model, inputs, mode, graded=True)
+                for name, seen in found.items():
                     known = layers.setdefault(name, _Seen())
                     known.join(seen.differs, seen.read, seen.largest)
                 self._connected |= mode == "evaluation" and any(
@@ -256,7 +257,7 @@ class _Seen:
         self.largest = torch.maximum(self.largest, largest.cpu())
 
 
-def _watch(
+def _inputs_seen(
     model: nn.Module, inputs: Any, mode: Mode, *, graded: bool
 ) -> dict[str, _Seen]:
     """Run a model and look at the inputs of its layers.

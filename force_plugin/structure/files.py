@@ -18,7 +18,7 @@ from force_plugin.errors import FileFormatError
 from force_plugin.files import read_safetensors, write_whole
 from force_plugin.masks.apply import apply_masks
 from force_plugin.masks.permanent import make_permanent
-from force_plugin.model.names import name_some, named_buffers, named_modules
+from force_plugin.model.module_names import name_some, named_buffers, named_modules
 from force_plugin.model.weights import (
     Weight,
     mask_of,

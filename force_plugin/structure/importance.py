@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import find_method
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.pruning.loop import saliency
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
 from force_plugin.structure.channel_layers import LAYERS, channel_sums

@@ -21,11 +21,11 @@ from force_plugin.errors import (
     NotFiniteError,
     NothingToPruneError,
 )
-from force_plugin.model.choice import find_weights
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.model.restoring import without_trace
+from force_plugin.model.weights_to_prune import find_weights
 from force_plugin.parallel.ranks import Ranks, unwrap
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 from force_plugin.pruning.loop import require_one_start
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
 from force_plugin.scoring.probe import Probe
@@ -34,7 +34,11 @@ from force_plugin.selection.top_k import top_k_masks
 from force_plugin.structure.both_modes import Behaviour
 from force_plugin.structure.channel_layers import channel_sums, channels_of, layers_of
 from force_plugin.structure.channels import Channels
-from force_plugin.structure.cut_copies import plain_copy, rebuilt, tell_features
+from force_plugin.structure.cut_copies import (
+    plain_copy,
+    rebuilt,
+    tell_features,
+)
 from force_plugin.structure.example_inputs import (
     checked_inputs,
     in_float64,
@@ -137,7 +141,7 @@ def snap_prune(
     with without_trace(model, loader), torch.enable_grad(), Ranks(model) as ranks:
         passes = Passes.of(options, "snap_prune")
         require_one_start(
-            Parts(model, ranks),
+            Shards(model, ranks),
             model,
             find_weights(model),
             *(method, sparsity, steps, sorted(ignored), passes.open_gates),
@@ -170,11 +174,11 @@ def snap_prune(
                     small,
                     sets,
                     behaviour.measured,
-                    Parts(small, ranks),
+                    Shards(small, ranks),
                     onward,
                     passes,
                 )
-            for name, removed in _least(sets, scores, kept).items():
+            for name, removed in _channels_to_cut(sets, scores, kept).items():
                 left = (~gone[name]).nonzero().flatten()
                 gone[name][left[removed]] = True
             small = rebuilt(model, surgery.cut(gone))
@@ -324,7 +328,7 @@ def _sensitivities(
     model: nn.Module,
     sets: Mapping[str, Channels],
     measured: Set[str],
-    parts: Parts,
+    shards: Shards,
     loader: Loader,
     passes: Passes,
 ) -> dict[str, Tensor]:
@@ -342,7 +346,7 @@ def _sensitivities(
         if getattr(model.get_submodule(layer), key) is not None
     ]
     weights = find_weights(model, parameters)
-    with Probe(model, weights, loader, passes, parts=parts) as probe:
+    with Probe(model, weights, loader, passes, shards=shards) as probe:
         with probe.evaluation_mode():
             gradients = probe.gradients()
         sums = {}
@@ -376,7 +380,7 @@ def _sensitivities(
     return scores
 
 
-def _least(
+def _channels_to_cut(
     sets: Mapping[str, Channels], scores: Mapping[str, Tensor], kept: int
 ) -> dict[str, Tensor]:
     """The channels that go, so that so many units stay, the best of each layer too."""

@@ -48,7 +48,7 @@ def score_by_steps(
     step = _TrainingStep(trainer, module, own)
     if own:
         options = {**options, "forward": step.loss}
-    with _apart(trainer, module):
+    with _without_logging(trainer, module):
         try:
             return measure(step, dict(options))
         except _Skipped:
@@ -198,7 +198,7 @@ class _Rereadable(_DataFetcherWrapper):
 
 
 @contextmanager
-def _apart(trainer: Any, module: LightningModule) -> Iterator[None]:
+def _without_logging(trainer: Any, module: LightningModule) -> Iterator[None]:
     """Train as it were: nothing is logged, counted, or left in the trainer's parts."""
     loop, stage = trainer.fit_loop, trainer.state.stage
     loaders = loop._combined_loader.flattened

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from force_plugin.masks.apply import apply_masks
 from force_plugin.masks.permanent import make_permanent
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.trainers.initial_weights import say, weights_of
 
 # A holder lives as long as its optimizer, and its zeros are held as long as it lives.

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from force_plugin.errors import FileFormatError, NotPrunedError
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 
 
 def say(message: str) -> None:

@@ -40,7 +40,7 @@ from force_plugin import (
     saliency,
     sparsity_report,
 )
-from force_plugin.model.products import looks_up, output_axis
+from force_plugin.model.linear_like import looks_up, output_axis
 from force_plugin.model.weights import named_parameters
 
 

@@ -240,7 +240,7 @@ def test_ranks_with_other_numbers_of_batches(ranks: Seen) -> None:
 def test_ranks_with_other_numbers_of_parts(ranks: Seen, method: str) -> None:
     for seen in ranks:
         said = seen["failures"][f"fewer parts {method}"]
-        assert "as many parts of at most 2 samples on every rank" in said
+        assert "as many microbatches of at most 2 samples on every rank" in said
         assert said.endswith("fewer on rank 1")
 
 

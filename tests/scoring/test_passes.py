@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from force_plugin import METHODS, force_prune, get_masks, saliency
-from force_plugin.model.choice import find_weights
+from force_plugin.model.weights_to_prune import find_weights
 from force_plugin.scoring.passes import Passes
 from force_plugin.scoring.probe import Probe
 

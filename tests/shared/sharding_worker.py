@@ -53,7 +53,7 @@ from force_plugin import (
 )
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.parallel.ranks import Ranks
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 from force_plugin.selection import top_k as selection
 from force_plugin.selection.top_k import top_k_masks
 
@@ -171,8 +171,8 @@ def failed(run: Callable[[], object], model: nn.Module) -> str:
 
 
 def selections(rank: int) -> list[str]:
-    """Where the k largest of all parts are not those of the whole."""
-    parts = Parts(model := shard(Network()), Ranks(model))
+    """Where the k largest of all shards are not those of the whole."""
+    shards = Shards(model := shard(Network()), Ranks(model))
     generator = torch.Generator().manual_seed(5)
     values = torch.randn(150_000, generator=generator, dtype=torch.float64)
     kinds = {
@@ -192,7 +192,7 @@ def selections(rank: int) -> list[str]:
             for k in (0, 1, 100, 10_001, 75_000, 149_999, 150_000):
                 expected, threshold = top_k_masks(tensors, k)
                 own = [t.tensor_split(2)[rank] for t in tensors]
-                masks, found = top_k_masks(own, k, parts.totals)
+                masks, found = top_k_masks(own, k, shards.totals)
                 pairs = zip(masks, expected, strict=True)
                 if found != threshold or not all(
                     torch.equal(mask, e.tensor_split(2)[rank]) for mask, e in pairs

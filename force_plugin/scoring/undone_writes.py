@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from force_plugin.errors import MethodError
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.model.restoring import Kept
-from force_plugin.model.weights import Weight, part_of
+from force_plugin.model.weights import Weight, local_values
 from force_plugin.scoring.stand_ins import StandIns
 
 
@@ -55,9 +55,9 @@ def protected(
                 dense.requires_grad_(trained).grad = gradient
                 written.append(name)
         for name in weights.keys() - opened.keys():
-            part, now = parameters[name].part, weights[name]
-            if (now.data_ptr(), now.shape) != (part.data_ptr(), part.shape):
-                weights[name] = part
+            own, now = parameters[name].local, weights[name]
+            if (now.data_ptr(), now.shape) != (own.data_ptr(), own.shape):
+                weights[name] = own
                 written.append(name)
         stand_ins.fill(opened)
         stand_ins.mask(masks)
@@ -77,7 +77,7 @@ def _kept(
 ) -> dict[str, Kept]:
     """Copies of all that a method may get hold of, by names for the message."""
     found: dict[str, Tensor | None] = {
-        name: part_of(weight.dense) for name, weight in parameters.items()
+        name: local_values(weight.dense) for name, weight in parameters.items()
     }
     found |= buffers
     found |= {n: w for n, w in stand_ins.weights.items() if n in opened}

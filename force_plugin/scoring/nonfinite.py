@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from force_plugin.data.containers import tensors
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.model.weights import Weight
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from force_plugin.errors import NothingToPruneError
 from force_plugin.model.coverage import listed, passed_over
-from force_plugin.model.names import name_some
+from force_plugin.model.module_names import name_some
 from force_plugin.model.reparametrisation import require_free
 from force_plugin.model.weights import (
     PRUNABLE_MODULES,

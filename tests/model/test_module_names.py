@@ -36,7 +36,7 @@ from force_plugin import (
     sparsity_report,
 )
 from force_plugin.hold import save_pruned
-from force_plugin.model.names import fitted
+from force_plugin.model.module_names import fitted
 
 Wrap = Callable[[nn.Module], nn.Module]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from force_plugin import compact, compact_report
-from force_plugin.structure.size import CompactReport, LayerSize
+from force_plugin.structure.compact_report import CompactReport, LayerSize
 
 
 def without_rows(layer: nn.Module, *rows: int) -> None:

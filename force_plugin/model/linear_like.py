@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from force_plugin.model.names import unwrapped
+from force_plugin.model.module_names import unwrapped
 from force_plugin.model.reparametrisation import find_hook
 from force_plugin.model.restoring import random_states
 
@@ -227,7 +227,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
         module = unwrapped(module)
         result: nn.Module = object.__new__(type(module))
         state = {
-            key: _apart(value)
+            key: _cpu_copy(value)
             for key, value in vars(module).items()
             if f"{key}_orig" not in module._parameters  # a pruned tensor
         }
@@ -235,7 +235,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
         # Of an instance, as some trainers set them: bound to the module itself.
         for key in ("forward", "_compiled_call_impl"):
             state.pop(key, None)
-        buffers = {key: _apart(value) for key, value in module._buffers.items()}
+        buffers = {key: _cpu_copy(value) for key, value in module._buffers.items()}
         parameters = {}
         for key, parameter in module._parameters.items():
             name = key.removesuffix("_orig")
@@ -255,7 +255,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
     return twin(module)
 
 
-def _apart(value: Any) -> Any:
+def _cpu_copy(value: Any) -> Any:
     """A value that can be changed without the original, on the CPU."""
     if isinstance(value, Tensor):
         value = value.detach()

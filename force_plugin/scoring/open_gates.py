@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from force_plugin.model.restoring import restored
 from force_plugin.model.weights import Weight
-from force_plugin.parallel.shards import Parts
+from force_plugin.parallel.shards import Shards
 from force_plugin.scoring import gates
 from force_plugin.scoring.stand_ins import StandIns
 
@@ -24,7 +24,7 @@ class Opening:
         model: The network.
         parameters: All of its parameters, by name.
         scored: The weights that are scored.
-        parts: The processes that open the same gates.
+        shards: The processes that open the same gates.
         wanted: Whether gates are to be opened at all.
 
     Attributes:
@@ -39,20 +39,20 @@ class Opening:
         model: nn.Module,
         parameters: Mapping[str, Weight],
         scored: Sequence[Weight],
-        parts: Parts,
+        shards: Shards,
         wanted: bool,
     ) -> None:
         self.gates: dict[str, gates.Gate] = {}
         self.measure: Measure | None = None
         self._model = model
         self._parameters = parameters
-        self._parts = parts
+        self._shards = shards
         # Parameters that may turn out to be gates when a graph is there to look at.
         self._candidates: dict[str, float] = {}
         if wanted:
             shapes = {w.name: w.shape for w in scored}
             others = {n: w.shape for n, w in parameters.items() if w.prunable}
-            small = gates.small(self._dense(), parts)
+            small = gates.small(self._dense(), shards)
             self.gates = gates.closed_weights(shapes | others, small)
             matrices = {name for name, shape in shapes.items() if len(shape) > 1}
             neither = small.keys() - self.gates.keys() - matrices
@@ -61,7 +61,7 @@ class Opening:
     def values(self) -> dict[str, Tensor]:
         """Values of the gates that are open, by parameter name."""
         transposed = {n for n in self.gates if self._parameters[n].transposed}
-        return gates.open_values(self.gates, self._dense(), self._parts, transposed)
+        return gates.open_values(self.gates, self._dense(), self._shards, transposed)
 
     def revealed(
         self, measure: Measure, stand_ins: StandIns
@@ -112,7 +112,7 @@ class Opening:
         for leaf in frozen:
             leaf.requires_grad_(False)
         rewind()
-        opened = gates.open_values(found, stand_ins.leaves, self._parts)
+        opened = gates.open_values(found, stand_ins.leaves, self._shards)
         for name, values in opened.items():
             stand_ins.leaves[name].data.copy_(values)
             if name in stand_ins.weights:
@@ -143,7 +143,7 @@ class Opening:
         kinds = (None, gates.NORMALISATION, gates.SCALE, gates.WEIGHT)
         names = [name for name in stand_ins.leaves if name in self._candidates]
         codes = {name: kinds.index(gate.kind) for name, gate in found.items()}
-        rows = self._parts.ranks.gather(*(codes.get(name, 0) for name in names))
+        rows = self._shards.ranks.gather(*(codes.get(name, 0) for name in names))
         agreed = {}
         for name, *given in zip(names, *rows, strict=True):
             if kind := kinds[int(max(given))]:
@@ -152,4 +152,4 @@ class Opening:
 
     def _dense(self) -> dict[str, Tensor]:
         """The model's own parameters by name."""
-        return {name: weight.part for name, weight in self._parameters.items()}
+        return {name: weight.local for name, weight in self._parameters.items()}
