@@ -107,11 +107,11 @@ __all__ = [
 
 # Imported when they are asked for: torch-pruning takes as long to import as torch.
 _STRUCTURE = {
-    "CompactReport": "size",
-    "LayerSize": "size",
+    "CompactReport": "compact_report",
+    "LayerSize": "compact_report",
     "SaliencyImportance": "importance",
     "compact": "compaction",
-    "compact_report": "size",
+    "compact_report": "compact_report",
     "load_compact": "files",
     "save_compact": "files",
     "snap_prune": "snap",
