@@ -87,8 +87,9 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
     masks = get_masks(model)
     plain = deep_copy(model)
     for module in list(plain.modules()):  # without wrappers around parts of it
-        for key, child in module._modules.items():
-            module._modules[key] = None if child is None else unwrapped(child)
+        for key, child in list(module.named_modules(remove_duplicate=False)):
+            if key and "." not in key and unwrapped(child) is not child:
+                setattr(module, key, unwrapped(child))
     if not masks or prune.is_pruned(plain):  # else it is permanent already
         make_permanent(plain, hold_zeros=False)
     with torch.no_grad():

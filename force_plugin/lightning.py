@@ -28,9 +28,8 @@ from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import find_method
 from force_plugin.model.weights import (
     named_parameters,
-    parameter_key,
 )
-from force_plugin.model.weights_to_prune import find_weights
+from force_plugin.model.weights_to_prune import find_parameter, find_weights
 from force_plugin.pruning.loop import force_prune, saliency
 from force_plugin.report.sparsity import SparsityReport, sparsity_report
 from force_plugin.trainers.fit_loop import score_by_steps
@@ -301,7 +300,7 @@ class SaliencyPruning(ModelPruning):
     @staticmethod
     def _copy_param(new: nn.Module, old: nn.Module, name: str) -> None:
         """Set a parameter back, in its own memory and type."""
-        parameter = new._parameters[parameter_key(new, name)]
+        parameter = find_parameter(new, name)
         if parameter is not None:
             parameter.detach().copy_(getattr(old, name).detach())
 

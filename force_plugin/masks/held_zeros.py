@@ -25,6 +25,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from force_plugin.model.registered import own_parameters
+from force_plugin.model.torch_internals import tell_of_hooks
 from force_plugin.model.weights import (
     HELD,
     Weight,
@@ -118,8 +120,7 @@ class _Hold:
         if not self.ran and parameter.grad is not None:
             self(parameter)
             # PyTorch left the hooks behind: they are told of again.
-            hooks = parameter._post_accumulate_grad_hooks
-            parameter._post_accumulate_grad_hooks = hooks
+            tell_of_hooks(parameter)
         self.ran = False
 
     def remove(self, parameter: nn.Parameter) -> None:
@@ -171,7 +172,7 @@ class _Note:
         found = None
         if module is not None and vars(module).get(HELD, {}).get(self._name) is self:
             # Another pruning may have been put on it.
-            found = module._parameters.get(parameter_key(module, self._name))
+            found = own_parameters(module).get(parameter_key(module, self._name))
         return found if found is None or found.shape == self.kept.shape else None
 
     def follow(self) -> None:

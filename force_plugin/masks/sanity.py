@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from force_plugin.errors import NotPrunedError
 from force_plugin.masks.apply import checked_masks
 from force_plugin.model.module_names import name_some, named_buffers
-from force_plugin.model.reparametrisation import find_hook, show
+from force_plugin.model.reparametrisation import show
 from force_plugin.model.restoring import snapshot
 from force_plugin.model.weights import (
     is_scripted,
@@ -159,15 +159,12 @@ def _values_of_buffers(model: nn.Module) -> dict[str, Tensor]:
     """All buffers but masks."""
     slots = named_buffers(model)
     masks = {
-        id(module._buffers[f"{name}_mask"])
+        id(mask_of(module, name))
         for weight in named_parameters(model).values()
         for module, name in weight.owners
-        if find_hook(module, name) is not None
     }
-    found = {name: module._buffers[key] for name, (module, key) in slots.items()}
-    return {
-        name: b for name, b in found.items() if b is not None and id(b) not in masks
-    }
+    found = {name: getattr(module, key) for name, (module, key) in slots.items()}
+    return {name: buffer for name, buffer in found.items() if id(buffer) not in masks}
 
 
 def _matched(

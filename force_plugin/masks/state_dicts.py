@@ -14,9 +14,15 @@ from torch.nn.parameter import is_lazy
 from force_plugin.errors import NotPrunedError
 from force_plugin.masks.apply import checked_masks
 from force_plugin.methods.base import SaliencyMethod
-from force_plugin.model.module_names import fitted, name_some
-from force_plugin.model.reparametrisation import reorder, reparametrise, show
+from force_plugin.model.module_names import CHECKPOINTED, fitted, name_some
+from force_plugin.model.reparametrisation import reparametrise, show
 from force_plugin.model.restoring import snapshot, tensor_as_it_is
+from force_plugin.model.torch_internals import (
+    metadata,
+    parameter_order,
+    reorder_parameters,
+    set_metadata,
+)
 from force_plugin.model.weights import (
     mask_of,
     named_parameters,
@@ -103,14 +109,13 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
         # PyTorch's pruning puts a parameter behind its module's others, and optimizers
         # number their state in that order. Without metadata, the state comes from a
         # file of another kind (safetensors), which sorts by name.
-        if hasattr(state, "_metadata"):
+        if metadata(state) is not None:
             places = {key: place for place, key in enumerate(state)}
             for _, module, _ in slots:
                 path = paths[module]
-                order = sorted(
-                    module._parameters, key=lambda k: places.get(path + k, -1)
-                )
-                reorder(module, order)
+                order = parameter_order(module)
+                order.sort(key=lambda key: places.get(path + key, -1))
+                reorder_parameters(module, order)
         undo.pop_all()
 
 
@@ -134,12 +139,12 @@ def _unwrapped(
         (names[dense[key]] + key.removeprefix(dense[key]), value)
         for key, value in state_dict.items()
     )
-    metadata = getattr(state_dict, "_metadata", None)
-    if metadata is not None:
+    versions = metadata(state_dict)
+    if versions is not None:
         # Modules find the version of their state in it, as in load_state_dict.
-        paths = fitted(metadata, [path for path, _ in _paths(model)])
-        state._metadata = OrderedDict(  # type: ignore[attr-defined]
-            (paths[path], value) for path, value in metadata.items()
+        paths = fitted(versions, [path for path, _ in _paths(model)])
+        set_metadata(
+            state, OrderedDict((paths[path], v) for path, v in versions.items())
         )
     return state
 
@@ -148,7 +153,7 @@ def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules by their names in a state dict."""
     for path, module in model.named_modules():
         # The wrapper of activation checkpointing leaves itself out of state dicts.
-        parts = (p for p in path.split(".") if p != "_checkpoint_wrapped_module")
+        parts = (p for p in path.split(".") if p != CHECKPOINTED)
         yield ".".join(parts), module
 
 

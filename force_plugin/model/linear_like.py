@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from force_plugin.model.module_names import unwrapped
+from force_plugin.model.registered import own_parameters
 from force_plugin.model.reparametrisation import find_hook
 from force_plugin.model.restoring import random_states
+from force_plugin.model.torch_internals import registries, uninitialised
 
 _SAMPLES = 3
 _TOLERANCE = 1e-3
@@ -70,8 +72,7 @@ def _tried(module: nn.Module, name: str, verdict: Verdict) -> int | None:
     if isinstance(module, torch.jit.ScriptModule):
         return None
     key = name if find_hook(module, name) is None else f"{name}_orig"
-    matrix = module._parameters[key]
-    assert matrix is not None
+    matrix = own_parameters(module)[key]
     every = sum(0 if is_lazy(p) else p.numel() for p in module.parameters())
     if matrix.numel() < 2 or every > 2 * matrix.numel():
         return None
@@ -98,8 +99,8 @@ def _likeness(module: nn.Module) -> tuple[Any, ...] | None:
                 return None
         settings.append((key, value))
     shapes = [
-        (key, None if p is None or is_lazy(p) else tuple(p.shape))
-        for key, p in module._parameters.items()
+        (key, None if is_lazy(p) else tuple(p.shape))
+        for key, p in own_parameters(module).items()
     ]
     return kind.__module__, kind.__qualname__, tuple(settings), tuple(shapes)
 
@@ -119,9 +120,7 @@ def _isolated(module: nn.Module, name: str, verdict: Verdict) -> int | None:
         warnings.simplefilter("ignore")
         try:
             stand_in = _stand_in(module)
-            matrix = stand_in._parameters[name]
-            assert matrix is not None
-            return verdict(stand_in, matrix)
+            return verdict(stand_in, stand_in.get_parameter(name))
         # Whatever the code of a module raises that is called in another way.
         except Exception:
             return None
@@ -225,32 +224,26 @@ def _stand_in(module: nn.Module) -> nn.Module:
 
     def twin(module: nn.Module) -> nn.Module:
         module = unwrapped(module)
-        result: nn.Module = object.__new__(type(module))
-        state = {
+        own, buffers, children = map(dict, registries(module))
+        attributes = {
             key: _cpu_copy(value)
             for key, value in vars(module).items()
-            if f"{key}_orig" not in module._parameters  # a pruned tensor
+            if f"{key}_orig" not in own  # a pruned tensor
         }
-        state |= vars(nn.Module())  # no hooks
-        # Of an instance, as some trainers set them: bound to the module itself.
-        for key in ("forward", "_compiled_call_impl"):
-            state.pop(key, None)
-        buffers = {key: _cpu_copy(value) for key, value in module._buffers.items()}
+        buffers = {key: _cpu_copy(value) for key, value in buffers.items()}
         parameters = {}
-        for key, parameter in module._parameters.items():
+        for key, parameter in own.items():
             name = key.removesuffix("_orig")
             if find_hook(module, name) is None:
                 name = key
             else:
                 buffers.pop(f"{name}_mask")
             parameters[name] = None if parameter is None else values(parameter)
-        modules = {
+        twins = {
             key: None if child is None else twin(child)
-            for key, child in module._modules.items()
+            for key, child in children.items()
         }
-        state |= {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
-        vars(result).update(state, training=False)
-        return result
+        return uninitialised(type(module), attributes, parameters, buffers, twins)
 
     return twin(module)
 

@@ -7,13 +7,18 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import nn
 
+from force_plugin.model.registered import own_buffers
+
+CHECKPOINTED = "_checkpoint_wrapped_module"
+"""The name that activation checkpointing gives to a module that it wraps."""
+
 WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.optim.swa_utils.AveragedModel": "module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": (
-        "_checkpoint_wrapped_module"
+        CHECKPOINTED
     ),
     "timm.utils.model_ema.ModelEmaV2": "module",
     "timm.utils.model_ema.ModelEmaV3": "module",
@@ -29,7 +34,7 @@ _SEGMENTS = frozenset(WRAPPERS.values())
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module that others are wrapped around; itself where there is none."""
     while (key := _key(type(module))) is not None:
-        module = module._modules[key]  # type: ignore[assignment]
+        module = getattr(module, key)
     return module
 
 
@@ -59,9 +64,8 @@ def named_modules(
         return
     seen.add(model)
     yield prefix, model
-    for key, child in model._modules.items():
-        if child is not None:
-            yield from named_modules(child, f"{prefix}.{key}".lstrip("."), seen)
+    for key, child in nn.Module.named_children(model):
+        yield from named_modules(child, f"{prefix}.{key}".lstrip("."), seen)
 
 
 def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -72,8 +76,8 @@ def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     found: dict[str, tuple[nn.Module, str]] = {}
     seen = set()
     for path, module in named_modules(model):
-        for key, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in seen:
+        for key, buffer in own_buffers(module).items():
+            if id(buffer) not in seen:
                 seen.add(id(buffer))
                 found[f"{path}.{key}".lstrip(".")] = module, key
     return found

@@ -21,7 +21,19 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils._pytree import tree_map_only
+
+from force_plugin.model.torch_internals import (
+    DisableTorchFunctionSubclass,
+    forward_hooks,
+    forward_pre_hooks,
+    parameter_order,
+    rename_parameter,
+    reorder_parameters,
+    replace_forward_pre_hook,
+    set_tensor_name,
+    tensor_name,
+    tree_map_only,
+)
 
 
 class PrunedTensor(Tensor):
@@ -62,7 +74,7 @@ class PrunedTensor(Tensor):
 
     def fits(self, original: nn.Parameter) -> bool:
         """Whether its graph leads to a parameter, as that is now."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return (
                 self._original == id(original)
                 and self.dtype == original.dtype
@@ -78,13 +90,11 @@ class PrunedTensor(Tensor):
             RuntimeError: The module is gone, or has no such parameter any more.
         """
         module = self._owner()
-        own: Mapping[str, nn.Parameter | None] = (
-            {} if module is None else module._parameters
-        )
-        original, permanent = own.get(f"{self._name}_orig"), own.get(self._name)
+        original: Tensor | None = getattr(module, f"{self._name}_orig", None)
         if module is not None and original is not None:
             return masked(module, self._name) if whole else original
-        if permanent is not None:
+        permanent = getattr(module, self._name, None)
+        if isinstance(permanent, Tensor) and not isinstance(permanent, PrunedTensor):
             return permanent
         raise RuntimeError(
             f"the pruned tensor {self._name!r} belongs to a module that is gone, or "
@@ -101,7 +111,7 @@ class PrunedTensor(Tensor):
     ) -> Any:
         """Call a function with what such tensors among its arguments are now."""
         if function in _OF_ITSELF:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         for written in _written(function, args, kwargs or {}):
             raise RuntimeError(
@@ -175,11 +185,14 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         module = ctx.owner()
-        own = {} if module is None else module._parameters
-        original = own.get(f"{ctx.name}_orig", own.get(ctx.name))
-        if f"{ctx.name}_orig" in own:
+        original = getattr(module, f"{ctx.name}_orig", None)
+        if original is not None:
             gradient = gradient.masked_fill(getattr(module, f"{ctx.name}_mask") == 0, 0)
-        if original is None or not original.requires_grad:
+        else:
+            original = getattr(module, ctx.name, None)
+        if original is None or isinstance(original, PrunedTensor):
+            return None, None, None, None
+        if not original.requires_grad:
             return None, None, None, None
         if id(original) == ctx.leaf and original.dtype == gradient.dtype:
             return gradient, None, None, None
@@ -219,18 +232,18 @@ class Reparametrisation(prune.BasePruningMethod):
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
         """Compute the tensor from parameter and mask, for a forward."""
-        setattr(module, self._tensor_name, self.apply_mask(module))
+        setattr(module, tensor_name(self), self.apply_mask(module))
 
     def apply_mask(self, module: nn.Module) -> Tensor:
         """The tensor with zeros where it is pruned.
 
         Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.apply_mask`.
         """
-        return masked(module, self._tensor_name)
+        return masked(module, tensor_name(self))
 
     def remove(self, module: nn.Module) -> None:
         """Undo the reparametrisation; the pruned entries of the parameter are 0."""
-        with _as_it_was(module, self._tensor_name):
+        with _as_it_was(module, tensor_name(self)):
             super().remove(module)
 
 
@@ -258,7 +271,7 @@ class _AtRest:
     def show(self, module: nn.Module) -> None:
         """Put it in its place, with a graph that leads to the parameter of now."""
         tensor = self.tensor
-        original = module._parameters.get(f"{self.name}_orig")
+        original = getattr(module, f"{self.name}_orig", None)
         # A call may lend another tensor to the module.
         if (
             isinstance(original, nn.Parameter)
@@ -274,7 +287,7 @@ class _AtRest:
 
 
 def _at_rest(module: nn.Module, name: str) -> _AtRest | None:
-    for hook in module._forward_hooks.values():
+    for hook in forward_hooks(module):
         if isinstance(hook, _AtRest) and hook.name == name:
             return hook
     return None
@@ -283,13 +296,13 @@ def _at_rest(module: nn.Module, name: str) -> _AtRest | None:
 def find_hook(module: nn.Module, name: str) -> prune.BasePruningMethod | None:
     """The hook that prunes a tensor of a module, if it is pruned."""
     for hook in _pruning_hooks(module):
-        if hook._tensor_name == name:
+        if tensor_name(hook) == name:
             return hook
     return None
 
 
 def _pruning_hooks(module: nn.Module) -> Iterator[prune.BasePruningMethod]:
-    for hook in module._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(module):
         if isinstance(hook, prune.BasePruningMethod):
             yield hook
 
@@ -311,24 +324,20 @@ def reparametrise(
     Raises:
         ValueError: The module has something else where parameter and mask are kept.
     """
-    method._tensor_name = name
+    set_tensor_name(method, name)
     earlier = find_hook(module, name)
     hook = method
     if earlier is None:
         require_free(module, name, name)
-        order = list(module._parameters)
-        # Not register_parameter: this is no other owner of the parameter.
-        module._parameters[f"{name}_orig"] = module._parameters.pop(name)
-        reorder(module, [f"{name}_orig" if key == name else key for key in order])
+        rename_parameter(module, name, f"{name}_orig")
         module.register_forward_pre_hook(hook)
     else:
         hook = Container()
-        hook._tensor_name = name
-        for one in (*getattr(earlier, "_pruning_methods", (earlier,)), method):
+        set_tensor_name(hook, name)
+        several = isinstance(earlier, prune.PruningContainer)
+        for one in (*(earlier if several else [earlier]), method):  # type: ignore[misc]
             hook.add_pruning_method(one)
-        for key, value in module._forward_pre_hooks.items():
-            if value is earlier:
-                module._forward_pre_hooks[key] = hook
+        replace_forward_pre_hook(module, earlier, hook)
     module.register_buffer(f"{name}_mask", mask)
     if _at_rest(module, name) is None:
         _AtRest(module, name)
@@ -371,7 +380,7 @@ def show_all(model: nn.Module) -> None:
     """The same for all tensors of a model that are pruned, but not by PyTorch's own."""
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
-            for hook in module._forward_hooks.values():
+            for hook in forward_hooks(module):
                 if isinstance(hook, _AtRest):
                     hook.show(module)
 
@@ -389,15 +398,9 @@ def remove(module: nn.Module, name: str) -> None:
 @contextmanager
 def _as_it_was(module: nn.Module, name: str) -> Iterator[None]:
     """Leave no hook behind, and the parameter in its place."""
-    order = list(module._parameters)
+    pruned = f"{name}_orig"
+    order = [name if key == pruned else key for key in parameter_order(module)]
     yield
-    reorder(module, [name if key == f"{name}_orig" else key for key in order])
+    reorder_parameters(module, order)
     if (rest := _at_rest(module, name)) is not None:
         rest.handle.remove()
-
-
-def reorder(module: nn.Module, order: list[str]) -> None:
-    """Keep parameters in the dense model's order, which optimizers count on."""
-    parameters = {key: module._parameters[key] for key in order}
-    module._parameters.clear()
-    module._parameters.update(parameters)

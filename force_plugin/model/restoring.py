@@ -6,10 +6,7 @@ import operator
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import (
-    ExitStack,
-    contextmanager,
-)
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from force_plugin.model.reparametrisation import PrunedTensor
+from force_plugin.model.torch_internals import own_iterator, registries, version
 
 
 def snapshot(modules: Iterable[Any]) -> Callable[[], None]:
@@ -48,10 +46,10 @@ def snapshot(modules: Iterable[Any]) -> Callable[[], None]:
             undo += [tensor_as_it_is(tensor) for tensor in kept]
             continue
         state = vars(module)
-        own = [k for k in ("_parameters", "_buffers", "_modules") if k in state]
-        containers = {id(state[key]): state[key] for key in own}
-        others = {id(tensor) for key in own for tensor in state[key].values()}
-        ahead = [value for key, value in state.items() if key not in own]
+        own = registries(module)
+        containers: dict[int, Any] = {id(registry): registry for registry in own}
+        others = {id(tensor) for registry in own for tensor in registry.values()}
+        ahead = [value for value in state.values() if id(value) not in containers]
         tensors: dict[int, Tensor] = {}
         while ahead:
             value = ahead.pop()
@@ -121,10 +119,10 @@ def tensor_as_it_is(tensor: Tensor) -> Callable[[], None]:
     """The way back to the values that a tensor has now."""
     if tensor.is_inference():  # it counts no versions
         return lambda: None
-    values, version = tensor.detach().clone(), tensor._version
+    values, written = tensor.detach().clone(), version(tensor)
 
     def restore() -> None:
-        if tensor._version != version:
+        if version(tensor) != written:
             tensor.data.copy_(values)
 
     return restore
@@ -179,19 +177,12 @@ def rewound(loader: Iterable[Any]) -> Iterator[None]:
         for part in (loader, batch_sampler, *samplers)
         if isinstance(generator := getattr(part, "generator", None), torch.Generator)
     ]
-    state = dict(vars(loader)) if isinstance(loader, DataLoader) else {}
-    if isinstance(loader, DataLoader):
-        # Workers that persist would start their epoch anew, and somebody may be in the
-        # middle of it.
-        vars(loader)["_iterator"] = None
-    try:
-        yield
-    finally:
-        for generator, saved in generators:
-            generator.set_state(saved)
-        if isinstance(loader, DataLoader):
-            # Workers that persist would draw no new seed for the first epoch.
-            vars(loader).update(state)
+    with own_iterator(loader) if isinstance(loader, DataLoader) else nullcontext():
+        try:
+            yield
+        finally:
+            for generator, saved in generators:
+                generator.set_state(saved)
 
 
 @contextmanager
@@ -227,7 +218,7 @@ def random_states(model: nn.Module) -> Callable[[], None]:
 
     for module in model.modules():
         ahead: list[Any] = [*vars(module).values()]
-        seen = {id(vars(module).get(key)) for key in ("_modules", "_parameters")}
+        seen = {id(registry) for registry in registries(module)}
         while ahead:
             value = ahead.pop()
             if isinstance(value, torch.Generator):

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from force_plugin.model.linear_like import looks_up, output_axis
 from force_plugin.model.module_names import named_modules, unwrapped
+from force_plugin.model.registered import own_buffers, own_parameters
 from force_plugin.model.reparametrisation import find_hook
+from force_plugin.model.torch_internals import ConvNd
 
-PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
+PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (ConvNd, nn.Linear)
 """Modules whose ``weight`` is pruned unless the caller chooses: every
 convolution, transposed ones too, and every linear layer, subclasses included.
 So is the matrix of what behaves as a linear layer."""
@@ -109,7 +110,7 @@ class Weight:
         return next((axis for axis in axes if axis is not None), None)
 
     def slots(self) -> list[tuple[nn.Module, str]]:
-        """Where the parameter is registered: ``(module, key in its _parameters)``."""
+        """Where the parameter is registered: ``(module, key in the module)``."""
         return [(module, parameter_key(module, name)) for module, name in self.owners]
 
 
@@ -120,7 +121,7 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
     """
     if find_hook(module, name) is None:
         return None
-    return module._buffers.get(f"{name}_mask")
+    return own_buffers(module).get(f"{name}_mask")
 
 
 def is_scripted(module: nn.Module) -> bool:
@@ -152,17 +153,19 @@ def pruned_so_far(module: nn.Module, name: str) -> Tensor | None:
     """Bool mask of a tensor that was pruned, made permanent or not, else ``None``."""
     mask = mask_of(module, name)
     mask = None if mask is None else mask.bool()
-    parameter = module._parameters.get(parameter_key(module, name))
     held = vars(module).get(HELD, {}).get(name)
+    if held is None:
+        return mask
+    parameter = own_parameters(module).get(parameter_key(module, name))
     # Another parameter may have come in its place.
-    if parameter is None or held is None or held.kept.shape != parameter.shape:
+    if parameter is None or held.kept.shape != parameter.shape:
         return mask
     kept: Tensor = held.kept.to(parameter.device).bool()
     return kept if mask is None else kept & mask
 
 
 def parameter_key(module: nn.Module, name: str) -> str:
-    """Key of the tensor ``name`` in ``module._parameters``, pruned or not."""
+    """The name of the parameter of a tensor ``name`` of a module, pruned or not."""
     return name if mask_of(module, name) is None else f"{name}_orig"
 
 
@@ -191,9 +194,7 @@ def owners_of_parameters(model: nn.Module) -> dict[int, Weight]:
     for prefix, module in named_modules(model):
         if is_scripted(module):
             continue  # its parameters are TorchScript's, and stay as they are
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for key, parameter in own_parameters(module).items():
             tensor = key.removesuffix("_orig")
             if mask_of(module, tensor) is None:
                 tensor = key

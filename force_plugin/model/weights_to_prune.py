@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from force_plugin.errors import NothingToPruneError
 from force_plugin.model.coverage import listed, passed_over
 from force_plugin.model.module_names import name_some
+from force_plugin.model.registered import own_buffers, own_parameters
 from force_plugin.model.reparametrisation import require_free
 from force_plugin.model.weights import (
     PRUNABLE_MODULES,
@@ -117,7 +118,7 @@ def find_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """A parameter of a module, pruned or not; ``None`` if it has none of that name."""
     if is_scripted(module):
         return None
-    return module._parameters.get(parameter_key(module, name))
+    return own_parameters(module).get(parameter_key(module, name))
 
 
 def no_parameter(module: nn.Module, name: str) -> str:
@@ -136,8 +137,8 @@ def no_parameter(module: nn.Module, name: str) -> str:
             f"{missing}: it is computed from others whenever the module is called; "
             f'name what it is computed from, as a rule (module{where}, "{key}")'
         )
-    own = ", ".join(key for key, p in module._parameters.items() if p is not None)
-    what = f", and {name!r} is a buffer" if name in module._buffers else ""
+    own = ", ".join(own_parameters(module))
+    what = f", and {name!r} is a buffer" if name in own_buffers(module) else ""
     return f"{missing}; it has {own or 'none'}{what}"
 
 
@@ -153,9 +154,9 @@ def computed_from(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     if parametrize.is_parametrized(module, name):
         holder: nn.Module = module.parametrizations[name]  # type: ignore[index, assignment]
         # Of a weight normalisation the first are the lengths, the second the weight.
-        return holder, max(holder._parameters, default="original")
+        return holder, max(own_parameters(holder), default="original")
     for key in (f"{name}_v", f"{name}_orig"):
-        if mask_of(module, name) is None and module._parameters.get(key) is not None:
+        if mask_of(module, name) is None and key in own_parameters(module):
             return module, key
     return None
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from force_plugin.model.torch_internals import remove_hooks, version
 from force_plugin.model.weights import (
     Weight,
     is_sharded,
@@ -112,12 +113,7 @@ class Shards:
     def detach(self, model: nn.Module) -> None:
         """Take FSDP2's hooks off, so that modules work by themselves."""
         for module in model.modules() if self.sharded else ():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key, hook in list(hooks.items()):
-                    if (getattr(hook, "__module__", None) or "").startswith(
-                        "torch.distributed.fsdp"
-                    ):
-                        del hooks[key]
+            remove_hooks(module, _is_of_fsdp)
 
     def divides(self, name: str) -> bool:
         """Whether a parameter of this name is sharded."""
@@ -233,7 +229,7 @@ class Reader:
             # The tensor that was read is alive, so this memory is still its own.
             opened = self._open.get(tensor.untyped_storage().data_ptr())
             value = None if opened is None else opened[0]()
-            if value is None or value.dtype != tensor.dtype or value._version:
+            if value is None or value.dtype != tensor.dtype or version(value):
                 return tensor
             shape = tensor.size(), tensor.stride(), tensor.storage_offset()
             return opened[1:], shape  # type: ignore[index]
@@ -288,6 +284,11 @@ def shard_like(layout: Tensor, tensor: Tensor) -> Tensor:
     mesh, placements = layout.device_mesh, layout.placements  # type: ignore[attr-defined]
     whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return local_values(whole.redistribute(placements=placements))  # nothing is sent
+
+
+def _is_of_fsdp(hook: object) -> bool:
+    module = getattr(hook, "__module__", None) or ""
+    return str(module).startswith("torch.distributed.fsdp")
 
 
 def _checked(weight: Weight, units: Sequence[FSDPModule], ranks: Ranks) -> DTensor:

@@ -11,19 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from force_plugin.model.autograd_nodes import (
+    has_weight,
+    is_layer,
+    layer_inputs,
+    operation,
+)
 from force_plugin.model.module_names import name_layers, name_some
 from force_plugin.model.weights import Weight
 from force_plugin.parallel.shards import Shards
-from force_plugin.scoring.gates import operation
-
-_LAYERS = {
-    "ConvolutionBackward0": (1, "_saved_input"),
-    "AddmmBackward0": (2, "_saved_mat1"),
-    "MmBackward0": (1, "_saved_self"),
-}
-"""What layers are in the graph: the index of the operand that is their weight, and the
-attribute under which autograd has saved what it multiplies."""
-
 
 PRUNED = "it was pruned entirely before"
 
@@ -110,17 +106,15 @@ def _cause(
 
 def _multiplies_zeros(node: Node, operand: Node) -> bool:
     """Whether an operation is a layer with this weight, and its inputs are all 0."""
-    index, saved = _LAYERS.get(operation(node), (0, ""))
-    if not saved or node.next_functions[index][0] is not operand:
+    if not has_weight(node, operand):
         return False
     # Between a layer and its weight is at most what belongs to the weight alone, such
     # as a mask; what another layer makes is no weight.
     while operands := _operands(operand):
-        if len(operands) > 1 or operation(operand) in _LAYERS:
+        if len(operands) > 1 or is_layer(operand):
             return False
         (operand,) = operands
-    inputs: Tensor = getattr(node, saved)
-    return not _alive(inputs)
+    return not _alive(layer_inputs(node))
 
 
 def _word(node: Node) -> str:

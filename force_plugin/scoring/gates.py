@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from force_plugin.model.autograd_nodes import products
 from force_plugin.parallel.shards import WHOLE, Shards
 
 CLOSED = 1e-2
@@ -212,20 +213,21 @@ class _Graph:
     ) -> dict[int, tuple[str, list[str]]]:
         """The operands of a product that a closed gate multiplies, and that gate."""
         found = {}
-        for gate, saved, behind, kind in _products(node):
-            if gate >= len(node.next_functions):
+        for product in products(node):
+            if product.factor >= len(node.next_functions):
                 continue
-            source = node.next_functions[gate][0]
+            source = node.next_functions[product.factor][0]
             if source is None or not self._pure[source]:
                 continue
             leaves = [name for name in self._leaves(source) if name in candidates]
             if not leaves:
                 continue
             self.looked = True
-            values = getattr(node, saved, None)
+            values = product.values
             if values is None or not values.numel() or _largest(values) > CLOSED:
                 continue
-            found[behind] = (kind, leaves)
+            kind = NORMALISATION if product.normalises else SCALE
+            found[product.behind] = (kind, leaves)
         return found
 
     def _leaves(self, node: Node) -> list[str]:
@@ -249,33 +251,6 @@ def _gates_on_the_way(
         node, gate = origin[node]
         if gate is not None:
             yield gate
-
-
-def _products(node: Node) -> tuple[tuple[int, str, int, str], ...]:
-    """Which operand of a node multiplies which.
-
-    Returns:
-        For each such pair the index of the first, the attribute under which autograd
-        saved its values, the index of the second, and the kind of gate that it makes.
-    """
-    name = operation(node)
-    if "Norm" in name:
-        return ((1, "_saved_weight", 0, NORMALISATION),)
-    if name.startswith("MulBackward"):
-        return ((0, "_saved_self", 1, SCALE), (1, "_saved_other", 0, SCALE))
-    if name.startswith("AddcmulBackward"):
-        return ((1, "_saved_tensor1", 2, SCALE), (2, "_saved_tensor2", 1, SCALE))
-    if name.startswith("LerpBackward"):
-        return ((2, "_saved_weight", 1, SCALE),)
-    return ()
-
-
-def operation(node: Node) -> str:
-    """What autograd calls an operation.
-
-    A user's :class:`torch.autograd.Function` may keep something else as ``ctx.name``.
-    """
-    return type(node).name(node)
 
 
 def open_values(

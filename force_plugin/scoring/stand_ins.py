@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from force_plugin.model.registered import own_buffers
 from force_plugin.model.reparametrisation import show_all
 from force_plugin.model.restoring import random_states, snapshot
+from force_plugin.model.torch_internals import put_parameter, read_through
 from force_plugin.model.weights import Weight, is_scripted
 from force_plugin.parallel.shards import Reader, Shards
 
@@ -62,26 +65,21 @@ class StandIns:
         """
         copies: dict[int, Tensor] = {}
         for module in self._model.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None:
-                    if id(buffer) not in copies:
-                        copies[id(buffer)] = buffer.detach().clone()
-                    module._buffers[key] = copies[id(buffer)]
-                    if is_scripted(module):  # it holds them elsewhere, in C++
-                        undo.callback(module._buffers.__setitem__, key, buffer)
+            for key, buffer in own_buffers(module).items():
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                setattr(module, key, copies[id(buffer)])
+                if is_scripted(module):  # it holds them elsewhere, in C++
+                    undo.callback(setattr, module, key, buffer)
         for name, parameter in self._parameters.items():
             leaf = nn.Parameter(
                 values.get(name, parameter.local).clone(),
                 name in self.weights or parameter.dense.requires_grad,
             )
             for module, key in parameter.slots():
-                module._parameters[key] = leaf
+                put_parameter(module, key, leaf)
                 if self._shards.sharded:
-                    if not isinstance(module._parameters, _PutTogether):
-                        vars(module)["_parameters"] = _PutTogether(
-                            module._parameters, self.reader
-                        )
-                    module._parameters.names[key] = name  # type: ignore[attr-defined]
+                    read_through(module, key, partial(self.reader.read, name))
             self.leaves[name] = leaf
         show_all(self._model)
         self.scored = {name: self.leaves[name] for name in self.weights}
@@ -120,18 +118,3 @@ class StandIns:
             self.fill(opened)
 
         return rewind
-
-
-class _PutTogether(dict[str, nn.Parameter | None]):
-    """The parameters of a module, as ``_parameters``: whole ones for who reads them."""
-
-    def __init__(self, parameters: Mapping[str, Any], reader: Reader) -> None:
-        super().__init__(parameters)
-        self.names: dict[str, str] = {}  # in the model, by the key in the module
-        self._reader = reader
-
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        if value is None or key not in self.names:
-            return value
-        return self._reader.read(self.names[key], value)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from force_plugin.data.containers import describe, is_pair, tensors
 from force_plugin.errors import BatchError, NoGradientError
+from force_plugin.model.registered import own_buffers, own_parameters
 from force_plugin.model.reparametrisation import show_all
 from force_plugin.model.restoring import restored
+from force_plugin.model.torch_internals import put_parameter
 from force_plugin.model.weights import is_scripted
 from force_plugin.parallel.shards import Shards
 from force_plugin.scoring.feed import Feed
@@ -146,14 +148,12 @@ class SynapticFlow:
         buffers: dict[int, Tensor] = {}
         for module in self._model.modules():
             module.training = False
-            for key, buffer in module._buffers.items():
-                if buffer is not None:
-                    if id(buffer) not in buffers:
-                        buffers[id(buffer)] = _positive(buffer, dtype)
-                    module._buffers[key] = buffers[id(buffer)]
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[key] = self._twin(parameter, dtype)
+            for key, buffer in own_buffers(module).items():
+                if id(buffer) not in buffers:
+                    buffers[id(buffer)] = _positive(buffer, dtype)
+                setattr(module, key, buffers[id(buffer)])
+            for key, parameter in own_parameters(module).items():
+                put_parameter(module, key, self._twin(parameter, dtype))
         show_all(self._model)
         leaves = self._stand_ins.leaves
         return {name: self._twins[id(leaf)] for name, leaf in leaves.items()}

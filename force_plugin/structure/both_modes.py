@@ -16,13 +16,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from force_plugin.data.containers import mapped, tensors
 from force_plugin.errors import CompactionError
 from force_plugin.model.module_names import name_some
+from force_plugin.model.registered import own_buffers
 from force_plugin.model.restoring import random_states, restored
+from force_plugin.model.torch_internals import (
+    NormBase,
+    TorchDispatchMode,
+    put_parameter,
+)
 from force_plugin.model.weights import named_parameters
 from force_plugin.scoring.gates import CLOSED
 from force_plugin.structure.channel_layers import layers_of
@@ -61,11 +65,10 @@ def in_mode(model: nn.Module, mode: Mode, seed: int = 0) -> Iterator[None]:
         try:
             model.train()
             for module in model.modules():
-                if isinstance(module, _NormBase):
+                if isinstance(module, NormBase):
                     module.eval()
-                for key, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[key] = buffer.clone()
+                for key, buffer in own_buffers(module).items():
+                    setattr(module, key, buffer.clone())
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
@@ -366,5 +369,5 @@ def _opened(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         drawn = (torch.rand_like(values) + 0.5) / fan_in**0.5
         opened = nn.Parameter(torch.where(closed, drawn, values))
         for module, key in weight.slots():
-            module._parameters[key] = opened
+            put_parameter(module, key, opened)
     return result

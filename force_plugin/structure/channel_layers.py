@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear)
+from force_plugin.model.torch_internals import ConvNd
+
+LAYERS: tuple[type[nn.Module], ...] = (ConvNd, nn.Linear)
 """What channels come from and go to; all else that torch-pruning knows passes them."""
 
 
@@ -18,7 +19,7 @@ def layers_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 def channels_of(module: nn.Module) -> tuple[int, int]:
     """Input and output channels of a layer."""
-    if isinstance(module, _ConvNd):
+    if isinstance(module, ConvNd):
         return module.in_channels, module.out_channels
     assert isinstance(module, nn.Linear)
     return module.in_features, module.out_features
@@ -26,7 +27,7 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
 
 def channel_axis(layer: nn.Module, values: Tensor) -> int:
     """The axis of a layer's input (or output) along which its channels lie."""
-    spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
+    spatial = len(layer.kernel_size) if isinstance(layer, ConvNd) else 0
     return values.dim() - 1 - spatial
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from force_plugin.data.containers import count_samples, mapped, tensors
 from force_plugin.errors import CompactionError, NotPrunedError
 from force_plugin.model.restoring import restored, undisturbed
+from force_plugin.model.torch_internals import BatchNorm
 from force_plugin.model.weights import named_parameters
 from force_plugin.parallel.ranks import unwrap
 from force_plugin.scoring.connectivity import find_flow
@@ -378,5 +378,5 @@ def _randomise(model: nn.Module, masks: Mapping[str, Tensor], positive: bool) ->
             values.mul_(1e-4)
     _mask(model, masks)
     for module in model.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNorm):
             module.reset_running_stats()

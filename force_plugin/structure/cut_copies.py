@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from force_plugin.errors import CompactionError, MaskMismatchError
 from force_plugin.masks.apply import prune_with
 from force_plugin.masks.permanent import make_permanent
+from force_plugin.model.registered import own_buffers, own_parameters
 from force_plugin.model.reparametrisation import remove
 from force_plugin.model.restoring import restored
+from force_plugin.model.torch_internals import REGISTRIES, put_parameter
 from force_plugin.model.weights import (
     HELD,
     Weight,
@@ -96,7 +98,7 @@ def deep_copy(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Mod
             shared = {**(memo or {})}
             for module in reversed([*model.modules()]):  # children first
                 for key, value in vars(module).items():
-                    own = key in ("_parameters", "_buffers", "_modules")
+                    own = key in REGISTRIES
                     if not own and not _can_be_copied(value, shared):
                         shared[id(value)] = value
             return copy.deepcopy(model, shared)
@@ -140,7 +142,7 @@ def number_values(model: nn.Module) -> None:
 
 def places(module: nn.Module, name: str) -> Tensor:
     """Where the values of a parameter of a cut copy were."""
-    parameter = module._parameters[name]
+    parameter = own_parameters(module).get(name)
     if parameter is None or parameter.grad is None:
         return torch.empty(0, dtype=torch.int64)
     return parameter.grad.to(torch.int64)
@@ -175,7 +177,7 @@ def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
             weight.dense.requires_grad,
         )
         for module, name in slots:
-            module._parameters[name] = made
+            put_parameter(module, name, made)
         if weight.mask is not None:
             mask = weight.mask.to(at.device).flatten()[at.flatten()].view(at.shape)
             pruned = any(mask_of(*owner) is not None for owner in weight.owners)
@@ -183,10 +185,10 @@ def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
     for name, module in cut.named_modules():
         original = originals[name]
         module.training = original.training
-        for key, buffer in module._buffers.items():
-            own = original._buffers[key]
-            if buffer is not None and own is not None:
-                module._buffers[key] = buffer.to(own.dtype)
+        own = own_buffers(original)
+        for key, buffer in own_buffers(module).items():
+            if key in own:
+                setattr(module, key, buffer.to(own[key].dtype))
     found = named_parameters(cut)
     pairs = [(found[name], mask) for name, mask, _ in masks]
     prune_with(pairs)

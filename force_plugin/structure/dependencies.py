@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal
@@ -18,6 +17,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from force_plugin.data.containers import mapped, tensors
+from force_plugin.model.autograd_nodes import (
+    SplitNode,
+    dimension,
+    shapes_of_results,
+    sizes_before,
+)
 from force_plugin.structure.both_modes import Mode, in_mode
 from force_plugin.structure.channel_layers import LAYERS, channels_of
 from force_plugin.structure.example_inputs import call
@@ -78,7 +83,7 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
 
 def _flattens(node: Any) -> bool:
     """Whether a reshape makes several features of each channel, or one of each."""
-    sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", (0, 0))
+    sizes = sizes_before(node.grad_fn) or (0, 0)
     if len(sizes) <= 2:  # a parameter of one axis is only to be multiplied with
         return len(sizes) == 2
     width = math.prod(sizes[1:])
@@ -91,11 +96,10 @@ def _repeats(node: Any) -> bool:
     torch-pruning takes each for one, and divides by 0. A product of matrices has one
     that changes nothing.
     """
-    before = list(getattr(node.grad_fn, "_saved_self_sym_sizes", []))
-    if len(before) != 5 or not hasattr(node.grad_fn, "_input_metadata"):
+    before, after = sizes_before(node.grad_fn) or (), shapes_of_results(node.grad_fn)
+    if len(before) != 5 or after is None:
         return True
-    after = list(node.grad_fn._input_metadata[0].shape)
-    return bool(after[2] != before[2])
+    return after[0][2] != before[2]
 
 
 def _parts(node: Any) -> tuple[list[int] | None, bool]:
@@ -106,23 +110,14 @@ def _parts(node: Any) -> tuple[list[int] | None, bool]:
         the second of three axes may be that of tokens.
     """
     parts = node.grad_fn.next_functions
-    dim = _signed(getattr(node.grad_fn, "_saved_dim", 1))
-    shapes = [
-        list(function._input_metadata[output].shape)
-        for function, output in parts
-        if hasattr(function, "_input_metadata")
-    ]
+    dim = dimension(node.grad_fn)
+    if dim is None:
+        dim = 1
+    results = [(shapes_of_results(function), output) for function, output in parts]
+    shapes = [shape[output] for shape, output in results if shape is not None]
     if not len(shapes) == len(node.inputs) == len(parts):
         return None, False
     return [shape[dim] for shape in shapes], dim == 1 and len(shapes[0]) != 3
-
-
-@dataclass
-class _Sections:
-    """What torch-pruning reads of the gradient function of a split, as it is."""
-
-    _saved_split_sizes: list[int]
-    _saved_dim: int = 1
 
 
 def _follow_split(node: Any) -> tuple[list[Any], Any] | None:
@@ -133,7 +128,8 @@ def _follow_split(node: Any) -> tuple[list[Any], Any] | None:
         the parts is used once, which torch-pruning cannot tell.
     """
     split = node.grad_fn
-    if not hasattr(split, "_input_metadata"):
+    shapes = shapes_of_results(split)
+    if shapes is None:
         return node.outputs, split
     found = [
         (part, following)
@@ -142,19 +138,13 @@ def _follow_split(node: Any) -> tuple[list[Any], Any] | None:
         if function is split
     ]
     found.sort(key=lambda one: one[0])
-    shapes = [list(one.shape) for one in split._input_metadata]
     if [part for part, _ in found] != list(range(len(shapes))):
         return None
     outputs = [following for _, following in found]
-    dim = _signed(split._saved_dim)
+    dim = dimension(split)
     if dim not in (1, -1):
         return outputs, split
-    return outputs, _Sections([shape[dim] for shape in shapes])
-
-
-def _signed(dim: int) -> int:
-    """An axis that autograd has stored without its sign."""
-    return dim - 2**64 if dim >= 2**63 else dim
+    return outputs, SplitNode([shape[dim] for shape in shapes])
 
 
 def _widths_after(node: Any) -> set[int]:

@@ -19,6 +19,7 @@ from force_plugin.files import read_safetensors, write_whole
 from force_plugin.masks.apply import apply_masks
 from force_plugin.masks.permanent import make_permanent
 from force_plugin.model.module_names import name_some, named_buffers, named_modules
+from force_plugin.model.torch_internals import is_persistent, put_parameter
 from force_plugin.model.weights import (
     Weight,
     mask_of,
@@ -94,13 +95,13 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
         old = weight.dense
         new = nn.Parameter(tensors[name].to(old), requires_grad=old.requires_grad)
         for module, key in weight.owners:
-            module._parameters[key] = new
+            put_parameter(module, key, new)
         if _MASK + name in tensors:
             bits = tensors[_MASK + name].numpy()
             flat = np.unpackbits(bits, count=new.numel()).astype(bool)
             masks[name] = torch.from_numpy(flat).view(new.shape)
     for name, (module, key) in _buffers(model).items():
-        module._buffers[key] = tensors[name].to(getattr(module, key))
+        setattr(module, key, tensors[name].to(getattr(module, key)))
     if masks:
         apply_masks(model, masks)
         if json.loads(header["permanent"]):
@@ -131,7 +132,7 @@ def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return {
         name: (module, key)
         for name, (module, key) in named_buffers(model).items()
-        if key not in module._non_persistent_buffers_set
+        if is_persistent(module, key)
         and not (key.endswith("_mask") and mask_of(module, key[:-5]) is not None)
     }
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from force_plugin.errors import CompactionError
+from force_plugin.model.registered import own_parameters
 from force_plugin.model.restoring import restored
+from force_plugin.model.torch_internals import ConvNd
 from force_plugin.structure.both_modes import Mode
 from force_plugin.structure.channel_layers import LAYERS, channels_of, layers_of
 from force_plugin.structure.channels import (
@@ -285,7 +286,7 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 
 
-def _cut_in_groups(conv: _ConvNd, before: nn.Parameter, gone: Sequence[int]) -> None:
+def _cut_in_groups(conv: ConvNd, before: nn.Parameter, gone: Sequence[int]) -> None:
     """Take input channels out of a convolution with groups, in each group its own.
 
     torch-pruning takes the same ones out of every group.
@@ -314,6 +315,6 @@ def _own_parameters(module: nn.Module) -> str | None:
         return None
     if is_parametrized(module):
         return f"a {type(module).__name__} with a parametrisation"
-    if set(module._parameters) <= {"weight", "bias"}:
+    if set(own_parameters(module)) <= {"weight", "bias"}:
         return None
     return f"a {type(module).__name__}, which has parameters of its own"
