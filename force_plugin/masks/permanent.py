@@ -24,7 +24,6 @@ from force_plugin.model.weights import (
     Weight,
     is_sharded,
     mask_of,
-    named_parameters,
 )
 from force_plugin.parallel.ranks import Ranks
 from force_plugin.parallel.shards import Shards
@@ -76,7 +75,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             pruned only when they are named: an embedding, say, or an LSTM's.
     """
     shards = Shards(model, Ranks(model))
-    parameters = list(named_parameters(model).values())
+    parameters = list(shards.parameters.values())
     weights = [weight for weight in parameters if weight.mask is not None]
     if not hold_zeros:
         # Others with a mask are held by an earlier call.

@@ -9,7 +9,7 @@ from torch import nn
 
 from force_plugin.errors import Remark
 from force_plugin.model.module_names import named_modules
-from force_plugin.model.weights import Weight, named_parameters
+from force_plugin.model.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,14 @@ class Coverage:
         ]
 
 
-def passed_over(model: nn.Module, names: Collection[str]) -> dict[str, int]:
+def passed_over(
+    model: nn.Module, parameters: Mapping[str, Weight], names: Collection[str]
+) -> dict[str, int]:
     """Count the matrices and kernels of a model that have none of these names.
 
     Args:
         model: Any module.
+        parameters: Its parameters by name.
         names: Names of parameters.
 
     Returns:
@@ -67,7 +70,7 @@ def passed_over(model: nn.Module, names: Collection[str]) -> dict[str, int]:
     """
     passed: dict[str, dict[str, int]] = {}
     modules = dict(named_modules(model))
-    for name, weight in named_parameters(model).items():
+    for name, weight in parameters.items():
         if name not in names and weight.weighs:
             kinds, tensor = _kind_of(weight, modules)
             counts = passed.setdefault(kinds, {})

@@ -172,14 +172,11 @@ def parameter_key(module: nn.Module, name: str) -> str:
 def named_parameters(model: nn.Module) -> dict[str, Weight]:
     """Every parameter of a model by its name, shared ones once, pruned or not.
 
+    They are in the order of the modules.
+
     Raises:
         TypeError: ``model`` is no module.
     """
-    return {weight.name: weight for weight in owners_of_parameters(model).values()}
-
-
-def owners_of_parameters(model: nn.Module) -> dict[int, Weight]:
-    """Every parameter of a model by its identity, in the order of the modules."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(model).__name__}"
@@ -208,4 +205,4 @@ def owners_of_parameters(model: nn.Module) -> dict[int, Weight]:
             weight.owners.append((module, tensor))
             if mask is not None and weight.mask is None:
                 weight.mask = mask
-    return found
+    return {weight.name: weight for weight in found.values()}

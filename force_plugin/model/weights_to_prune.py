@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -19,13 +19,15 @@ from force_plugin.model.weights import (
     Weight,
     is_scripted,
     mask_of,
-    owners_of_parameters,
+    named_parameters,
     parameter_key,
 )
 
 
 def find_weights(
-    model: nn.Module, parameters: Iterable[tuple[nn.Module, str]] | None = None
+    model: nn.Module,
+    parameters: Iterable[tuple[nn.Module, str]] | None = None,
+    known: Mapping[str, Weight] | None = None,
 ) -> list[Weight]:
     """List the prunable weights of a model, in the order of its modules.
 
@@ -35,6 +37,8 @@ def find_weights(
             :func:`torch.nn.utils.prune.global_unstructured` takes them. Default:
             the weight of every convolution and linear layer, and of what behaves as a
             linear layer, but none that is an embedding's too.
+        known: Every parameter of the model by name, as :func:`named_parameters` has
+            them. Default: they are looked up.
 
     Returns:
         The weights; one that several modules share is listed once, with all its
@@ -47,7 +51,8 @@ def find_weights(
         ValueError: A pair names no parameter of the model, or a weight has no values
             yet (lazy modules).
     """
-    known = owners_of_parameters(model)
+    if known is None:
+        known = named_parameters(model)
     for weight in known.values():
         if is_lazy(weight.dense):
             raise ValueError(
@@ -64,7 +69,8 @@ def find_weights(
                 'parameters: expected pairs [(module, "weight"), ...], got '
                 f"{type(parameters).__name__}"
             )
-        chosen = [_chosen(pair, known) for pair in parameters]
+        by_identity = {id(weight.dense): weight for weight in known.values()}
+        chosen = [_chosen(pair, by_identity) for pair in parameters]
     for weight in chosen:
         _check(weight)
     weights = {weight.name: weight for weight in chosen if weight.dense.numel()}
@@ -85,7 +91,7 @@ def find_weights(
             elif any(".quantized." in type(m).__module__ for m in model.modules()):
                 problem += ", and its quantised layers have no parameters"
                 advice = "prune the model before it is quantised"
-            if advice and (passed := passed_over(model, ())):
+            if advice and (passed := passed_over(model, known, ())):
                 advice += f" among what was passed over: {listed(passed)}"
         raise NothingToPruneError(f"nothing to prune: {problem}", advice)
     return list(weights.values())

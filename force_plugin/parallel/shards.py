@@ -46,6 +46,7 @@ class Shards:
 
     Attributes:
         ranks: As given.
+        parameters: Every parameter of the network by name.
         sharded: Whether there is more than one shard.
         totals: Numbers of all shards.
 
@@ -63,7 +64,8 @@ class Shards:
             ranks.vote()  # what follows is collective
         for unit in units:
             unit.reshard()
-        for name, weight in named_parameters(model).items():
+        self.parameters = named_parameters(model)
+        for name, weight in self.parameters.items():
             if is_sharded(weight.dense):
                 self._layouts[name] = _checked(weight, units, ranks)
         self._tags = {name: tag for tag, name in enumerate(self._layouts, start=1)}

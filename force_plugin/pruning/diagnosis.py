@@ -241,11 +241,11 @@ def diagnose(
     with Ranks(model) if sharded_modules(model) else ALONE as ranks:
         shards = Shards(model, ranks)
         criterion = find_method(method)
-        weights = find_weights(model, parameters)
+        weights = find_weights(model, parameters, shards.parameters)
         shards.check(weights)
         fractions = _fractions(sparsities)
         passes = Passes.of(options, "diagnose")
-        rest = passed_over(model, {weight.name for weight in weights})
+        rest = passed_over(model, shards.parameters, {w.name for w in weights})
 
         def score(
             chosen: Sequence[Weight], open_gates: bool

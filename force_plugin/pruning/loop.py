@@ -18,7 +18,6 @@ from force_plugin.methods.registry import find_method, scores_of
 from force_plugin.model.coverage import Coverage, passed_over
 from force_plugin.model.weights import (
     Weight,
-    named_parameters,
 )
 from force_plugin.model.weights_to_prune import find_weights
 from force_plugin.parallel.ranks import Ranks, unwrap
@@ -168,7 +167,7 @@ def force_prune(
         shards = Shards(model, ranks)
         criterion = find_method(method)
         method_name = method if isinstance(method, str) else method.__name__
-        weights = find_weights(model, parameters)
+        weights = find_weights(model, parameters, shards.parameters)
         shards.check(weights)
         check_count("steps", steps)
         find_schedule(schedule)  # also where the method has its own
@@ -195,13 +194,11 @@ def force_prune(
                 f"already, and pruning it again only removes more; got {sparsity}"
             )
         passes = Passes.of(options, "force_prune")
-        require_one_start(
-            shards, model, weights, method_name, passes.open_gates, kept_after
-        )
+        require_one_start(shards, weights, method_name, passes.open_gates, kept_after)
 
         doubts = Doubts(kept_after, on_collapse, criterion, shards)
         if parameters is None:
-            rest = passed_over(model, {weight.name for weight in weights})
+            rest = passed_over(model, shards.parameters, {w.name for w in weights})
             doubts.problems += Coverage(total, rest).doubts()
         masks: dict[str, Tensor] = {}
         probe = Probe(
@@ -260,7 +257,7 @@ def force_prune(
         remarks.append(
             f"schedule={_name(schedule)} was not used: {method_name} has {own}"
         )
-    report = report_of(model, weights, kept_in, remarks, method_name)
+    report = report_of(model, shards.parameters, weights, kept_in, remarks, method_name)
     # Nothing comes after it that could fail.
     pairs = [(weight, masks[weight.name]) for weight in weights]
     if shards.sharded:
@@ -324,10 +321,10 @@ def saliency(
     with Ranks(model) as ranks:
         shards = Shards(model, ranks)
         criterion = find_method(method)
-        weights = find_weights(model, parameters)
+        weights = find_weights(model, parameters, shards.parameters)
         shards.check(weights)
         passes = Passes.of(options, "saliency")
-        require_one_start(shards, model, weights, criterion.__name__, passes.open_gates)
+        require_one_start(shards, weights, criterion.__name__, passes.open_gates)
         with Probe(
             model,
             weights,
@@ -352,7 +349,7 @@ def _name(schedule: str | Schedule) -> str:
 
 
 def require_one_start(
-    shards: Shards, model: nn.Module, weights: Sequence[Weight], *settings: object
+    shards: Shards, weights: Sequence[Weight], *settings: object
 ) -> None:
     """Make sure that the ranks are about to do the same to the same network."""
     shards.ranks.require_same(
@@ -366,6 +363,6 @@ def require_one_start(
         "the model's parameters",
         "seed every rank alike (torch.manual_seed) before the model is made, or wrap "
         "it in DistributedDataParallel first, which copies rank 0's",
-        *(parameter.local for parameter in named_parameters(model).values()),
+        *(parameter.local for parameter in shards.parameters.values()),
         *(weight.mask for weight in weights if weight.mask is not None),
     )

@@ -347,21 +347,23 @@ def sparsity_report(model: nn.Module) -> SparsityReport:
         TypeError: ``model`` is no module.
         NothingToPruneError: It has no such weight.
     """
+    parameters = named_parameters(model)
     weights = [
         weight
-        for weight in named_parameters(model).values()
+        for weight in parameters.values()
         if (weight.prunable or weight.mask is not None) and weight.dense.numel()
     ]
     if not weights:
         problem = "model: it has no convolution or linear weight to report on"
-        if passed := passed_over(model, ()):
+        if passed := passed_over(model, parameters, ()):
             problem += f"; passed over: {', '.join(passed)}"
         raise NothingToPruneError(problem)
-    return report_of(model, weights)
+    return report_of(model, parameters, weights)
 
 
 def report_of(
     model: nn.Module,
+    parameters: Mapping[str, Weight],
     weights: Iterable[Weight],
     kept: Mapping[str, int] | None = None,
     warnings: Sequence[str] = (),
@@ -371,6 +373,7 @@ def report_of(
 
     Args:
         model: The network.
+        parameters: Its parameters by name.
         weights: Some of its weights, in its order.
         kept: How many weights are left, by parameter name; default: what the masks
             leave that the weights have, or what is not 0 of a weight without.
@@ -384,7 +387,7 @@ def report_of(
             int(whole_of(left).count_nonzero()) if kept is None else kept[weight.name]
         )
         layers.append(LayerReport(weight.name, tuple(left.shape), count, left.numel()))
-    rest = passed_over(model, [layer.name for layer in layers])
+    rest = passed_over(model, parameters, [layer.name for layer in layers])
     return SparsityReport(tuple(layers), tuple(warnings), method, rest)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from force_plugin.model.restoring import in_evaluation_mode, without_trace
-from force_plugin.model.weights import Weight, named_parameters
-from force_plugin.parallel.shards import WHOLE, Shards
+from force_plugin.model.weights import Weight
+from force_plugin.parallel.shards import Shards
 from force_plugin.scoring import dead_gradients
 from force_plugin.scoring.compiled import Compiled
 from force_plugin.scoring.feed import Feed
@@ -66,11 +66,12 @@ class Probe:
         passes: Passes,
         *,
         on_batch: Callable[[int], object] = lambda number: None,
-        shards: Shards = WHOLE,
+        shards: Shards | None = None,
     ) -> None:
+        shards = Shards(model) if shards is None else shards
         self.model = model
         self.shards = shards
-        self.parameters = named_parameters(model)
+        self.parameters = shards.parameters
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
         self._passes = passes

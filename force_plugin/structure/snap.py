@@ -140,10 +140,10 @@ def snap_prune(
     onward = _Onward(loader)
     with without_trace(model, loader), torch.enable_grad(), Ranks(model) as ranks:
         passes = Passes.of(options, "snap_prune")
+        shards = Shards(model, ranks)
         require_one_start(
-            Shards(model, ranks),
-            model,
-            find_weights(model),
+            shards,
+            find_weights(model, known=shards.parameters),
             *(method, sparsity, steps, sorted(ignored), passes.open_gates),
         )
         plain = plain_copy(model)
@@ -345,7 +345,7 @@ def _sensitivities(
         for key in ("weight", "bias")
         if getattr(model.get_submodule(layer), key) is not None
     ]
-    weights = find_weights(model, parameters)
+    weights = find_weights(model, parameters, shards.parameters)
     with Probe(model, weights, loader, passes, shards=shards) as probe:
         with probe.evaluation_mode():
             gradients = probe.gradients()
