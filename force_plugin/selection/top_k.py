@@ -371,7 +371,7 @@ def _count_kept(masks: Iterable[Tensor], totals: Totals) -> int:
 
 
 def _bracket(candidates: _Choice, rank: float, totals: Totals) -> tuple[float, float]:
-    """Return two values around the score of a rank (0: largest, 1: least), most likely."""
+    """Return two values that likely enclose the score of a rank (0: largest score)."""
     total = totals.size(candidates.scores)
     # A larger sample leaves fewer scores inside: both cost about the same work here.
     stride = total // min(_LARGEST_SAMPLE, math.ceil(2 * total ** (2 / 3)))
