@@ -105,7 +105,7 @@ __all__ = [
     "sparsity_report",
 ]
 
-# Imported when they are asked for: torch-pruning takes as long to import as torch.
+# Imported at first use, because torch-pruning takes as long to import as torch.
 _STRUCTURE = {
     "CompactReport": "compact_report",
     "LayerSize": "compact_report",

@@ -3,8 +3,8 @@
     force-prune resnet50 --data data --sparsity 0.99
     torchrun --nproc-per-node 4 -m force_plugin.cli resnet50 --data data --sparsity 0.99
 
-Under ``torchrun`` the processes prune one model, each with its part of the data. The
-first of them prints and writes what one process alone would.
+Under ``torchrun`` the processes prune one model together, each on its own part of the
+data. The first process prints and writes the results.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from force_plugin.parallel.ranks import Ranks
 from force_plugin.pruning.loop import force_prune
 from force_plugin.zoo import count_classes, load_data, load_dataset, load_model
 
-# What errors and reports advise is for Python. Of an error without a line here, its
-# problem is all there is to say.
+# Errors and reports give advice for Python; this is advice for the command line. An
+# error of no kind below is printed without advice.
 _ADVICE: dict[type[Exception], str] = {
     BatchError: "look at --data, --num-classes and --batch-size",
     CollapseError: (
@@ -60,19 +60,20 @@ _ADVICE: dict[type[Exception], str] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``force-prune``.
 
-    In a process of a ``torchrun`` with several, every one of them must run it. They end
-    with a status other than 0 where any of them fails; the first says why.
+    Under ``torchrun``, every process must call this function. If a process fails, all
+    processes end with a status other than 0. The first process prints the reason.
 
     Args:
-        argv: The arguments after the program's name. None: those of the process.
+        argv: The arguments after the program's name. ``None``: the arguments of the
+            process.
 
     Returns:
         0, or 130 after Ctrl-C.
 
     Raises:
-        SystemExit: After one line on stderr, with status 2 for wrong arguments and 1
-            where the pruning failed (memory, gradients that are not finite, another
-            process, ...); with status 0 after ``--help``.
+        SystemExit: After one line on stderr: status 2 for wrong arguments, status 1 if
+            the pruning failed (memory, gradients that are not finite, another process,
+            ...). Status 0 after ``--help``.
     """
     parser, args = make_parser(), argparse.Namespace()
     with _process_group() as ranks:
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             status, said = 130, "interrupted"
         if ranks.rank == 0:
-            # Errors of the libraries below can have several lines.
+            # Errors of other libraries may have several lines.
             print(f"{parser.prog}: {' '.join(said.split())}", file=sys.stderr)
     if status == 130:
         return status
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _told(error: Exception, args: argparse.Namespace) -> str:
-    """An error, and what to do about it by options."""
+    """Return the text of an error, with advice on options."""
     problem = error.problem if isinstance(error, PruningError) else str(error)
     advice = next((a for kind, a in _ADVICE.items() if isinstance(error, kind)), "")
     fixed = "method" in args and METHODS[args.method].steps is not None
@@ -104,14 +105,14 @@ def _told(error: Exception, args: argparse.Namespace) -> str:
 
 @contextmanager
 def _process_group() -> Iterator[Ranks]:
-    """The processes of a ``torchrun``, or this one by itself."""
-    # Other launchers set WORLD_SIZE alone, and mean machines.
+    """Yield the processes of a ``torchrun``, or this process alone."""
+    # Other launchers set WORLD_SIZE alone, as a number of machines.
     several = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     several = several and not dist.is_initialized()  # a script may call main() often
     if several:
-        dist.init_process_group()  # gloo for tensors on a CPU, NCCL for those on GPUs
+        dist.init_process_group()  # gloo for tensors on CPUs, NCCL for tensors on GPUs
     try:
-        # Without parameters: what the ranks tell each other stays on the CPU.
+        # A module without parameters keeps the exchange between ranks on the CPU.
         yield Ranks(nn.Module())
     finally:
         if several:
@@ -124,11 +125,11 @@ def _prune(
     args: argparse.Namespace,
     ranks: Ranks,
 ) -> None:
-    """Do what the arguments say, the cheap checks before the pruning."""
+    """Prune as the arguments say, and write the results. Cheap checks come first."""
     with ranks:
         parser.parse_args(argv, args)
         random_seed(args.seed)
-        # One process of each machine downloads, and the others wait.
+        # One process of each machine downloads, while the others wait.
         waits = os.environ.get("LOCAL_RANK", "0") != "0"
         if waits:
             ranks.any(False)
@@ -151,11 +152,11 @@ def _prune(
         out = args.out or Path("runs", f"{args.model}-{args.method}-{args.sparsity}")
         if ranks.rank == 0:
             make_writable(out)
-        else:  # the same weights, but not the same crops and flips
+        else:  # equal weights on all ranks, but different crops and flips
             random_seed(args.seed, ranks.rank)
 
     with warnings.catch_warnings():
-        # The report has them too.
+        # The report contains the warnings too.
         warnings.simplefilter("ignore", UserWarning)
         report = force_prune(
             model,
@@ -180,9 +181,6 @@ def _prune(
             options = {**vars(args), "processes": ranks.size}
             write_results(model, report, out, options)
             print_results(report, out, args.quiet)
-
-
-# Types of arguments. argparse turns an ArgumentTypeError into an error of the argument.
 
 
 if __name__ == "__main__":

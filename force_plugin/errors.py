@@ -1,8 +1,8 @@
-"""What goes wrong, by kind: one class for each that a caller may want to catch.
+"""The errors of this package: a class for each kind that a caller may want to catch.
 
-Each class is also the built-in error that a caller would expect, so that ``except
-ValueError`` and ``except RuntimeError`` catch it too. An argument of the wrong type is
-a plain :class:`TypeError`.
+Each class also inherits from a built-in error, so ``except ValueError`` or ``except
+RuntimeError`` catches it too. An argument of the wrong type raises a plain
+:class:`TypeError`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ def _text(problem: str, advice: str) -> str:
 
 
 class PruningError(Exception):
-    """Base class of all errors of this package that have a kind.
+    """The base class of all error classes of this package.
 
     Args:
-        problem: What was expected and what came.
-        advice: What to do about it. Default: nothing more to say.
+        problem: What was expected, and what was received.
+        advice: How to solve the problem. Default: no advice.
 
     Attributes:
-        problem: As given. The command line prints it with advice of its own.
+        problem: As given. The command line prints the problem with its own advice.
         advice: As given.
     """
 
@@ -32,16 +32,16 @@ class PruningError(Exception):
         self.advice = advice
 
     def __str__(self) -> str:
-        """Problem and advice in one sentence."""
+        """Return problem and advice in one sentence."""
         return _text(self.problem, self.advice)
 
 
 class NothingToPruneError(PruningError, ValueError):
-    """The model has no weight that is to be pruned."""
+    """The model has no weight to prune."""
 
 
 class NotPrunedError(PruningError, ValueError):
-    """The model or state dict was expected to be pruned, and is not."""
+    """The model or state dict is not pruned, but should be."""
 
 
 class MaskMismatchError(PruningError, ValueError):
@@ -49,11 +49,11 @@ class MaskMismatchError(PruningError, ValueError):
 
 
 class BatchError(PruningError, ValueError):
-    """The loader, a batch or the loss of a batch is not as expected."""
+    """The loader, a batch or the loss of a batch is invalid."""
 
 
 class CollapseError(PruningError, RuntimeError):
-    """The mask disconnects the network, or there is nothing to rank by."""
+    """The mask disconnects the network, or the scores give no ranking."""
 
 
 class NoGradientError(PruningError, RuntimeError):
@@ -62,7 +62,7 @@ class NoGradientError(PruningError, RuntimeError):
     Args:
         problem: As in :class:`PruningError`.
         advice: As in :class:`PruningError`.
-        names: Parameter names of these weights.
+        names: Parameter names of the unused weights.
 
     Attributes:
         names: As given, a tuple.
@@ -81,15 +81,15 @@ class NotFiniteError(PruningError, RuntimeError):
 
 
 class MethodError(PruningError, ValueError):
-    """A method of one's own does not do what a method has to."""
+    """A user's own saliency method breaks a rule for methods."""
 
 
 class CompactionError(PruningError, RuntimeError):
-    """Channels cannot be taken out of the model."""
+    """Channels cannot be removed from the model."""
 
 
 class FileFormatError(PruningError, ValueError):
-    """A file is not what it should be, or is cut short."""
+    """A file has the wrong format, or is cut short."""
 
 
 class RankError(PruningError, RuntimeError):
@@ -97,14 +97,14 @@ class RankError(PruningError, RuntimeError):
 
 
 class Remark(str):
-    """A sentence of a report: a problem, and what to do about it.
+    """A sentence of a report: a problem and advice.
 
     Args:
         problem: What the user should know.
-        advice: What to do about it, in Python. Default: nothing more to say.
+        advice: How to solve the problem in Python. Default: no advice.
 
     Attributes:
-        problem: As given. The command line prints it alone.
+        problem: As given. The command line prints the problem alone.
         advice: As given.
     """
 
@@ -112,7 +112,7 @@ class Remark(str):
     advice: str
 
     def __new__(cls, problem: str, advice: str = "") -> Remark:
-        """Problem and advice in one sentence."""
+        """Make the sentence from problem and advice."""
         remark = super().__new__(cls, _text(problem, advice))
         remark.problem = problem
         remark.advice = advice

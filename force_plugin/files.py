@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: the old one is there until the new is."""
+"""Write files whole or not at all; an old file stays until the new file is complete."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Write a file beside the one that it replaces, and put it in place at once.
+    """Write a new file beside an old file, and replace the old file in one step.
 
         with replacing("masks.safetensors") as file:
             file.write(content)
 
-    Where this fails, as on a full disk or by Ctrl-C, the file is what it was, and
-    nothing is left beside it. A process that is killed may leave an unfinished file
+    If writing fails, for example on a full disk or by Ctrl-C, the old file is unchanged
+    and the new file is deleted. A process that is killed may leave an unfinished file
     whose name begins with ``.force_plugin-``.
 
     Args:
-        path: File to write; its folder must exist. A link stays, and the file that it
-            leads to is replaced, with the mode that it has. What is no regular file
-            (a pipe, ``/dev/stdout``) is written to as it is.
+        path: File to write; its folder must exist. If the path is a link, the link
+            stays and its target is replaced. The new file gets the mode of the old
+            file. A path that is no regular file (a pipe, ``/dev/stdout``) is written to
+            directly.
 
     Yields:
         A binary file.
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
-        FileNotFoundError: Its folder does not exist.
-        OSError: It cannot be written.
+        FileNotFoundError: The folder of ``path`` does not exist.
+        OSError: The file cannot be written.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -62,7 +63,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         )
     beside = target.parent / f".force_plugin-{secrets.token_hex(8)}"
     try:
-        # With the rights of any new file, which those of tempfile have not.
+        # The file gets the usual rights of a new file; tempfile would restrict them.
         with beside.open("xb") as file:
             yield file
             file.flush()
@@ -70,19 +71,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             before = target.stat()
             os.chmod(beside, stat.S_IMODE(before.st_mode))
-            with suppress(OSError):  # somebody else's file, perhaps
+            with suppress(OSError):  # the file may belong to another user
                 os.chown(beside, before.st_uid, before.st_gid)
         os.replace(beside, target)
     except OSError as error:
         if error.errno is None:
             raise
-        # A failing write knows no name.
+        # The error of a failed write does not name the file.
         why = f"{os.fspath(path)} is not written, and is what it was: {error.strerror}"
         raise OSError(error.errno, why) from error
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-    with suppress(OSError):  # a folder cannot be opened everywhere
+    with suppress(OSError):  # some systems cannot open a folder
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -91,7 +92,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file as :func:`replacing` does, of what is at hand already."""
+    """Write bytes to a file, whole or not at all, as :func:`replacing` does."""
     with replacing(path) as file:
         file.write(content)
 
@@ -99,20 +100,20 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 def read_safetensors(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read the metadata and tensors of a safetensors file, of one and the same file.
+    """Return the metadata and the tensors of a safetensors file, read at once.
 
-    ``safetensors.safe_open`` opens a file twice (0.8.0). If it is replaced meanwhile,
-    it gives the metadata of the old file and the tensors of the new one.
+    ``safetensors.safe_open`` opens a file twice (0.8.0). If the file is replaced in
+    between, it returns the metadata of the old file and the tensors of the new file.
 
     Args:
-        path: The file.
+        path: The file to read.
 
     Returns:
-        The metadata, empty where there are none, and tensors by name, on the CPU.
+        The metadata, empty if the file has none, and tensors by name, on the CPU.
 
     Raises:
-        OSError: It cannot be read.
-        safetensors.SafetensorError: It is no such file, or it is cut short.
+        OSError: The file cannot be read.
+        safetensors.SafetensorError: The file is no safetensors file, or is cut short.
     """
     content = Path(path).read_bytes()
     tensors = load(content)

@@ -1,19 +1,21 @@
-"""``python -m force_plugin.hold``: run a training script, and pruned weights stay 0.
+"""``python -m force_plugin.hold``: run a training script and keep pruned weights 0.
 
     python -m force_plugin.hold --initial-weights pruned.safetensors train.py ...
     python -m force_plugin.hold train.py --initial-checkpoint pruned.safetensors ...
     torchrun --nproc-per-node 4 -m force_plugin.hold train.py ...
 
-The script is somebody else's, timm's or torchvision's ``train.py`` say, and runs as it
-is; nothing of the script or its libraries is replaced. It starts from pruned weights by
-an option of its own, or by ``--initial-weights``: then the first module that is called
-and has the keys of the file gets its values, unless it has the zeros already. When an
-optimizer takes its first step, the zeros of its weights are noted, and after this and
-every later step they are 0 again. So it also holds what was loaded from a checkpoint of
-the same training.
+The script may be any training script, such as timm's or torchvision's ``train.py``. The
+script and its libraries are not changed. The script starts from pruned weights through
+its own option, or through ``--initial-weights``. With ``--initial-weights``, the first
+called module that has the keys and shapes of the file gets the values of the file. A
+module that has the zeros of the file already is not changed.
 
-Weights are parameters with two dimensions or more. What is 0 in them was pruned: some
-heads start at 0 without, and :func:`save_pruned` writes 1e-30 in its place.
+At an optimizer's first step, the zeros of its weights are noted. After this step and
+every later step, the noted weights are set to 0 again. So zeros that were loaded from a
+checkpoint of a pruned training stay 0 too.
+
+Weights are parameters with at least two dimensions. A 0 in a weight counts as pruned.
+Some heads start at 0 without pruning, so :func:`save_pruned` writes 1e-30 instead.
 """
 
 from __future__ import annotations
@@ -65,32 +67,32 @@ examples:
 
 
 def save_pruned(model: nn.Module, path: str | Path) -> None:
-    """Write a pruned model's weights as those of a plain model, with zeros.
+    """Write the weights of a pruned model to a file, with plain keys and zeros.
 
-    A training script starts from this file; the masks alone would not do, as they were
-    chosen for these initial weights and no others. The keys are the dense model's.
-    Pruned weights are 0; a weight that was kept and is 0 is 1e-30 in the file (6e-5 in
-    float16), so that it is not taken for a pruned one. The model stays as it is; a copy
-    of it is made meanwhile.
+    A training script starts from this file. The masks alone are not enough, because
+    masks are chosen for certain initial weights. The keys are the dense model's keys.
+    Pruned weights are 0 in the file. A kept weight that is 0 becomes 1e-30 (6e-5 in
+    float16), so that it does not count as pruned. The model is not changed; a temporary
+    copy of the model is made.
 
     Args:
         model: Any module that was pruned with :mod:`torch.nn.utils.prune`.
-        path: Safetensors file to write; its folder must exist. A file that is there is
-            replaced at once, by a whole one.
+        path: Safetensors file to write; its folder must exist. An existing file is
+            replaced in one step, so the path never holds a partial file.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: Nothing is pruned in it.
-        OSError: The file cannot be written; one that was there is what it was.
+        ValueError: Nothing is pruned in the model.
+        OSError: The file cannot be written. An existing file is then unchanged.
     """
     model = unwrap(model)
     masks = get_masks(model)
     plain = deep_copy(model)
-    for module in list(plain.modules()):  # without wrappers around parts of it
+    for module in list(plain.modules()):  # remove wrappers around submodules
         for key, child in list(module.named_modules(remove_duplicate=False)):
             if key and "." not in key and unwrapped(child) is not child:
                 setattr(module, key, unwrapped(child))
-    if not masks or prune.is_pruned(plain):  # else it is permanent already
+    if not masks or prune.is_pruned(plain):  # else pruning is permanent already
         make_permanent(plain, hold_zeros=False)
     with torch.no_grad():
         dense = {name: w.dense for name, w in named_parameters(plain).items()}
@@ -99,23 +101,24 @@ def save_pruned(model: nn.Module, path: str | Path) -> None:
             if name in masks:
                 zeros &= masks[name]
             weight.masked_fill_(zeros, least_value(weight.dtype))
-    # Safetensors takes no tensors that share memory, as tied weights do.
+    # Safetensors refuses tensors that share memory, such as tied weights.
     state = {key: value.clone() for key, value in plain.state_dict().items()}
     write_whole(path, save({key: value.contiguous() for key, value in state.items()}))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a script with its optimizers' zeros held.
+    """Run a script, and keep the zeros of its optimizers' weights.
 
     Args:
-        argv: Options, the script and its arguments. None: those of the process.
+        argv: Options, the script and its arguments. ``None``: the arguments of the
+            process.
 
     Raises:
-        SystemExit: There is no such script or file (status 2), help was asked for
-            (status 0), or the script exits.
-        RuntimeError: Raised in the script, by the first step of an optimizer none of
-            whose weights is partly 0; or there or at its end, where no module that was
-            called has the keys and shapes of the file with initial weights.
+        SystemExit: The script or the file does not exist (status 2), ``--help`` was
+            given (status 0), or the script exits.
+        RuntimeError: At the first step of an optimizer, none of its weights is partly
+            0. Or at that step or at the end of the script, no called module had the
+            keys and shapes of the file with initial weights.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
@@ -129,14 +132,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse(f"expected a Python script to run, got {came}; see --help")
     start = None
     if file is not None:
-        # PyTorch would advise model.compile(), after which the hook sees no call.
+        # PyTorch would advise model.compile(), but then the hook would see no call.
         warnings.filterwarnings("ignore", r"Using `torch\.compile.* global hooks")
         try:
             start = InitialWeights(file[0])
         except ValueError as error:
             _refuse(str(error))
     sys.argv = arguments
-    # As `python SCRIPT` has it, for the modules beside the script.
+    # `python SCRIPT` does so too, so that modules beside the script can be imported.
     sys.path[0] = str(Path(arguments[0]).resolve().parent)
     register_optimizer_step_pre_hook(hold_from_first_step)
     runpy.run_path(arguments[0], run_name="__main__")

@@ -1,10 +1,10 @@
-"""Callbacks for Lightning: prune when training starts, or while it goes on.
+"""Callbacks for Lightning: prune when training starts, or during training.
 
     from force_plugin.lightning import ForcePruning
 
     trainer = lightning.Trainer(callbacks=[ForcePruning(0.99)])
 
-They need ``pip install lightning``; nothing else in this package does.
+The callbacks need ``pip install lightning``; the rest of this package does not.
 """
 
 from __future__ import annotations
@@ -38,42 +38,45 @@ from force_plugin.trainers.fit_loop import score_by_steps
 class ForcePruning(Callback):
     """Prune a ``LightningModule`` before its first training step.
 
-    Mirrors :func:`force_plugin.force_prune` with the module's own ``training_step`` as
-    the loss, on what ``training_step`` gets: the batches of the train dataloader after
-    the module's and the data module's transfer hooks, in the trainer's precision. Then
-    comes :func:`force_plugin.make_permanent`: the module has plain parameters and
-    state-dict keys, and its pruned weights stay 0. Averages (``WeightAveraging``,
-    ``StochasticWeightAveraging``, what other callbacks have copied of the weights) keep
-    the zeros too. Checkpoints hold the masks in the callback's state, one byte a
-    weight, so that ``fit(ckpt_path=...)`` goes on with them and does not prune again.
+    The callback calls :func:`force_plugin.force_prune` with the module's own
+    ``training_step`` as the loss. ``training_step`` gets the batches of the train
+    dataloader after the transfer hooks of the module and the data module. It runs in
+    the trainer's precision.
 
-    It prunes in ``on_train_batch_start`` of the first batch, when the optimizers exist
-    and ``on_train_start`` and ``on_train_epoch_start`` have run. While it scores, the
-    module's ``on_train_batch_start`` runs before each ``training_step``; nothing is
-    logged, counted or profiled, and module, data module, trainer, learning rates,
-    random states and train dataloader are afterwards what they were.
+    The callback then calls :func:`force_plugin.make_permanent`. The module gets plain
+    parameters and state-dict keys, and its pruned weights stay 0. Averages
+    (``WeightAveraging``, ``StochasticWeightAveraging``, and copies of the weights in
+    other callbacks) keep the zeros too. Checkpoints hold the masks in the callback's
+    state, one byte for each weight. ``fit(ckpt_path=...)`` continues with these masks
+    and does not prune again.
 
-    One callback is for one module. Strategies that split or load a module after
-    ``on_fit_start`` (FSDP, DeepSpeed) are not supported. With ``precision="16-mixed"``
-    it scores in float32, as small gradients underflow in float16.
+    Pruning happens in ``on_train_batch_start`` of the first batch. Optimizers exist
+    then, and ``on_train_start`` and ``on_train_epoch_start`` have run. During scoring,
+    the module's ``on_train_batch_start`` runs before each ``training_step``. Nothing is
+    logged, counted or profiled. Module, data module, trainer, learning rates, random
+    states and train dataloader are restored afterwards.
+
+    Use a new callback for each module. Strategies that split or load a module after
+    ``on_fit_start`` (FSDP, DeepSpeed) are not supported. With ``precision="16-mixed"``,
+    scoring runs in float32, because small gradients underflow in float16.
 
     Args:
         sparsity: Fraction of the prunable weights to remove, 0 ≤ sparsity < 1.
         options: Keyword arguments of :func:`force_plugin.force_prune`: ``method``,
-            ``steps``, ``batches``, ... With ``loss_fn`` or ``forward`` the
-            ``training_step`` is not used, and the batches are the same.
+            ``steps``, ``batches``, ... With ``loss_fn`` or ``forward``, the
+            ``training_step`` is not used; the batches do not change.
 
     Attributes:
         report: The :class:`force_plugin.SparsityReport`, ``None`` before training.
 
     Raises:
-        TypeError, ValueError, RuntimeError: When training starts, what ``force_prune``
-            raises.
-        BatchError: There is no loss to score: with manual optimisation, or where
-            ``training_step`` returns none for any batch.
+        TypeError, ValueError, RuntimeError: An error of ``force_prune``, when training
+            starts.
+        BatchError: There is no loss to score, because optimisation is manual or
+            ``training_step`` returns None for every batch.
 
     Warns:
-        UserWarning: Training has ended before its first batch, so nothing is pruned.
+        UserWarning: Training ended before its first batch, so nothing is pruned.
     """
 
     def __init__(self, sparsity: float, **options: Any) -> None:  # noqa: D107
@@ -83,7 +86,7 @@ class ForcePruning(Callback):
         self._masks: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the masks of a checkpoint, or of an earlier ``fit``."""
+        """Apply the masks of a checkpoint or of an earlier ``fit``."""
         if self._masks:
             apply_masks(pl_module, self._masks)
             self.report = sparsity_report(pl_module)
@@ -92,7 +95,7 @@ class ForcePruning(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Prune, before the first batch that is trained on."""
+        """Prune before the first training batch."""
         if self._masks:
             return
         copies = _copies(trainer, pl_module)
@@ -111,7 +114,7 @@ class ForcePruning(Callback):
                 tensor.masked_fill_(~self._masks[name].to(tensor.device), 0)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there was nothing to train on."""
+        """Warn if there was no batch to train on."""
         if not self._masks:
             warnings.warn(
                 "ForcePruning prunes before the first training batch, and training has "
@@ -120,54 +123,56 @@ class ForcePruning(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, bool tensors by parameter name, for a checkpoint."""
+        """Return the masks for a checkpoint, bool tensors by parameter name."""
         return {"masks": {name: mask.cpu() for name, mask in self._masks.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the masks of a checkpoint."""
+        """Load the masks of a checkpoint."""
         self._masks = state_dict["masks"]
 
 
 class SaliencyPruning(ModelPruning):
-    """Lightning's ``ModelPruning``, for the methods that need scores.
+    """Lightning's ``ModelPruning`` with the saliency methods of force_plugin.
 
-    Mirrors :class:`lightning.pytorch.callbacks.ModelPruning`, which prunes after every
-    epoch, and in all but this: what it prunes by are the scores of
-    :func:`force_plugin.saliency` at that moment, by the module's own ``training_step``
-    on what it gets in training, as :class:`ForcePruning` has it. Like it, it sets the
-    weights back to their values before training, after the last epoch too, unless
-    ``use_lottery_ticket_hypothesis=False``.
+    Like :class:`lightning.pytorch.callbacks.ModelPruning`, the callback prunes after
+    every epoch. The difference is the criterion: weights are pruned by the scores of
+    :func:`force_plugin.saliency` at that moment. The loss is the module's own
+    ``training_step`` on its training batches, as in :class:`ForcePruning`. As in
+    ``ModelPruning``, weights are set back to their values before training, after the
+    last epoch too, unless ``use_lottery_ticket_hypothesis=False``.
 
-    In these points ``ModelPruning`` of Lightning 2.6.6 does otherwise:
+    ``ModelPruning`` of Lightning 2.6.6 differs in these points:
 
-    - ``use_global_unstructured=False`` prunes each tensor by itself; there, classes
-      are refused.
+    - ``use_global_unstructured=False`` prunes each tensor separately here;
+      ``ModelPruning`` refuses classes then.
     - Checkpoints hold the masks and the values before training, so that
-      ``fit(ckpt_path=...)`` goes on with them; there, pruned weights return.
-      With ``make_pruning_permanent=False`` Lightning cannot load its checkpoint into a
-      fresh module; :func:`force_plugin.load_pruned_state_dict` can.
-    - The weights are set back as often as they are pruned; there, once on a CPU, where
-      training writes over what was kept of them.
+      ``fit(ckpt_path=...)`` continues with them. In ``ModelPruning``, pruned weights
+      return. With ``make_pruning_permanent=False``, Lightning cannot load its
+      checkpoint into a new module; :func:`force_plugin.load_pruned_state_dict` can.
+    - The weights are set back after every pruning. ``ModelPruning`` sets them back only
+      once on a CPU, where training overwrites the stored values.
     - The pruned module can be copied while it is trained.
-    - Modules and buffers whose names have ``_mask`` in them can be saved.
-    - ``Trainer.validate`` prunes nothing, with ``prune_on_train_epoch_end=False`` too.
+    - Modules and buffers with ``_mask`` in their names can be saved.
+    - ``Trainer.validate`` prunes nothing, even with
+      ``prune_on_train_epoch_end=False``.
 
     Args:
         pruning_fn: A name of ``force_plugin.METHODS`` or a class. Default:
             ``"force"``.
         scoring: Keyword arguments of :func:`force_plugin.saliency`: ``batches``,
             ``forward``, ``loss_fn``, ...
-        use_global_unstructured: Prune the share of all weights together; ``False``: of
-            each tensor.
-        options: Those of ``ModelPruning``: ``amount``, the share of what is left that
-            each pruning removes, ``parameter_names``, ``verbose``, ...
+        use_global_unstructured: Whether to prune a share of all weights together,
+            instead of a share of each tensor. Default: True.
+        options: Keyword arguments of ``ModelPruning``: ``amount`` (the share of the
+            remaining weights that each pruning removes), ``parameter_names``,
+            ``verbose``, ...
 
     Raises:
-        TypeError, ValueError: There is no such method.
-        MisconfigurationException: What ``ModelPruning`` raises, and for ``pruning_dim``
-            and ``pruning_norm``, which are for structured pruning.
-        RuntimeError: When it prunes, what ``saliency`` raises.
-        BatchError: When it prunes, as in :class:`ForcePruning`.
+        TypeError, ValueError: ``pruning_fn`` is no method.
+        MisconfigurationException: An error of ``ModelPruning``. Or ``pruning_dim`` or
+            ``pruning_norm`` is given, which are for structured pruning.
+        RuntimeError: An error of ``saliency``, at a pruning.
+        BatchError: See :class:`ForcePruning`; raised at a pruning.
     """
 
     pruning_fn: type[SaliencyMethod]
@@ -202,7 +207,7 @@ class SaliencyPruning(ModelPruning):
         self._scored = trainer, pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the masks of a checkpoint."""
+        """Apply the masks of a checkpoint, and load the values before training."""
         if self._resumed:
             self._masks = self._resumed["masks"]
             if self._masks:
@@ -215,12 +220,12 @@ class SaliencyPruning(ModelPruning):
     def on_validation_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> None:
-        """Prune here if it was asked for, and only in training."""
+        """Prune if the options ask for it, and only during training."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_validation_epoch_end(trainer, pl_module)
 
     def _apply_global_pruning(self, amount: int | float) -> None:
-        """Score, and prune what ``ModelPruning`` chose by that."""
+        """Score the parameters that ``ModelPruning`` chose, and prune them."""
         trainer, module = self._scored
         pairs = list(self._parameters_to_prune)
         scores = score_by_steps(
@@ -250,14 +255,14 @@ class SaliencyPruning(ModelPruning):
         apply_masks(module, self._masks)
 
     def make_pruning_permanent(self, module: nn.Module) -> None:
-        """Plain parameters again, with zeros where they are pruned."""
+        """Make parameters plain again, with zeros for pruned weights."""
         if prune.is_pruned(module):
             make_permanent(module, hold_zeros=False)
 
     def _make_pruning_permanent_on_state_dict(
         self, pl_module: LightningModule
     ) -> dict[str, Any]:
-        """The same for a state dict, on the CPU."""
+        """Return a state dict on the CPU with plain keys and pruned weights as 0."""
         state = pl_module.state_dict()
         for key in list(state):
             name = key.removesuffix("_mask")
@@ -269,10 +274,10 @@ class SaliencyPruning(ModelPruning):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save what ``ModelPruning`` does, the masks, and the values before training.
+        """Save the data of ``ModelPruning``, the masks, and the values before training.
 
-        Not as the callback's state: Lightning takes two callbacks of a class that has
-        some for one.
+        They are not the callback's state: Lightning would confuse two callbacks of a
+        class that has a state.
         """
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         state = {
@@ -284,13 +289,13 @@ class SaliencyPruning(ModelPruning):
     def on_load_checkpoint(
         self, trainer: Any, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take them from a checkpoint."""
+        """Read the masks and the values before training from a checkpoint."""
         ours = [cb for cb in trainer.callbacks if isinstance(cb, SaliencyPruning)]
         states = dict(enumerate(checkpoint.get(_CHECKPOINT_KEY, [])))
         self._resumed = states.get(ours.index(self), {})
 
     def _initial(self) -> list[Tensor]:
-        """The values before training, if they are kept."""
+        """Return the parameters' values before training, if they are stored."""
         return [
             getattr(layer["data"], name).detach()
             for layer in (self._original_layers or {}).values()
@@ -299,7 +304,7 @@ class SaliencyPruning(ModelPruning):
 
     @staticmethod
     def _copy_param(new: nn.Module, old: nn.Module, name: str) -> None:
-        """Set a parameter back, in its own memory and type."""
+        """Set a parameter back to an old value, in its own memory and type."""
         parameter = find_parameter(new, name)
         if parameter is not None:
             parameter.detach().copy_(getattr(old, name).detach())
@@ -309,7 +314,7 @@ _CHECKPOINT_KEY = "force_plugin.SaliencyPruning"
 
 
 def _copies(trainer: Any, module: nn.Module) -> list[tuple[str, Tensor]]:
-    """What callbacks have copied of a module's parameters, as averages do."""
+    """Return the copies of a module's parameters in callbacks, such as averages."""
     values = [value for one in trainer.callbacks for value in vars(one).values()]
     held = [
         tensor.detach()

@@ -1,7 +1,7 @@
-"""A timm model and its data loader, by name.
+"""Make a timm model and its data loader, by name.
 
-The order is data, model, loader: the data say how many classes the model needs, and
-the model says how its images are cropped, resized and normalised.
+The order is data, model, loader. The data determine the number of classes of the model.
+The model determines the crop, the size and the normalisation of its images.
 
     >>> dataset = load_dataset()
     >>> model = load_model("test_resnet", num_classes=count_classes(dataset))
@@ -33,7 +33,7 @@ from force_plugin.parallel.ranks import Ranks
 DIGITS_SIZE = 32
 """Height and width of the digits, in pixels, for models that take any size."""
 
-# timm.data.create_dataset reads any other name as an image folder, without a word.
+# timm.data.create_dataset silently reads any other name as an image folder.
 _SOURCES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 _FOLDER = "class/*.jpg or train/class/*.jpg"
@@ -41,15 +41,15 @@ _FOLDER = "class/*.jpg or train/class/*.jpg"
 
 @dataclass(frozen=True, eq=False)
 class Digits(Dataset[tuple[Tensor, Tensor]]):
-    """Handwritten digits, upsampled on access to the size a model takes.
+    """Handwritten digits, upsampled on access to the size that a model takes.
 
-    Kept at 8x8 pixels, the images take 0.5 MB whatever the size they are asked for.
+    The images are stored at 8x8 pixels and take 0.5 MB, whatever the size of an item.
 
     Attributes:
         images: Normalised grey images, float32 of shape ``[N, 1, 8, 8]``.
         targets: Classes 0 to 9, int64 of shape ``[N]``.
         size: Height and width of an item, in pixels.
-        channels: Channels of an item, each a copy of the grey image.
+        channels: Number of channels of an item, each a copy of the grey image.
     """
 
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
@@ -60,11 +60,11 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
     channels: int = 3
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image, float32 ``[channels, *size]``, and its class, an int64 scalar."""
+        """Return an image, float32 ``[channels, *size]``, and a class, int64 scalar."""
         image = interpolate(self.images[index, None], self.size, mode="bilinear")
         return image[0].expand(self.channels, -1, -1), self.targets[index]
 
@@ -76,22 +76,22 @@ def digits(
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> tuple[Digits, Digits]:
-    """Scikit-learn's handwritten digits: real images that need no download.
+    """Return scikit-learn's handwritten digits: real images that need no download.
 
-    The 1797 grey images of 8x8 pixels and 10 classes are split with the same share of
-    each class in both parts, and normalised with the training part's mean and standard
-    deviation.
+    There are 1797 grey images of 8x8 pixels and 10 classes. The split into two parts
+    keeps the share of each class. All images are normalised by the mean and standard
+    deviation of the training part.
 
     Args:
         size: Height and width to upsample to (bilinear), in pixels.
-        channels: How often the grey channel is repeated.
+        channels: Number of channels, each a copy of the grey channel.
         test_fraction: Fraction of the images in the test part, between 0 and 1.
-        seed: Seed of the split; the global generators are left alone.
+        seed: Seed of the split. The global generators are not used.
 
     Returns:
         The training and the test part.
     """
-    # Here, because only the digits need scikit-learn.
+    # Imported here, because only the digits need scikit-learn.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -122,23 +122,23 @@ def load_dataset(
 
     Args:
         data: Folder (or .tar file) of the data, ``data/class/*.jpg`` or
-            ``data/train/class/*.jpg``. None, without a ``dataset``: the training part
-            of the ``digits``.
+            ``data/train/class/*.jpg``. ``None`` without a ``dataset``: the training
+            part of the ``digits``.
         dataset: Empty for a folder of images, or a name that
             ``timm.data.create_dataset`` reads, such as ``"torch/cifar10"``.
-        split: The split to read, where the data have several.
+        split: The split to read, if the data have several.
         download: Whether to download a named data set that is not in ``data`` yet.
 
     Returns:
-        The data set; images are untransformed until ``load_data`` gives them a model's
-        own transforms.
+        The data set. Its images have no transforms until ``load_data`` sets the
+        transforms of a model.
 
     Raises:
-        TypeError: If ``dataset`` is no text.
-        FileNotFoundError: If ``data`` does not exist.
-        BatchError: If there are no images in class folders in ``data``, or if timm
-            cannot read the ``dataset``.
-        ValueError: If ``dataset`` is no name that timm knows.
+        TypeError: ``dataset`` is no text.
+        FileNotFoundError: ``data`` does not exist.
+        BatchError: ``data`` has no images in class folders or fewer than two classes,
+            or timm cannot read the ``dataset``.
+        ValueError: ``dataset`` is no name that timm knows.
     """
     if not isinstance(dataset, str):
         raise TypeError(
@@ -165,12 +165,12 @@ def load_dataset(
             download=download,
             is_training=True,
         )
-    # Every source says no in its own way: assertions, missing packages, ...
+    # Each source raises other errors: assertions, missing packages, ...
     except Exception as error:
         raise BatchError(
             f"data: cannot read {dataset or _FOLDER} from data={data}: {error}"
         ) from error
-    # With one class the loss is 0 whatever the weights, and so is every score.
+    # With one class, the loss is 0 for any weights, and every score is 0.
     if not dataset and (classes := count_classes(opened)) < 2:
         raise BatchError(
             f"data: expected {_FOLDER} for each of two or more classes in "
@@ -180,16 +180,16 @@ def load_dataset(
 
 
 def count_classes(dataset: Dataset[Any]) -> int:
-    """How many classes a data set has.
+    """Return the number of classes of a data set.
 
     Args:
-        dataset: A data set of ``load_dataset``'s, or any with ``classes``.
+        dataset: A data set from ``load_dataset``, or any data set with ``classes``.
 
     Returns:
         The number of classes.
 
     Raises:
-        BatchError: If the data set does not say, as some streams do not.
+        BatchError: The data set does not name its classes, as some streams.
     """
     labelled = getattr(dataset, "reader", dataset)
     for attribute in ("class_to_idx", "classes"):
@@ -207,20 +207,20 @@ def load_model(
     """Make a timm model with fresh weights.
 
     Args:
-        name: Name of the model, as ``timm.list_models`` has it.
-        num_classes: Outputs of the classifier.
-        image_size: Height and width of the images, in pixels. None: the model's own.
-            Also the way to build a ViT for small images.
+        name: Name of the model in ``timm.list_models``.
+        num_classes: Number of outputs of the classifier.
+        image_size: Height and width of the images, in pixels. ``None``: the model's own
+            size. A ViT for small images needs this argument.
         **kwargs: Passed on to ``timm.create_model``: ``in_chans=1``,
             ``zero_init_last=False``, ...
 
     Returns:
-        The model, on the CPU, in training mode. ``model.pretrained_cfg["input_size"]``
-        is what it takes, ``(channels, height, width)``.
+        The model, on the CPU, in training mode. Its input size
+        ``(channels, height, width)`` is ``model.pretrained_cfg["input_size"]``.
 
     Raises:
-        TypeError: If ``name`` is no text.
-        ValueError: If timm has no such model, or the model does not take
+        TypeError: ``name`` is no text.
+        ValueError: timm has no model of this name, or the model does not take
             ``image_size`` or ``kwargs``.
     """
     if not isinstance(name, str):
@@ -236,8 +236,8 @@ def load_model(
     try:
         cfg = get_pretrained_cfg(name)
         channels, height, width = cfg.input_size if cfg else (3, 224, 224)
-        # The overlay builds models of a fixed size at this one, leaves the others as
-        # they are, and tells load_data in either case.
+        # The overlay builds a fixed-size model at this size, and does not change other
+        # models. In both cases, load_data reads the size from the model.
         input_size = (
             kwargs.get("in_chans", channels),
             image_size or height,
@@ -250,11 +250,11 @@ def load_model(
             **kwargs,
         )
         if image_size is not None:
-            # Many a size that does not fit only shows in a forward pass.
+            # Many sizes that do not fit fail only in a forward pass.
             with torch.no_grad():
                 model.eval()(torch.zeros(1, *input_size))
             model.train()
-    # Each model refuses what it does not take with errors of its own.
+    # Each model raises other errors for arguments that it does not take.
     except Exception as error:
         options = {"num_classes": num_classes, "image_size": image_size, **kwargs}
         raise ValueError(f"model: {name} does not take {options}: {error}") from error
@@ -269,35 +269,35 @@ def load_data(
     batch_size: int = 128,
     workers: int = 0,
 ) -> DataLoader[Any]:
-    """Load a data set in shuffled batches that a model takes.
+    """Return a loader that yields a data set in shuffled batches for a model.
 
     Images get the model's own size, crop, interpolation and normalisation, and timm's
-    training augmentation; ``digits`` are only resized, to 32x32 where the model takes
-    any size and to the model's own size otherwise. The order comes from torch's global
-    generator, which ``torch.manual_seed`` fixes; the augmentation draws from Python's
-    too, and ``timm.utils.random_seed`` fixes both.
+    training augmentation. ``digits`` are only resized: to 32x32 if the model takes any
+    size, else to the model's own size. The order comes from torch's global generator,
+    which ``torch.manual_seed`` fixes. The augmentation also draws from Python's
+    generator; ``timm.utils.random_seed`` fixes both.
 
-    Where :mod:`torch.distributed` is initialised, each rank loads a part of its own;
-    the parts are of the same size and have no image in common.
+    If :mod:`torch.distributed` is initialised, each rank loads its own part. The parts
+    have equal sizes and no image in common.
 
     Args:
         model: A timm model.
-        dataset: A data set of ``load_dataset``'s; but for ``digits``, its
-            ``transform`` is replaced.
-        image_size: Height and width, in pixels, as ``load_model`` was given it. None:
+        dataset: A data set from ``load_dataset``. Its ``transform`` is replaced, except
+            for ``digits``.
+        image_size: Height and width in pixels, as given to ``load_model``. ``None``:
             as above.
-        batch_size: Samples a batch, of each rank; a smaller data set makes one batch.
+        batch_size: Samples in a batch of each rank. A smaller data set makes one batch.
             The last, incomplete batch is left out.
-        workers: Processes that load; 0 loads in this one.
+        workers: Number of processes that load data. 0 loads in the calling process.
 
     Returns:
         A loader of ``(inputs, targets)``: float32 of shape ``[B, C, H, W]`` and int64
         of shape ``[B]``.
 
     Raises:
-        TypeError: If ``model`` is no module.
-        BatchError: If there are more ranks than images.
-        ValueError: If the model takes other than 3 channels and the data are not the
+        TypeError: ``model`` is no module.
+        BatchError: There are more ranks than images.
+        ValueError: The model does not take 3 channels, and the data are not the
             ``digits``.
     """
     if not isinstance(model, nn.Module):
@@ -334,7 +334,7 @@ def load_data(
         batch_size=batch_size,
         is_training=True,
         num_workers=workers,
-        persistent_workers=workers > 0,  # older timm asks for them without any
+        persistent_workers=workers > 0,  # older timm sets it without workers
         use_prefetcher=False,
     )
     # MNIST and other data sets of torchvision are grey.
@@ -345,8 +345,8 @@ def load_data(
 
 
 def _part_of(dataset: Dataset[Any], ranks: Ranks) -> Dataset[Any]:
-    """What one of several ranks loads."""
-    # timm's streams divide themselves.
+    """Return the part of a data set that this rank loads."""
+    # timm's streams divide themselves between ranks.
     if ranks.size == 1 or isinstance(dataset, IterableDataset):
         return dataset
     count = len(dataset)  # type: ignore[arg-type]
@@ -355,8 +355,8 @@ def _part_of(dataset: Dataset[Any], ranks: Ranks) -> Dataset[Any]:
             f"dataset: expected an image or more for each of {ranks.size} processes, "
             f"got {count} in all"
         )
-    # Folders are in the order of their classes. A DistributedSampler would go through
-    # its part in one and the same order, unless told of each pass.
+    # Folders are sorted by class, so the images are shuffled first. A
+    # DistributedSampler would repeat one order in each pass, unless told of each pass.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     shares = order[: count - count % ranks.size].view(-1, ranks.size)
     return Subset(dataset, shares[:, ranks.rank].tolist())

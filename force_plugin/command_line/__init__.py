@@ -1,4 +1,4 @@
-"""Options of ``force-prune``, and the files that it writes.
+"""The options of ``force-prune``, and the files that ``force-prune`` writes.
 
-Imports :mod:`force_plugin.pruning`, and what that may import.
+May import :mod:`force_plugin.pruning`, and everything that pruning may import.
 """

@@ -1,4 +1,4 @@
-"""The options of ``force-prune``."""
+"""Parse the options of ``force-prune``."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ timm.utils.random_seed(seed) has the weights that these masks were chosen for.""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that leaves it to ``main`` to say what is wrong, in one line."""
+    """A parser that raises ValueError, so that ``main`` prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:  # noqa: D102
         raise ValueError(message)
 
 
 def make_parser() -> Parser:
-    """The parser of ``force-prune``."""
+    """Return the parser of ``force-prune``."""
     parser = Parser(
         prog="force-prune",
         description=DESCRIPTION,

@@ -1,4 +1,4 @@
-"""What ``force-prune`` writes and prints."""
+"""Write and print the results of ``force-prune``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def write_results(
     save_pruned(model, out / "pruned.safetensors")
     _write_csv(report, out / "report.csv")
     report.plot(out / "sparsity.png")
-    _write_json(report, out / "report.json", options)  # the last: all of it is there
+    _write_json(report, out / "report.json", options)  # last: all files exist
 
 
 def print_results(report: SparsityReport, out: Path, quiet: bool) -> None:
-    """Print a report and where its files are, or warnings alone."""
+    """Print a report and the names of its files, or only warnings if ``quiet``."""
     if quiet:
         for warning in report.warnings:
             print(f"force-prune: warning: {warning}", file=sys.stderr)
@@ -54,7 +54,7 @@ def make_writable(out: Path) -> None:
     """Make a folder and check that a file can be written in it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: read-only mounts, full quotas, the root user.
+        # Permissions are not enough: read-only mounts, full quotas, the root user.
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
@@ -65,7 +65,7 @@ def make_writable(out: Path) -> None:
 
 
 def made_by(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that decide the masks, with the steps and schedule as they were."""
+    """Return the options that decide the masks, with the actual steps and schedule."""
     method = METHODS[options["method"]]
     used = {
         "steps": method.steps or options["steps"],

@@ -1,4 +1,4 @@
-"""Batches as loaders give them: containers of tensors, moved, cut and described.
+"""Move, cut and describe batches: tensors in containers, as loaders yield them.
 
-Imports :mod:`force_plugin.errors` alone.
+May import :mod:`force_plugin.errors` only.
 """

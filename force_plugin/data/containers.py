@@ -1,7 +1,7 @@
-"""Batches as loaders give them: tensors, and containers, which keep their types.
+"""Move, cut and describe the batches of a loader; containers keep their types.
 
-A container is a tuple, list, set, deque or mapping, or a record: a dataclass, say.
-Anything else is one thing: only its own ``to`` knows how it is moved.
+A container is a tuple, list, set, deque, mapping or record (for example a dataclass).
+Any other object is moved by its own method ``to``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from force_plugin.errors import BatchError
 
-# By number of dimensions.
+# Channels-last formats, by the number of dimensions of a tensor.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_pair(batch: Any) -> bool:
-    """Whether it can be ``(inputs, targets)``."""
+    """Return whether a batch can be ``(inputs, targets)``."""
     return isinstance(batch, tuple | list) and len(batch) == 2
 
 
 def to_device(
     batch: Any, device: torch.device, formats: Mapping[int, torch.memory_format]
 ) -> Any:
-    """Copies of a batch's tensors on a device: a network may work on them in place."""
+    """Return a batch with copies of its tensors on a device.
+
+    The tensors are copied because a network may change its inputs in place.
+    """
 
     def format_of(tensor: Tensor) -> torch.memory_format:
         known = formats if tensor.is_floating_point() else {}
@@ -41,8 +44,8 @@ def to_device(
     if isinstance(batch, Tensor):
         return batch.to(device, copy=True, memory_format=format_of(batch))
     if _moves_itself(batch):
-        # It knows what has to stay where it is, as lengths do. BatchEncoding changes
-        # itself, and others that do so return nothing.
+        # The method knows which tensors must stay on the CPU, such as lengths.
+        # BatchEncoding.to changes the object itself. Other such methods return None.
         own = _copied(batch)
         moved = own.to(device)
         return mapped(
@@ -52,11 +55,11 @@ def to_device(
 
 
 def count_samples(batch: Any) -> int:
-    """How many samples a batch holds, as far as can be told; 0 if it holds none.
+    """Return the number of samples in a batch, or 0 if no samples are found.
 
-    As a rule they are the first dimension of the first tensor. Where the first tensors
-    are in a list with an item a sample, as images of different sizes are, it is the
-    length of the list, which the targets then have too.
+    The number is usually the first dimension of the first tensor. The first tensors may
+    also be a list with an item for each sample, for example images of different sizes.
+    The number is then the length of the list, which the targets have too.
     """
     if isinstance(batch, _ONE):
         return next(iter(_counts(batch)), 0)
@@ -69,7 +72,7 @@ def count_samples(batch: Any) -> int:
 
 
 def _counts(value: Any) -> list[int]:
-    """The numbers of samples that a part of a batch can hold, the likeliest first."""
+    """Return the possible numbers of samples in a part of a batch, likeliest first."""
     if isinstance(value, PackedSequence):
         return [int(value.batch_sizes[0])]
     if isinstance(value, Tensor):
@@ -84,16 +87,17 @@ def _counts(value: Any) -> list[int]:
 
 
 def cut(batch: Any, samples: int, part: slice) -> Any:
-    """Some of a batch's samples, with all that does not belong to one of them.
+    """Return a part of a batch's samples, and all values that belong to no sample.
 
     Raises:
-        BatchError: Something holds as many samples and is no container.
+        BatchError: An object with this number of samples is no container. Or a list of
+            tensors may hold a sample in each item, or in each row of its items.
     """
     if range(samples)[part] == range(samples):
         return batch
     if isinstance(batch, list) and _are_records(batch) and len(batch) == samples:
         return _cut_list(batch, part)
-    # Where a list has an item a sample, others of its length do too.
+    # If a list has an item for each sample, other lists of equal length have so too.
     listed = any(
         _is_sequence(item) and len(item) == samples and not _can_hold(item, samples)
         for item in _each(batch)
@@ -132,26 +136,26 @@ def _cut_items(
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether it may have an item a sample: no string, and no record."""
+    """Return whether a value may have an item for each sample; strings do not."""
     return isinstance(value, list | tuple | deque) and not (
         isinstance(value, PackedSequence) or hasattr(type(value), "_fields")
     )
 
 
 def _can_hold(sequence: Iterable[Any], samples: int) -> bool:
-    """Whether each item can hold all samples."""
+    """Return whether each item of a sequence can hold all samples."""
     return all(samples in _counts(item) for item in sequence)
 
 
 def _are_records(value: Any) -> bool:
-    """Whether its items are mappings or records, all of one type: a sample each."""
+    """Return whether a list's items are records or mappings of one type: samples."""
     return len({type(item) for item in value}) == 1 and (
         isinstance(value[0], Mapping) or _is_record(value[0])
     )
 
 
 def _is_built_in(value: Any) -> bool:
-    """Whether it is a number, a string, a function or the like."""
+    """Return whether a value is a number, a string, a function or similar."""
     return isinstance(value, FunctionType) or type(value).__module__ == "builtins"
 
 
@@ -160,14 +164,14 @@ def _has_tensors(values: Iterable[Any]) -> bool:
 
 
 def _each(value: Any) -> Iterator[Any]:
-    """What is in a container, at any depth."""
+    """Yield the items of a container, at any depth."""
     for item in () if isinstance(value, _ONE) else items(value):
         yield item
         yield from _each(item)
 
 
 def _cut_list(batch: Any, part: slice) -> Any:
-    """Some of the items of a list or tuple, in another of its type."""
+    """Return some items of a list, tuple or deque, in a new object of its type."""
     some = [*batch][part]
     if isinstance(batch, tuple):
         return tuple.__new__(type(batch), some)
@@ -189,7 +193,7 @@ def _cut_item(batch: Any, part: slice) -> Any:
 
 
 _ONE = (Tensor, PackedSequence, np.ndarray)
-"""What holds a number of samples by itself."""
+"""Types that hold a number of samples, and are not containers."""
 
 
 def _holds(value: Any, samples: int) -> bool:
@@ -199,14 +203,14 @@ def _holds(value: Any, samples: int) -> bool:
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same containers with other tensors."""
+    """Return nested containers with the function's result for each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     return with_changed_items(value, lambda item: mapped(function, item))
 
 
 def items(batch: Any) -> Iterable[Any]:
-    """What a container holds, in its order; nothing of anything else."""
+    """Return the items of a container in order; any other object has no items."""
     if isinstance(batch, PackedSequence):
         return (batch.data,)
     if isinstance(batch, Mapping):
@@ -220,19 +224,20 @@ _PLAIN = (tuple, list, set, frozenset, deque)
 
 
 def with_changed_items(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """A container of the same type with changed items; anything else as it is.
+    """Return a container with changed items, and any other value unchanged.
 
-    Its attributes are changed, too: some dictionaries keep their items in both places.
-    No method of its class is called, since it may refuse, or do more.
+    The new container has the type of the old container. Its attributes are changed too,
+    as some dictionaries keep their items in attributes as well. No method of the
+    container's class is called, because a method may fail or have other effects.
 
     Args:
-        batch: Any value. It stays as it is.
-        change: Gets each item, and returns what takes its place.
+        batch: Any value. It is not changed.
+        change: Gets each item, and returns the new item.
 
     Raises:
-        BatchError: It is a mapping that cannot be made again with other items.
+        BatchError: ``batch`` is a mapping that cannot be made with other items.
     """
-    if isinstance(batch, PackedSequence):  # a tuple of what belongs together
+    if isinstance(batch, PackedSequence):  # a tuple whose parts depend on each other
         return type(batch)(change(batch.data), *batch[1:])
     if _is_tensordict(batch):
         result = batch.apply(change, batch_size=[])
@@ -266,13 +271,13 @@ def _sequence(batch: Any, change: Callable[[Any], Any]) -> Any:
     else:
         try:
             clone = base.__new__(type(batch), changed)
-        except TypeError:  # torch.return_types are tuples of C's making
+        except TypeError:  # torch.return_types are tuples made in C
             return type(batch)(changed)
     return _with_attributes(clone, batch, change, pairs)
 
 
 def _mapping(batch: Mapping[Any, Any], change: Callable[[Any], Any]) -> Any:
-    """A mapping that is no dictionary: with another one inside, or made from one."""
+    """Return a changed mapping that is no dict: it holds a mapping, or takes a dict."""
     own = dict(batch.items())
     for value in attributes(batch).values():
         if isinstance(value, Mapping) and _same(dict(value.items()), own):
@@ -294,7 +299,7 @@ def _mapping(batch: Mapping[Any, Any], change: Callable[[Any], Any]) -> Any:
 
 
 def _bare(value: Any) -> Any:
-    """Another of its type, which no code of its class has seen."""
+    """Return a new, empty object of a value's type, without a call of its class."""
     base = next(b for b in (dict, SimpleNamespace, object) if isinstance(value, b))
     return base.__new__(type(value))
 
@@ -318,7 +323,7 @@ def _with_attributes(
     for member, value in _slots(batch):
         member.__set__(clone, changed(value))
     state = _state(batch)
-    if state is batch:  # as in many a dictionary with attributes
+    if state is batch:  # a dictionary that holds its own attributes
         object.__setattr__(clone, "__dict__", clone)
     else:
         values = {name: changed(value) for name, value in state.items()}
@@ -327,12 +332,12 @@ def _with_attributes(
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """What an object itself holds, by name, in slots as well."""
+    """Return the attributes of an object by name, slots included."""
     return {slot.__name__: item for slot, item in _slots(value)} | _state(value)
 
 
 def _slots(value: Any) -> Iterator[tuple[MemberDescriptorType, Any]]:
-    """The slots of an object that were set, and what is in them."""
+    """Yield the slots of an object that are set, with their values."""
     for kind in type(value).__mro__:
         for name, member in vars(kind).items():
             if isinstance(member, MemberDescriptorType) and name != "__dict__":
@@ -345,7 +350,7 @@ def _slots(value: Any) -> Iterator[tuple[MemberDescriptorType, Any]]:
 
 def _state(value: Any) -> dict[str, Any]:
     try:
-        # A __getattr__ of its own may raise anything.
+        # The class may define a __getattr__ that raises anything.
         state: dict[str, Any] = object.__getattribute__(value, "__dict__")
     except AttributeError:
         state = {}
@@ -353,7 +358,7 @@ def _state(value: Any) -> dict[str, Any]:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether it has attributes for its items, and says so."""
+    """Return whether a value's class declares attributes as its items."""
     declared = ("__dataclass_fields__", "__attrs_attrs__", "__pydantic_fields__")
     if isinstance(value, nn.Module):
         return False
@@ -363,20 +368,20 @@ def _is_record(value: Any) -> bool:
 
 
 def _is_tensordict(value: Any) -> bool:
-    """Whether it is one of the tensordict package, which cannot be asked for."""
+    """Return whether a value looks like a TensorDict; the package may be missing."""
     return all(
         hasattr(type(value), name) for name in ("batch_size", "auto_batch_size_")
     )
 
 
 def _moves_itself(value: Any) -> bool:
-    """Whether its class has a method ``to``; a dictionary may have such a key."""
+    """Return whether a value's class has a method ``to``; a key ``to`` is no method."""
     own = callable(getattr(type(value), "to", None))
     return own and not isinstance(value, nn.Module)
 
 
 def _copied(value: Any) -> Any:
-    """A container with copies of its tensors, or a copy of anything that can move."""
+    """Return a container with copies of its tensors, or a copy of a movable object."""
     if isinstance(value, Tensor):
         return value.clone()
     other = with_changed_items(value, _copied)
@@ -384,12 +389,12 @@ def _copied(value: Any) -> Any:
         return other
     try:
         return deepcopy(value)
-    except Exception:  # of a lock in it, say
+    except Exception:  # e.g. the object holds a lock
         return copy(value)
 
 
 def describe(value: Any) -> str:
-    """What it is, for a message: of a tensor its type and shape."""
+    """Return a description of a value for messages; a tensor's type and shape."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
     if isinstance(value, tuple | list):
@@ -398,7 +403,7 @@ def describe(value: Any) -> str:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers."""
+    """Yield the tensors in nested containers."""
     if isinstance(value, Tensor):
         yield value
     else:

@@ -1,4 +1,5 @@
-"""What is left of each layer, in words and pictures.
+"""Report the weights that each layer has left, as a table and a plot.
 
-Imports :mod:`force_plugin.model`, files and errors.
+May import :mod:`force_plugin.model`, :mod:`force_plugin.files` and
+:mod:`force_plugin.errors`.
 """

@@ -1,4 +1,4 @@
-"""The density of every layer along the depth of a network, drawn."""
+"""Draw the density of every layer along the depth of a network."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from force_plugin.report.text import numbered_names, percent, stage_of
 if TYPE_CHECKING:
     from force_plugin.report.sparsity import SparsityReport
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow
-# that vanishes on white. One marker more than colours: no pair returns before the 56th.
+# Okabe and Ito's colours, which colour-blind people can distinguish, without the yellow
+# that is invisible on white. 7 colours and 8 markers make 56 different pairs.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
@@ -25,7 +25,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def draw(figure: Figure, curves: Sequence[tuple[str, SparsityReport]]) -> None:
-    """Draw one curve a report, and the strip of empty layers where there are any."""
+    """Draw a curve for each report, and a strip of empty layers if there are any."""
     any_empty = any(report.empty_layers for _, report in curves)
     heights = [26, 1.5 + len(curves)] if any_empty else [26]
     axes: list[Axes] = figure.subplots(
@@ -41,7 +41,7 @@ def draw(figure: Figure, curves: Sequence[tuple[str, SparsityReport]]) -> None:
             "marker": marker,
             "markersize": 4,
             "linewidth": 1,
-            # The reports come in the order of their importance.
+            # The first report is the most important, and is drawn on top.
             "zorder": 3 - row / len(curves),
         }
         densities = [100 * layer.density or math.nan for layer in report.layers]
@@ -62,10 +62,10 @@ def draw(figure: Figure, curves: Sequence[tuple[str, SparsityReport]]) -> None:
 
 
 def _scale_density(axes: Axes, reports: Sequence[SparsityReport]) -> None:
-    """A log axis up to 100 %, and a line at the network's density where all agree."""
+    """Set a log axis up to 100 %, and draw a line at the density that all share."""
     densities = [100 * report.density for report in reports]
     densities += [100 * layer.density for report in reports for layer in report.layers]
-    # From 10 % at the latest: a log axis cannot be read with a single label.
+    # The axis starts at 10 % or less: a log axis needs more than a single label.
     lowest = min([10.0, *(density for density in densities if density)])
     axes.set_yscale("log")
     axes.set_ylim(lowest / 1.5, 130)
@@ -85,14 +85,14 @@ def _scale_density(axes: Axes, reports: Sequence[SparsityReport]) -> None:
 
 
 def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
-    """Name up to 20 layers; number more of them and mark the network's stages."""
+    """Label up to 20 layers by name. Number more layers, and mark their stages."""
     from matplotlib.ticker import MaxNLocator
 
     main, bottom = axes[0], axes[-1]
     main.set_xlim(-0.8, len(names) - 0.2)
     if len(names) <= 20:
         plain = [name.removesuffix(".weight") for name in names]
-        # A layer may be called as its parent's weight is.
+        # Without ".weight", two names may be equal.
         labels = numbered_names(plain if len({*plain}) == len({*names}) else names, 20)
         bottom.set_xticks(range(len(names)), labels, rotation=45, ha="right")
         bottom.tick_params(axis="x", labelsize=8)
@@ -100,7 +100,7 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
     bottom.set_xlabel("layer, by depth")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     stages = [(stage, len(list(run))) for stage, run in groupby(names, stage_of)]
-    # More stages than this (a transformer's blocks) say no more than the indices.
+    # More than 10 stages (a transformer's blocks) say no more than the indices.
     if len(stages) > 10:
         return
     start = 0
@@ -108,7 +108,7 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
         if start:
             for one in axes:
                 one.axvline(start - 0.5, color="0.85", linewidth=0.6, zorder=0)
-        # A name that is wider than its stage would run into the next one.
+        # A name that is wider than its stage would overlap the next name.
         if 80 * length / len(names) > len(stage):
             middle = start + (length - 1) / 2
             main.text(
@@ -125,7 +125,7 @@ def _label_depth(axes: Sequence[Axes], names: Sequence[str]) -> None:
 
 
 class ShownFigure(Figure):
-    """The value of a cell: notebooks learn to draw figures when pyplot is imported."""
+    """A figure that a notebook shows as a cell's value, without an import of pyplot."""
 
     def _repr_png_(self) -> bytes:
         file = BytesIO()

@@ -1,4 +1,4 @@
-"""What is left of each layer: as a table, a dictionary, a data frame and a plot."""
+"""Report the weights left in each layer: a table, dictionary, data frame or plot."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How many weights one layer has left.
+    """The number of weights that one layer has left.
 
     Attributes:
         name: Name of the parameter, e.g. ``"layer1.0.conv1.weight"``.
-        shape: Its shape; any sequence of integers is stored as a tuple.
+        shape: Shape of the parameter. Any sequence of integers is stored as a tuple.
         kept: Number of weights that the mask keeps.
         total: Number of weights of the dense layer.
 
@@ -48,7 +48,7 @@ class LayerReport:
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        # A torch.Size is a tuple too, but one that prints and pickles as torch's.
+        # A torch.Size is a tuple too, but prints and pickles as a torch.Size.
         object.__setattr__(self, "shape", tuple(self.shape))
         if not 0 <= self.kept <= self.total or self.total == 0:
             raise ValueError(
@@ -58,37 +58,37 @@ class LayerReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights removed, in [0, 1]."""
+        """The fraction of the weights removed, in [0, 1]."""
         return (self.total - self.kept) / self.total
 
     @property
     def density(self) -> float:
-        """Fraction of the weights kept, in [0, 1]."""
+        """The fraction of the weights kept, in [0, 1]."""
         return self.kept / self.total
 
     @property
     def empty(self) -> bool:
-        """Whether no weight is left."""
+        """Whether the layer has no weight left."""
         return self.kept == 0
 
 
 @dataclass(frozen=True, repr=False)
 class SparsityReport:
-    """How many weights a pruned network has left, layer by layer.
+    """The number of weights that a pruned network has left, layer by layer.
 
     ``print(report)`` shows a table of at most 80 columns.
 
     Attributes:
-        layers: The pruned layers in the order of the network, at least one; any
+        layers: The pruned layers in the order of the network, at least one. Any
             sequence is stored as a tuple.
-        warnings: What the user should know about this network, a sentence each.
-            Default: none.
-        method: The method that pruned it, e.g. ``"force"``. Default: ``None``, unknown.
-        passed_over: What was not to be pruned of the model's matrices and kernels:
-            number of weights by type of module, with the name of the parameter where
-            it is not ``weight``. Matrices and kernels are all floating-point parameters
-            of two or more dimensions that are longer than 1, embeddings too, but none
-            that is added to activations (biases, positions, tokens). Default: nothing.
+        warnings: Sentences that the user of this network should know. Default: none.
+        method: The method that pruned the network, e.g. ``"force"``. Default: ``None``,
+            unknown.
+        passed_over: Numbers of weights in the matrices and kernels that were not to be
+            pruned, by type of module. The parameter's name is added if it is not
+            ``weight``. Matrices and kernels are floating-point parameters with at least
+            two dimensions longer than 1, embeddings included. Parameters that are added
+            to activations (biases, positions, tokens) do not count. Default: empty.
 
     Raises:
         ValueError: There is no layer.
@@ -100,7 +100,7 @@ class SparsityReport:
     passed_over: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """Store tuples and check that there is a layer."""
+        """Store tuples, and check that there is at least one layer."""
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "warnings", tuple(self.warnings))
         if not self.layers:
@@ -108,39 +108,39 @@ class SparsityReport:
 
     @property
     def total(self) -> int:
-        """Number of prunable weights of the dense network."""
+        """The number of prunable weights of the dense network."""
         return sum(layer.total for layer in self.layers)
 
     @property
     def kept(self) -> int:
-        """Number of weights left."""
+        """The number of weights left."""
         return sum(layer.kept for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of all prunable weights removed, in [0, 1]."""
+        """The fraction of all prunable weights that are removed, in [0, 1]."""
         return (self.total - self.kept) / self.total
 
     @property
     def density(self) -> float:
-        """Fraction of all prunable weights kept, in [0, 1]."""
+        """The fraction of all prunable weights that are kept, in [0, 1]."""
         return self.kept / self.total
 
     @property
     def coverage(self) -> float:
-        """Share of the model's matrix and kernel weights that is prunable, in [0, 1].
+        """The share of matrix and kernel weights that is prunable, in [0, 1].
 
-        The sparsity is that of this share; ``passed_over`` has the rest.
+        The sparsity refers to the prunable share only; ``passed_over`` counts the rest.
         """
         return Coverage(self.total, self.passed_over).share
 
     @property
     def empty_layers(self) -> tuple[LayerReport, ...]:
-        """The layers without any weight left, in the order of the network."""
+        """The layers that have no weight left, in the order of the network."""
         return tuple(layer for layer in self.layers if layer.empty)
 
     def __str__(self) -> str:
-        """Table of all layers, the total, what it leaves out, and the warnings."""
+        """Return a table of layers with the total, the coverage and the warnings."""
         lines = _table(self)
         lines += ["", f"empty layers: {len(self.empty_layers)} of {len(self.layers)}"]
         if self.passed_over:
@@ -155,17 +155,17 @@ class SparsityReport:
             )
         return "\n".join(lines)
 
-    # A notebook shows what a cell returns by its repr.
+    # A notebook shows the value of a cell by repr.
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain types that :func:`json.dumps` takes.
+        """Return the report as plain types that :func:`json.dumps` takes.
 
         Returns:
-            ``method``, ``sparsity``, ``density``, ``kept``, ``total``, ``coverage``,
-            ``passed_over``, ``warnings`` (a list of strings) and ``layers``: a list of
-            dictionaries with ``name``, ``shape`` (a list), ``kept``, ``total`` and
-            ``sparsity``.
+            A dictionary with ``method``, ``sparsity``, ``density``, ``kept``,
+            ``total``, ``coverage``, ``passed_over``, ``warnings`` (a list of strings)
+            and ``layers``. Each layer is a dictionary with ``name``, ``shape`` (a
+            list), ``kept``, ``total`` and ``sparsity``.
         """
         return {
             "method": self.method,
@@ -189,10 +189,10 @@ class SparsityReport:
         }
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """The layers as a data frame.
+        """Return the layers as a data frame.
 
         Returns:
-            A row a layer in the order of the network, with the columns ``name``,
+            A row for each layer in the order of the network, with the columns ``name``,
             ``shape`` (tuples), ``kept``, ``total`` and ``sparsity`` (a fraction).
 
         Raises:
@@ -217,22 +217,22 @@ class SparsityReport:
     ) -> Figure:
         """Draw the share of weights kept in each layer, by depth.
 
-        The axis is logarithmic, so that 99 % and 99.9 % sparsity are far apart. A
-        layer without any weight has no place on it: its curve is interrupted there,
-        and its marker lies in the strip "empty" below, in which each method has a row
-        of its own. A dashed line marks the density of the whole network where all
-        methods share it.
+        The vertical axis is logarithmic, so 99 % and 99.9 % sparsity are far apart. An
+        empty layer has no place on a logarithmic axis. The curve is interrupted at the
+        empty layer, and a marker lies in the strip "empty" below. Each method has its
+        own row in the strip. A dashed line marks the density of the whole network, if
+        all methods have an equal density.
 
         Args:
             path: File to write, in the format of its suffix (``.png``, ``.pdf``,
-                ``.svg``), 200 dots per inch. Default: ``None``, none is written.
-            compare: Reports of other methods for the same layers, by the label they
-                get in the legend. Default: ``None``, this report alone.
-            title: Default: ``None``, no title.
+                ``.svg``), 200 dots per inch. Default: ``None``, no file.
+            compare: Reports of other methods on the layers of this report, by their
+                label in the legend. Default: ``None``, this report alone.
+            title: Title above the legend. Default: ``None``, no title.
 
         Returns:
-            The figure, 7 inches wide, which a notebook shows. It is not registered
-            with pyplot: no window opens and nothing has to be closed.
+            The figure, 7 inches wide, which a notebook shows. pyplot does not know the
+            figure: no window opens and nothing has to be closed.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -263,7 +263,7 @@ class SparsityReport:
                 "compare: expected a mapping of labels to reports, got "
                 f"{type(compare).__name__}"
             )
-        # A list, because another report may carry this one's label.
+        # A list, because two reports may have equal labels.
         curves = [(self.method or "pruned", self), *(compare or {}).items()]
         for label, other in curves[1:]:
             _check_same_layers(self, other, label)
@@ -281,7 +281,7 @@ class SparsityReport:
             title_fontsize="large",
         )
         if path is not None:
-            # A name without a suffix gets matplotlib's own.
+            # A path without a suffix gets matplotlib's default suffix.
             suffix = Path(path).suffix or f".{figure.canvas.get_default_filetype()}"
             drawing = io.BytesIO()
             figure.savefig(drawing, format=suffix[1:], dpi=200, bbox_inches="tight")
@@ -290,7 +290,7 @@ class SparsityReport:
 
 
 def _table(report: SparsityReport) -> list[str]:
-    """Lines of the table: header, layers, total, and what a short name stands for."""
+    """Return the lines of the table, and a note that explains a shortened name."""
     kept_width, total_width = len(f"{report.kept:,}"), len(f"{report.total:,}")
 
     def cells(
@@ -329,23 +329,23 @@ def _table(report: SparsityReport) -> list[str]:
 
 
 def sparsity_report(model: nn.Module) -> SparsityReport:
-    """How sparse a model is, layer by layer.
+    """Return a report on the sparsity of a model, layer by layer.
 
-    Counted are the weights of every convolution and linear layer, of what behaves as a
-    linear layer, and whatever else is pruned with :mod:`torch.nn.utils.prune`. Where
-    there is a mask it decides; elsewhere the weights that are not 0 count as kept, so
-    that the report of a model does not change when its pruning is made permanent
-    (:func:`torch.nn.utils.prune.remove`).
+    The report counts the weights of convolutions, linear layers and modules that behave
+    like linear layers. It also counts every parameter that is pruned with
+    :mod:`torch.nn.utils.prune`. Weights that the mask keeps count as kept. Without a
+    mask, weights that are not 0 count as kept. So the report does not change when
+    pruning is made permanent (:func:`torch.nn.utils.prune.remove`).
 
     Args:
         model: Any module, pruned or not.
 
     Returns:
-        The report, without warnings; its ``method`` is ``None``.
+        The report, without warnings and with ``method`` ``None``.
 
     Raises:
         TypeError: ``model`` is no module.
-        NothingToPruneError: It has no such weight.
+        NothingToPruneError: The model has no weight to report on.
     """
     parameters = named_parameters(model)
     weights = [
@@ -369,14 +369,14 @@ def report_of(
     warnings: Sequence[str] = (),
     method: str | None = None,
 ) -> SparsityReport:
-    """Report on given weights.
+    """Return a report on given weights of a model.
 
     Args:
         model: The network.
         parameters: Its parameters by name.
-        weights: Some of its weights, in its order.
-        kept: How many weights are left, by parameter name; default: what the masks
-            leave that the weights have, or what is not 0 of a weight without.
+        weights: Some weights of the network, in the network's order.
+        kept: Number of weights left, by parameter name. Default: the number of True in
+            a weight's mask, or the number of values that are not 0 without a mask.
         warnings: Sentences for the report.
         method: Name of the method.
     """
@@ -394,7 +394,7 @@ def report_of(
 def _check_same_layers(
     report: SparsityReport, other: SparsityReport, label: str
 ) -> None:
-    """Raise unless both are reports with the same layer names in the same order."""
+    """Raise unless two reports have equal layer names in equal order."""
     if not isinstance(other, SparsityReport):
         raise TypeError(
             f"compare[{label!r}]: expected a SparsityReport, got {type(other).__name__}"

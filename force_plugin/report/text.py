@@ -1,4 +1,4 @@
-"""Names of layers in a given width, of which no two look alike."""
+"""Shorten the names of layers to a given width, so that all labels differ."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from force_plugin.report.sparsity import LayerReport, SparsityReport
 
 COLUMNS = 80
-"""Width of a terminal that nobody has resized: no line of a table is longer."""
+"""The default width of a terminal, and the longest line of a table."""
 
 
 def shorten(text: str, width: int) -> str:
-    """``text`` in at most ``width`` characters, a third of them for its head."""
+    """Return ``text`` in at most ``width`` characters, a third of them the head."""
     if len(text) <= width:
         return text
     head = max(0, (width - 1) // 3)
@@ -26,21 +26,22 @@ def shorten(text: str, width: int) -> str:
 def shorten_names(
     names: Iterable[str], width: int, shortest: int = 6
 ) -> dict[str, str]:
-    """Labels by name, all different, of at most ``width`` characters.
+    """Return a label of at most ``width`` characters for each name, all different.
 
-    A name that fits is its own label. In the others "…" stands for what they share, at
-    the end or at the beginning; where this is not enough, long parts are cut, but not
-    what tells them from other parts: "stages.2.blocks.11.mlp.fc1.…",
-    "….11.attention.query.weight", "layers.0.attn.relative_posi….weight".
+    A name that fits is its own label. In a longer name, "…" replaces the parts that
+    long names share at the end or the beginning. Long parts are cut next, except the
+    characters that distinguish them from other parts. Examples:
+    "stages.2.blocks.11.mlp.fc1.…", "….11.attention.query.weight",
+    "layers.0.attn.relative_posi….weight".
 
     Args:
-        names: Parts, with dots between them.
+        names: Names made of parts, with dots between the parts.
         width: Number of characters.
         shortest: Number of characters to which a part may be cut. Default: 6.
 
     Returns:
-        Labels in the order of the names; a name that does not get short enough has
-        none.
+        Labels by name, in the order of the names. A name that stays too long has no
+        label.
     """
     ordered = [*dict.fromkeys(names)]
     parts = {name: name.split(".") for name in ordered}
@@ -53,12 +54,12 @@ def shorten_names(
             labels |= made
             break
         left = fitting
-    counts = Counter(labels.values())  # there may be a "…" in the names themselves
+    counts = Counter(labels.values())  # a name may contain "…" itself
     return {n: labels[n] for n in ordered if n in labels and counts[labels[n]] == 1}
 
 
 def numbered_names(names: Sequence[str], width: int) -> list[str]:
-    """Labels of at most ``width`` characters, with a number where nothing else does."""
+    """Return labels of at most ``width`` characters, numbered if nothing else helps."""
     labels = shorten_names(names, width, shortest=2)
     for number, name in enumerate(dict.fromkeys(names)):
         mark = f"#{number}"
@@ -69,17 +70,17 @@ def numbered_names(names: Sequence[str], width: int) -> list[str]:
 def table_rows(
     names: Sequence[str], rests: Sequence[str], width: int
 ) -> tuple[list[str], list[str]]:
-    """Lines of a table that has names in its first column.
+    """Return the lines of a table that has names in its first column.
 
     Args:
-        names: One a row.
-        rests: What else is in the rows, all of one length.
-        width: Of the first column. A name that cannot be so short gets a line of its
-            own, above the rest of its row.
+        names: The name of each row.
+        rests: The other columns of each row as a string, all of equal length.
+        width: Width of the first column. A name that cannot be shortened enough gets a
+            line of its own, above the rest of its row.
 
     Returns:
-        The lines, and lines that say what one of the labels stands for, where there are
-        any that are not the names.
+        The lines, and a note in lines that explains a shortened name. The note is empty
+        if no name is shortened.
     """
     labels = shorten_names(names, width)
     alone = [name for name in dict.fromkeys(names) if name not in labels]
@@ -99,11 +100,11 @@ _Ends = Mapping[str, Sequence[tuple[int, int]]]
 
 
 def _shortened(parts: _Parts, known: _Parts, width: int, shortest: int) -> _Parts:
-    """The first way to shorten names in which all of them fit, or else the last.
+    """Return names shortened in the first way that makes all fit, else in the last way.
 
     Args:
-        parts: Those of the names.
-        known: Those of all names in the table.
+        parts: The parts of the names to shorten.
+        known: The parts of all names in the table.
         width: Number of characters.
         shortest: Number of characters to which a part may be cut.
     """
@@ -134,9 +135,10 @@ def _shortened(parts: _Parts, known: _Parts, width: int, shortest: int) -> _Part
 
 
 def _shared(parts: _Parts, known: _Parts) -> tuple[int, int]:
-    """How many parts all names have at their beginning and at their end.
+    """Return how many parts all names share at their beginning and at their end.
 
-    Not at the end where another name is the same up to there, and goes on differently.
+    A part at the end does not count if another name has equal parts before it, and
+    continues differently.
     """
     if len(parts) == 1:
         return 0, 0
@@ -159,7 +161,7 @@ def _shared(parts: _Parts, known: _Parts) -> tuple[int, int]:
 
 
 def _without(some: Sequence[str], head: int, tail: int) -> list[str]:
-    """Parts with "…" for the first and the last of them, where that is shorter."""
+    """Return parts with "…" for the first and the last parts, where "…" is shorter."""
     begin, middle, end = some[:head], some[head : len(some) - tail], some[-tail:]
     return [
         *(["…"] if len(".".join(begin)) > 1 else begin),
@@ -177,7 +179,7 @@ def _width(parts: _Parts) -> int:
 
 
 def _cut(parts: _Parts, most: int, ends: _Ends) -> _Parts:
-    """Parts of at most so many characters, unless it takes more to tell them apart."""
+    """Return parts cut to ``most`` characters, or more if needed to keep them apart."""
     short = {word: _cut_one(word, most, pairs) for word, pairs in ends.items()}
     return {
         name: [short.get(part, part) for part in some] for name, some in parts.items()
@@ -199,10 +201,10 @@ def _cut_one(word: str, most: int, pairs: Sequence[tuple[int, int]]) -> str:
 
 
 def _telling(word: str, words: Collection[str]) -> list[tuple[int, int]]:
-    """How long a head and a tail have to be for no other word to have both.
+    """Return pairs of head and tail lengths that distinguish a word from all others.
 
     Returns:
-        Pairs, the shorter tails first.
+        Pairs of lengths, the shorter tails first.
     """
     shared = [
         (_common(word, other), _common(word[::-1], other[::-1]))
@@ -217,13 +219,13 @@ def _telling(word: str, words: Collection[str]) -> list[tuple[int, int]]:
 
 
 def _common(one: str, other: str) -> int:
-    """Number of characters with which both begin."""
+    """Return the number of equal characters at the beginning of two words."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def percent(report: LayerReport | SparsityReport) -> str:
-    """Sparsity as ``"99.00 %"``: 100 % and 0 % are exact, never rounded."""
+    """Return the sparsity as ``"99.00 %"``; 100 % and 0 % are exact, never rounded."""
     text = f"{100 * report.sparsity:.2f} %"
     if 0 < report.kept < report.total:
         return {"100.00 %": ">99.99 %", "0.00 %": "<0.01 %"}.get(text, text)
@@ -231,7 +233,7 @@ def percent(report: LayerReport | SparsityReport) -> str:
 
 
 def stage_of(name: str) -> str:
-    """Part of the network: "layer1" of "layer1.0.conv1.weight", "stages.0" likewise."""
+    """Return a layer's stage: "layer1" for "layer1.0.conv1.weight"; also "stages.0"."""
     first, second, *_ = [*name.split("."), ""]
     if second.isdigit() and not first[-1:].isdigit():
         return f"{first}.{second}"

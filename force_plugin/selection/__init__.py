@@ -1,4 +1,4 @@
-"""Which weights stay: the k largest of all scores, and how many after each step.
+"""Select the weights with the k largest scores, and count k for each step.
 
-Imports :mod:`force_plugin.parallel` and errors.
+May import :mod:`force_plugin.parallel` and :mod:`force_plugin.errors`.
 """

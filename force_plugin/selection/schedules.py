@@ -1,7 +1,7 @@
-"""How dense the network is after each step: d_1 ≥ d_2 ≥ … ≥ d_T = density.
+"""Compute the density of a network after each step: d_1 ≥ d_2 ≥ … ≥ d_T = density.
 
-A schedule is a callable ``(step, steps, density) -> density``, with the step counted
-from 1 and all densities as fractions of the prunable weights.
+A schedule is a callable ``(step, steps, density) -> density``. Steps are counted from
+1. Densities are fractions of the prunable weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Schedule = Callable[[int, int, float], float]
 
 
 def exponential(step: int, steps: int, density: float) -> float:
-    """d_t = d^(t/T): every step removes the same share of what is left.
+    """d_t = d^(t/T): every step removes an equal share of the remaining weights.
 
     Source: de Jorge et al. 2021 (arXiv 2006.09081), section 4.
     """
@@ -24,7 +24,7 @@ def exponential(step: int, steps: int, density: float) -> float:
 
 
 def linear(step: int, steps: int, density: float) -> float:
-    """d_t = 1 − (t/T)(1 − d): every step removes the same number of weights.
+    """d_t = 1 − (t/T)(1 − d): every step removes an equal number of weights.
 
     Source: de Jorge et al. 2021 (arXiv 2006.09081), section 4.
     """
@@ -34,9 +34,9 @@ def linear(step: int, steps: int, density: float) -> float:
 def snip_it(step: int, steps: int, density: float) -> float:
     """Sparsity s − (s − ½)·½^(t−1), and s at the last step.
 
-    Half of the weights go at the first step, then each step covers half of what is
-    missing. Sparsities of ½ and less are reached in the first step. Source: Verdenius
-    et al. 2020 (arXiv 2006.00896), whose T is 7.
+    The first step removes half of the weights. Each further step covers half of the
+    remaining distance to s. The first step reaches a sparsity of at most ½ at once.
+    Source: Verdenius et al. 2020 (arXiv 2006.00896), with T = 7.
     """
     sparsity = 1 - density
     if step == steps or sparsity <= 0.5:
@@ -52,14 +52,14 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def count_kept(total: int, density: float) -> int:
-    """Number of weights that stay: ⌊density · total⌋.
+    """Return the number of weights that stay: ⌊density · total⌋.
 
-    The product is guarded against the rounding of ``1 - sparsity``: 0.05 of 1000
-    weights is 50 although ``1000 * (1 - 0.95)`` is a little less or more.
+    The rounding of ``1 - sparsity`` makes no difference: 0.05 of 1000 weights is 50,
+    although ``1000 * (1 - 0.95)`` is a little less or more.
 
     Args:
         total: Number of weights, ≥ 1.
-        density: Fraction that stays, in [0, 1].
+        density: Fraction of the weights that stays, in [0, 1].
     """
     return min(total, math.floor(density * total + 1e-15 * total + 1e-12))
 
@@ -67,22 +67,23 @@ def count_kept(total: int, density: float) -> int:
 def kept_per_step(
     schedule: str | Schedule, steps: int, sparsity: float, total: int
 ) -> list[int]:
-    """Number of weights that are kept after each of the steps.
+    """Return the number of weights to keep after each step.
 
     Args:
         schedule: ``"exponential"``, ``"linear"``, ``"snip_it"`` or a callable
             ``(step, steps, density) -> density``.
-        steps: T ≥ 1.
+        steps: Number of steps T ≥ 1.
         sparsity: Fraction of the weights removed at the end, in [0, 1).
         total: Number of prunable weights.
 
     Returns:
-        T counts that never increase; the last one is ⌊(1 − sparsity) · total⌋.
+        T counts that never increase. The last count is ⌊(1 − sparsity) · total⌋.
 
     Raises:
-        TypeError: An argument is of another type.
-        ValueError: An argument is out of its range, no weight would be left, or the
-            schedule's densities increase, leave [density, 1] or end elsewhere.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, or no weight would be left. Or the
+            schedule's densities increase, leave [density, 1], or do not end at the
+            density.
     """
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
         raise TypeError(f"sparsity: expected a number, got {type(sparsity).__name__}")
@@ -95,8 +96,8 @@ def kept_per_step(
     check_count("steps", steps)
     density_at = find_schedule(schedule)
 
-    # 1 - 0.9999 in floating point is 3e-13 off 0.0001, which a root would carry into
-    # the earlier steps: subtract the decimals that were written.
+    # In floating point, 1 - 0.9999 is 3e-13 off 0.0001, and a root would carry this
+    # error into the earlier steps. So the decimals as written are subtracted.
     density = float(1 - Decimal(repr(float(sparsity))))
     last = count_kept(total, density)
     if last < 1:
@@ -128,14 +129,15 @@ def kept_per_step(
 
 
 def find_schedule(schedule: str | Schedule, name: str = "schedule") -> Schedule:
-    """The function of a schedule that is given by name or as a callable.
+    """Return the function of a schedule that is given by name or as a callable.
 
     Args:
         schedule: As in :func:`kept_per_step`.
-        name: What the caller calls it. Default: the argument.
+        name: Name of the caller's argument, for error messages. Default: ``schedule``.
 
     Raises:
-        TypeError: It is neither, or takes other arguments.
+        TypeError: ``schedule`` is no name and no callable, or a callable with other
+            arguments.
         ValueError: No schedule has this name.
     """
     if isinstance(schedule, str):
@@ -157,18 +159,18 @@ def find_schedule(schedule: str | Schedule, name: str = "schedule") -> Schedule:
 def check_arguments(
     name: str, function: Callable[..., object], expected: str, count: int
 ) -> None:
-    """Raise unless a callable takes a number of arguments.
+    """Raise TypeError unless a callable takes ``count`` positional arguments.
 
     Args:
-        name: What it is given as.
+        name: Name of the caller's argument, for the error message.
         function: The callable.
-        expected: What it should be, in words.
-        count: How many positional arguments it will be given.
+        expected: Description of the expected callable, for the error message.
+        count: Number of positional arguments in a call.
     """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # some that are written in C do not tell
+        return  # some functions written in C have no signature
     try:
         signature.bind(*[None] * count)
     except TypeError:
@@ -179,7 +181,7 @@ def check_arguments(
 
 
 def arguments_of(signature: inspect.Signature) -> str:
-    """The arguments of a callable, without types and defaults."""
+    """Return the arguments of a callable as text, without types and defaults."""
     plain = [
         one.replace(annotation=one.empty, default=one.empty)
         for one in signature.parameters.values()

@@ -1,4 +1,4 @@
-"""The k largest of all scores, exactly k, over tensors that stay where they are."""
+"""Find exactly the k largest scores of many tensors, without joining the tensors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from force_plugin.parallel.totals import ALL_HERE, Totals
 
-Comparison = Callable[[Any, float], Any]  # of the module ``operator``
+Comparison = Callable[[Any, float], Any]  # a function of the module ``operator``
 
-# Up to this many candidates, to select among all is as cheap as to narrow further.
+# Up to this number of candidates, selection is as cheap as another round of splitting.
 _SMALL = 1 << 18
-# Up to this many, as a rule, to select among all is as cheap as to look at all of them.
+# Up to this number of scores, selection is usually as cheap as a pass over all scores.
 _FEW = 1 << 21
 _LARGEST_SAMPLE = 1 << 20
-# Up to this many bytes, threads wait for Python's lock longer than they work.
+# Up to this number of bytes, threads wait for Python's lock longer than they work.
 _ALONE = 1 << 27
-# Values that stay in a core's cache while they are looked at.
+# Number of values that fit into a core's cache.
 _BLOCK = 1 << 19
 
 
@@ -33,32 +33,37 @@ def top_k_masks(
     totals: Totals = ALL_HERE,
     among: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], float]:
-    """Mark the k largest scores.
+    """Return masks that mark the k largest scores, and the k-th largest score.
 
-    A sample brackets the k-th largest, one pass marks what lies above the bracket and
-    copies what lies inside, and only this is looked at in the next round: the idea of
-    Floyd and Rivest (1975), on tensors that stay apart (but small ones, up to a block,
-    or up to two million scores, which NumPy partitions). A misleading sample costs
-    another round, never exactness.
+    A sample brackets the k-th largest score. One pass marks the scores above the
+    bracket, and copies the scores inside. The next round looks at the copied scores
+    only. The idea is Floyd and Rivest's (1975). A misleading sample costs another
+    round, never exactness.
 
-    The order is total: of equal scores the one that comes first (earlier tensor, then
-    lower index in row-major order) counts as larger. ``-inf`` is the lowest score.
+    Tensors stay separate, with two exceptions. Small tensors are joined to blocks. Up
+    to two million scores are joined, and NumPy partitions them.
+
+    Of equal scores, the first counts as larger: the score in the earlier tensor, then
+    the score at the lower index in row-major order. ``-inf`` is the lowest score.
 
     Args:
         scores: Tensors of any shapes and devices and one floating-point dtype, without
             NaN.
-        k: Number of scores to mark, 0 ≤ k ≤ the number that there is to choose from.
-        totals: What other processes hold the other shards of these tensors. Each learns
-            of theirs how many scores are above a threshold, and a small sample.
+        k: Number of scores to mark, from 0 to the number of scores that may be marked.
+        totals: Sums over the processes that each hold a shard of the tensors. The
+            processes exchange a small sample of the scores, and the number of scores
+            above a threshold. Default: this process holds all scores.
         among: Bool tensors of the scores' shapes and devices, True where a score may be
-            marked; none: everywhere.
+            marked. Default: empty, every score may be marked.
 
     Returns:
-        Bool masks, one for each tensor, of its shape and on its device, with exactly
-        k True in all; and the k-th largest score (``inf`` for k = 0).
+        A bool mask for each tensor, of the tensor's shape and on its device. Exactly k
+        values are True in all masks together. The second value is the k-th largest
+        score (``inf`` for k = 0).
 
     Raises:
-        ValueError: k is negative or larger than the number to choose from.
+        ValueError: k is negative, or larger than the number of scores that may be
+            marked.
     """
     total = _count_kept(among, totals) if among else totals.size(scores)
     if not 0 <= k <= total:
@@ -96,9 +101,9 @@ def top_k_masks(
         ties = _marks(score.detach(), operator.eq, threshold)
         if among:
             ties &= among[number]
-        ties = ties.flatten()  # in row-major order, which need not be the memory's
+        ties = ties.flatten()  # row-major order, maybe not the memory order
         numbers, mine = totals.each(_number(ties))
-        # What of the surplus is not in the shards that come after this one.
+        # The later shards clear their ties first; this shard clears the rest.
         own = max(0, surplus - int(sum(numbers[mine + 1 :])))
         if own < numbers[mine]:
             _keep_last(ties, own)
@@ -108,7 +113,7 @@ def top_k_masks(
 
 
 def _keep_last(marks: Tensor, count: int) -> None:
-    """Clear all but the last of the marks that are set."""
+    """Clear all True marks except the last ``count``."""
     for block in reversed(torch.split(marks, _BLOCK)):
         if not count:
             block.zero_()
@@ -120,13 +125,13 @@ def _keep_last(marks: Tensor, count: int) -> None:
 
 
 class _Choice(NamedTuple):
-    """Flat scores, and which of them there are to choose from."""
+    """Flat scores, and bool tensors that are True where a score may be marked."""
 
     scores: Sequence[Tensor]
     among: Sequence[Tensor] = ()
 
     def where(self, compare: Comparison, value: float) -> Iterator[Tensor]:
-        """Mark those that compare with a value as asked for."""
+        """Yield a mask of each tensor's scores for which ``compare`` is True."""
         for number, score in enumerate(self.scores):
             marks = _marks(score, compare, value)
             if self.among:
@@ -134,7 +139,7 @@ class _Choice(NamedTuple):
             yield marks
 
     def only(self, compare: Comparison, value: float) -> _Choice:
-        """Those that compare with a value as asked for."""
+        """Return the scores for which ``compare`` is True."""
         pairs = zip(self.scores, self.where(compare, value), strict=True)
         return _Choice([score[marks] for score, marks in pairs])
 
@@ -147,7 +152,7 @@ def _marks(score: Tensor, compare: Comparison, value: float) -> Tensor:
 
 
 def _partitioned(scores: Sequence[Tensor], k: int) -> float | None:
-    """The k-th largest score, if they are such that NumPy is the fastest to find it."""
+    """Return the k-th largest score if NumPy finds it fastest, else ``None``."""
     if sum(map(len, scores)) > _FEW or not _suit_numpy(scores):
         return None
     merged = torch.cat([*scores]).numpy()
@@ -161,17 +166,17 @@ def _partitioned(scores: Sequence[Tensor], k: int) -> float | None:
 def _search(
     candidates: _Choice, k: int, found: _Split, totals: Totals
 ) -> tuple[float, int]:
-    """The k-th largest score, and how many more than k are at least as large.
+    """Return the k-th largest score, and how many more than k are at least as large.
 
     Args:
         candidates: All scores.
-        k: Its rank, at least 1.
-        found: How they were split.
+        k: Rank of the wanted score, at least 1.
+        found: The first split of the scores.
         totals: As in :func:`top_k_masks`.
     """
     while True:
-        # Both ends stay outside of the next round: a value that most scores share
-        # (0, as a rule) would otherwise be carried from round to round.
+        # The next round excludes both ends of the bracket. Otherwise a value that most
+        # scores share (usually 0) would remain in every round.
         low, high, from_high, inside = found[:4]
         if k <= from_high:
             if k > _count_kept(candidates.where(operator.gt, high), totals):
@@ -200,7 +205,7 @@ def _search(
 
 
 def _kth_of(values: Tensor, k: int) -> float:
-    """The k-th largest value of a tensor, whose order is lost."""
+    """Return the k-th largest value of a tensor. The tensor may be reordered."""
     at = len(values) - k
     if _suit_numpy([values]):
         array = values.numpy()
@@ -211,7 +216,7 @@ def _kth_of(values: Tensor, k: int) -> float:
 
 
 def _mostly_distinct(values: np.ndarray[Any, Any]) -> bool:
-    """Whether most values differ: NumPy's partition is by far the slowest if not."""
+    """Return whether most values differ; NumPy's partition is very slow otherwise."""
     some = values[:: len(values) // 256 + 1].tolist()
     return 2 * len(set(some)) > len(some)
 
@@ -221,14 +226,14 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
-    """Its values in the order of a memory, a view if that is its own and all of it."""
+    """Return values in the memory order of ``like``, as a view if possible."""
     if like.is_contiguous():
         return tensor.flatten()
     return tensor.permute(_order(like)).flatten()
 
 
 def _unflat(flat: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`_flat` for values that are in the same order."""
+    """Return flat values in the shape of ``like``: the inverse of :func:`_flat`."""
     if like.is_contiguous():
         return flat.view(like.shape)
     order = _order(like)
@@ -240,35 +245,36 @@ _Block = tuple[int, Tensor, Tensor, Tensor]
 
 
 class _Split(NamedTuple):
-    """Values divided into those of at least ``high``, those between, and the rest."""
+    """Scores divided into three groups: at least ``high``, between, at most ``low``."""
 
     low: float
     high: float
-    from_high: int  # how many are at least ``high``, in all shards
-    inside: int  # how many are between, in all shards
-    between: Tensor  # those of this shard
-    # Of each run of tensors, which are at least ``high``, and the tensors' lengths.
+    from_high: int  # number of scores that are at least ``high``, in all shards
+    inside: int  # number of scores between, in all shards
+    between: Tensor  # the scores between, of this shard
+    # For each run of tensors: a mask of scores that are at least ``high``, and the
+    # lengths of the tensors.
     runs: list[tuple[Tensor, list[int]]]
-    # Of each block: the number of its run, its part of that, where those between are,
-    # and they themselves.
+    # For each block: the number of its run, its part of the run's mask, the indices of
+    # the scores between, and the scores between.
     blocks: list[_Block]
 
     def masks(self) -> Iterator[Tensor]:
-        """Of each tensor, what is marked in its run by now."""
+        """Yield the current mask of each tensor, from the mask of its run."""
         for marks, lengths in self.runs:
             pieces = torch.split(marks, lengths)
-            # Each in memory of its own, as they will be saved one by one.
+            # Each mask gets its own memory, because masks are saved one by one.
             yield from pieces if len(pieces) == 1 else map(torch.clone, pieces)
 
     def having(self, value: float) -> list[int]:
-        """The tensors whose runs have a value that is between."""
+        """Return the numbers of tensors whose runs have ``value`` between."""
         found = {run for run, _, _, values in self.blocks if (values == value).any()}
         run_of = (n for n, (_, lengths) in enumerate(self.runs) for _ in lengths)
         return [number for number, run in enumerate(run_of) if run in found]
 
 
 def _runs(tensors: Iterable[Tensor], size: int) -> list[list[Tensor]]:
-    """Tensors one after the other, up to a size together, or a single larger one."""
+    """Return runs of tensors: up to ``size`` values together, or one larger tensor."""
     runs: list[list[Tensor]] = []
     room = 0
     for tensor in tensors:
@@ -281,7 +287,7 @@ def _runs(tensors: Iterable[Tensor], size: int) -> list[list[Tensor]]:
 
 
 def _split(candidates: _Choice, low: float, high: float, totals: Totals) -> _Split:
-    """Divide values in one pass."""
+    """Divide scores by ``low`` and ``high`` in one pass."""
 
     def split(
         number: int, run: list[Tensor], may: list[Tensor], upper: Tensor
@@ -295,8 +301,8 @@ def _split(candidates: _Choice, low: float, high: float, totals: Totals) -> _Spl
                 inner &= allowed
             at = (inner ^ upper).nonzero().squeeze(1) if low < high else none
             return int(upper.count_nonzero()), (number, upper, at, values[at])
-        # NumPy finds the few that are between many times as fast as PyTorch does, whose
-        # operations would also have threads of their own in each of ours.
+        # NumPy finds the few scores between many times faster than PyTorch. PyTorch's
+        # operations would also start threads of their own in each thread of the pool.
         array = _as_array(run)
         above = np.greater_equal(array, high, out=upper.numpy())
         between = array > low
@@ -348,14 +354,14 @@ def _suit_numpy(scores: Sequence[Tensor]) -> bool:
 
 
 def _as_array(tensors: Sequence[Tensor]) -> np.ndarray[Any, Any]:
-    """Flat tensors as one array, of a type that NumPy is quick with."""
+    """Return flat tensors as one array, of a type that is fast in NumPy."""
     narrow = tensors[0].dtype in (torch.bfloat16, torch.float16)
     arrays = [(t.float() if narrow else t).numpy() for t in tensors]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _number(marks: Tensor) -> int:
-    """How many are set."""
+    """Return the number of True marks."""
     on_cpu = _on_cpu([marks])
     return int(np.count_nonzero(marks.numpy()) if on_cpu else marks.count_nonzero())
 
@@ -365,11 +371,11 @@ def _count_kept(masks: Iterable[Tensor], totals: Totals) -> int:
 
 
 def _bracket(candidates: _Choice, rank: float, totals: Totals) -> tuple[float, float]:
-    """Two values that most likely enclose the one of a rank (0: largest, 1: least)."""
+    """Return two values that likely enclose the score of a rank (0: largest score)."""
     total = totals.size(candidates.scores)
-    # The larger the sample, the less lies inside: about as much work each.
+    # A larger sample leaves fewer scores inside: both cost about the same work here.
     stride = total // min(_LARGEST_SAMPLE, math.ceil(2 * total ** (2 / 3)))
-    # Not in step with the rows and kernels of a weight.
+    # The stride must not be in step with the rows and kernels of a weight.
     while math.gcd(stride, 2 * 3 * 5 * 7) > 1:
         stride += 1
     device = candidates.scores[0].device
@@ -392,7 +398,7 @@ def _bracket(candidates: _Choice, rank: float, totals: Totals) -> tuple[float, f
     last = len(sample) - 1
     first = math.floor(rank * last - margin)
     final = math.ceil(rank * last + margin)
-    if first < 0 and final > last:  # too few to say anything but on which side it is
+    if first < 0 and final > last:  # too few to bracket: only above or below
         first = final = round(rank * last)
     high = _kth_of(sample, first + 1) if first >= 0 else math.inf
     low = _kth_of(sample, final + 1) if final <= last else -math.inf

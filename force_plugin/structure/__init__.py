@@ -1,4 +1,4 @@
-"""Channels taken out: what goes together, what can go, and the smaller model.
+"""Remove channels: find channels that go together, choose, build the smaller model.
 
-Imports :mod:`force_plugin.pruning`, and what that may import.
+May import :mod:`force_plugin.pruning`, and everything that pruning may import.
 """

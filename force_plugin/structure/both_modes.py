@@ -1,7 +1,7 @@
-"""What a model does in evaluation and in training mode, and whether a cut copy does it.
+"""Compare a model with a copy that lost channels, in evaluation and training mode.
 
-Some branches run in training only: auxiliary heads, most of all. A copy that lost
-channels has to fit there too.
+Some branches run in training mode only, auxiliary heads above all. The channels of a
+cut copy have to fit in these branches too.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Mode = Literal["evaluation", "training"]
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode, seed: int = 0) -> Iterator[None]:
-    """Have a copy in one of its modes for a while, where its inputs decide all.
+    """Put a copy into a mode inside a ``with`` block, with deterministic outputs.
 
-    In training mode, every branch is taken that ``self.training`` opens. But random
-    values are their means, so that dropout and stochastic depth change nothing, the
-    statistics of normalisations are the running ones, and buffers stay as they are.
-    Two copies of which one has fewer channels can so be compared.
+    In training mode, the copy runs every branch that ``self.training`` opens. Random
+    values are replaced by their means, so dropout and stochastic depth change nothing.
+    Normalisations use their running statistics. Buffers get their old values back at
+    the end. A copy with fewer channels can so be compared with the whole copy.
 
     Args:
         model: A copy in evaluation mode, as :func:`plain_copy` makes it.
         mode: ``"evaluation"`` changes nothing.
-        seed: Of what is random all the same.
+        seed: Seed of the random generators, for random values that are not replaced.
     """
     if mode == "evaluation":
         yield
@@ -78,7 +78,7 @@ def in_mode(model: nn.Module, mode: Mode, seed: int = 0) -> Iterator[None]:
 
 
 class _Means(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Random values are their means, of whatever shape they are."""
+    """A dispatch mode in which random functions return their means."""
 
     supports_higher_order_operators = True
 
@@ -93,7 +93,7 @@ class _Means(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _filled(result: Tensor, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return result.copy_(value)
-    # The mean of ones and zeros that are integers is the more frequent of them.
+    # An integer tensor cannot hold the mean of 0 and 1: it gets the likelier value.
     return result.fill_(value if result.is_floating_point() else round(value))
 
 
@@ -120,26 +120,27 @@ _MEANS: dict[Any, Callable[..., Any]] = {
 
 
 class Behaviour:
-    """What a whole copy uses and gives out in each of its modes.
+    """The layers that a whole copy uses, and its outputs, in each mode.
 
     Args:
-        plain: A model as :func:`plain_copy` makes it; it stays as it is.
-        masks: Masks by parameter name, True = kept; these weights are 0.
-        inputs: What it is called with, in float64.
+        plain: A model as :func:`plain_copy` makes it; it is not changed.
+        masks: Masks by parameter name, True = kept. The masked weights of ``plain``
+            are 0.
+        inputs: The inputs that the copy is called with, in float64.
 
     Attributes:
-        few: As many of the inputs as tracing needs.
+        few: The part of the inputs that tracing needs.
         trial: The inputs with other values.
-        variants: The copy, and one whose closed gates are open: behind a gate that is
-            closed at initialisation, nothing is seen of a mistake.
-        traced: Modes that are to be traced: training only where it uses other layers
-            than evaluation, or gives out something else.
+        variants: The copy, and a second copy whose closed gates are open. A gate that
+            is closed at initialisation would hide a mistake behind it.
+        traced: Modes to trace. Training mode is traced only if it uses other layers
+            or parameters than evaluation mode, or has outputs of other shapes.
         measured: Names of the layers on which outputs in evaluation mode depend.
-        unfollowed: Which layers' weights are used without a call, so that no graph
-            shows what they read, in words; ``""``: none.
+        unfollowed: A message that names layers whose weights are used without a call,
+            so that no graph shows their inputs; ``""`` if there are none.
 
     Raises:
-        CompactionError: It cannot be run, or its outputs are NaN.
+        CompactionError: The copy cannot be run, or its outputs are NaN.
     """
 
     def __init__(  # noqa: D107
@@ -170,7 +171,7 @@ class Behaviour:
             uses.append(_find_uses(plain, self.few, "training"))
             self._expected["training"] = self._outputs_of_all("training")
             again = _outputs(plain, "training", self.trial, seed=1)
-        except Exception as error:  # it asks for targets, say
+        except Exception as error:  # e.g. the model asks for targets
             self._refused = f"{type(error).__name__}: {error}"
             self._expected.pop("training", None)
             uses = uses[:1]
@@ -213,18 +214,19 @@ class Behaviour:
         values: bool = True,
         because: str = "",
     ) -> str | None:
-        """What is wrong with a copy that lost channels, in each of the modes.
+        """Return how a cut copy differs from the whole copies, ``None`` if not at all.
 
         Args:
-            cut: The copy; it gets other values.
-            altered: What is changed in the whole copies while they are run to compare
-                with. Default: nothing.
-            values: Compare the values of outputs; else their shapes alone.
-            because: What is added where values differ.
+            cut: The copy that lost channels. Its parameters get the values of the
+                whole copies.
+            altered: Returns a context in which a whole copy is changed while it runs
+                for the comparison. Default: no change.
+            values: Whether to compare the values of outputs, not only their shapes.
+            because: Text to append to the message where values differ.
 
         Returns:
-            How its outputs differ from those of the whole copies, ``None`` if they are
-            the same.
+            A message about the first difference in outputs, or about an error in the
+            cut copy. ``None`` if the outputs are equal.
         """
         for number, variant in enumerate(self.variants):
             fill(cut, variant)
@@ -250,10 +252,10 @@ class Behaviour:
         return None
 
     def complaints(self, cut: bool) -> Iterator[str]:
-        """What could not be looked at, a sentence each.
+        """Yield a message for each mode and layer that could not be checked.
 
         Args:
-            cut: Whether channels were taken out.
+            cut: Whether channels were removed.
         """
         unused = f"{name_some(self._unused)} of {self._kind}" if self._unused else ""
         if self._refused:
@@ -273,12 +275,12 @@ class Behaviour:
 
 
 class _Uses(NamedTuple):
-    """What a forward pass uses.
+    """The modules and parameters that a forward pass uses.
 
     Attributes:
-        calls: How often each module is called, by its name.
+        calls: Number of calls of each module, by its name.
         parameters: Identities of the parameters on which outputs depend.
-        shapes: Of the outputs.
+        shapes: Shapes of the outputs.
     """
 
     calls: Counter[str]
@@ -310,7 +312,7 @@ def _around(model: nn.Module, name: str) -> nn.Module:
 
 
 def _leaves(outputs: Iterable[Tensor]) -> frozenset[int]:
-    """Identities of the leaves of autograd's graph that outputs depend on."""
+    """Return the identities of autograd's leaves on which outputs depend."""
     found = {id(output) for output in outputs if output.is_leaf}
     stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(stack)
@@ -335,22 +337,23 @@ def _any_nan(outputs: Iterable[Tensor]) -> bool:
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest :func:`distance` of outputs of the same shapes; NaN if one is NaN."""
+    """Return the largest :func:`distance` between outputs; NaN if an output is NaN."""
     off = [distance(one, other) for one, other in zip(found, expected, strict=True)]
     return float(torch.tensor([0.0, *off], dtype=torch.float64).max())
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter is a bias, by its name."""
+    """Return whether a parameter's name says that it is a bias."""
     return "bias" in name.rpartition(".")[2]
 
 
 @torch.no_grad()
 def _opened(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """What an initialisation has closed is open, wherever no mask is.
+    """Return a copy with random values in the weights that the initialisation closed.
 
-    Returns:
-        A copy that shares all other parameters.
+    Closed weights are zeros, and all weights of a parameter without a value above
+    ``CLOSED``. Weights under a mask stay 0, and biases keep their values. The copy
+    shares all other parameters with the model.
     """
     memo = {id(parameter): parameter for parameter in model.parameters()}
     result = deep_copy(model, memo)

@@ -1,4 +1,4 @@
-"""Layers that channels come from and go to."""
+"""Convolutions and linear layers: the layers that write and read channels."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from force_plugin.model.torch_internals import ConvNd
 
 LAYERS: tuple[type[nn.Module], ...] = (ConvNd, nn.Linear)
-"""What channels come from and go to; all else that torch-pruning knows passes them."""
+"""Layers that write and read channels; all others in torch-pruning pass them on."""
 
 
 def layers_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Convolutions and linear layers by name."""
+    """Return the convolutions and linear layers of a model, with their names."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LAYERS))
 
 
 def channels_of(module: nn.Module) -> tuple[int, int]:
-    """Input and output channels of a layer."""
+    """Return the number of input channels and of output channels of a layer."""
     if isinstance(module, ConvNd):
         return module.in_channels, module.out_channels
     assert isinstance(module, nn.Linear)
@@ -26,18 +26,18 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
 
 
 def channel_axis(layer: nn.Module, values: Tensor) -> int:
-    """The axis of a layer's input (or output) along which its channels lie."""
+    """Return the axis of a layer's input (or output) that counts the channels."""
     spatial = len(layer.kernel_size) if isinstance(layer, ConvNd) else 0
     return values.dim() - 1 - spatial
 
 
 def channel_sums(layer: nn.Module, values: Tensor, *, inputs: bool) -> Tensor:
-    """Sums over the weights of each channel of a layer.
+    """Return the sum over the weights of each channel of a layer.
 
     Args:
         layer: A convolution or linear layer.
-        values: A tensor of the shape of its weight.
-        inputs: Of each input channel; else of each output channel.
+        values: A tensor of the shape of the layer's weight.
+        inputs: Whether to sum for each input channel, not for each output channel.
 
     Returns:
         A tensor of shape ``[channels]``.

@@ -1,8 +1,8 @@
-"""Sets of channels that go together, and how they are taken out of a model.
+"""Sets of channels that can only be removed together.
 
-Which channels these are, through residual sums, concatenations, groups and
-normalisations, is what the dependency graph of torch-pruning finds out (Fang et al.
-2023, arXiv 2301.12900), and it cuts them, too: from a copy, in float64.
+Residual sums, concatenations, groups and normalisations tie channels of several layers
+to each other. The dependency graph of torch-pruning finds the ties (Fang et al. 2023,
+arXiv 2301.12900). torch-pruning also removes the channels, from a copy in float64.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ class Use:
 
     Attributes:
         layer: Name of a convolution or linear layer.
-        positions: Channels of its input (or output), int64 of shape ``[n]``.
-        channels: Which of the set's channels each of them is, of the same shape.
+        positions: Indices of the layer's input (or output) channels, int64 of shape
+            ``[n]``.
+        channels: Index in the set of the channel at each position, int64 of shape
+            ``[n]``.
     """
 
     layer: str
@@ -31,21 +33,24 @@ class Use:
 
 @dataclass(eq=False)
 class Channels:
-    """Channels of one or several layers that can only go together.
+    """A set of channels, each of which one or several layers share.
+
+    A channel can only be removed from all its layers at once.
 
     Attributes:
-        name: The layer whose output channels the others are numbered by.
-        size: Their number.
-        writers: Layers whose output channels they are.
-        readers: Layers whose input channels they are.
-        fixed: Why none can go, or ``""``.
-        normalised: Whether a layer normalisation runs over them, so that the others
-            become others where one of them goes.
-        units: Channels that can only go together, one row for each: the same one of
-            the halves of a gated layer, a whole head of an attention.
-        blocks: Tensors of the set's channels, one row for each of the parts of which
-            the same number must stay: the groups of a convolution.
-        heads: Name of the module that counts these units as its heads, or ``""``.
+        name: Name of the layer whose output channels number the set's channels.
+        size: Number of channels.
+        writers: Layers whose output channels are in the set.
+        readers: Layers whose input channels are in the set.
+        fixed: Why no channel can be removed, or ``""``.
+        normalised: Whether a layer normalisation runs over the channels, so that the
+            removal of a channel changes the values of the others.
+        units: Channels that can only be removed together, one row for each unit.
+            Examples are the matching channels of both halves of a gated layer, and a
+            whole attention head.
+        blocks: A tensor of channels for each convolution with groups, one row for each
+            group. All rows must keep the same number of channels.
+        heads: Name of the module whose ``num_heads`` counts the units, or ``""``.
     """
 
     name: str
@@ -60,18 +65,18 @@ class Channels:
 
     @property
     def choices(self) -> Tensor:
-        """Channels of which any row may go: units, or one of each block, int64."""
+        """Rows of channels that may go: units, or a channel from each group, int64."""
         return max(self.blocks, key=len).T if self.blocks else self.units
 
     def without(
         self, gone: Tensor, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
     ) -> Channels:
-        """What is left of the set once channels have gone, numbered anew.
+        """Return the set that remains after channels are removed, with new numbers.
 
         Args:
-            gone: Bool tensor of shape ``[size]``, True = taken out.
-            outputs: Of each writer which of its output channels stay, bool.
-            inputs: Of each reader which of its input channels stay, bool.
+            gone: Bool tensor of shape ``[size]``, True = removed.
+            outputs: For each writer, a bool tensor of its output channels, True = kept.
+            inputs: For each reader, a bool tensor of its input channels, True = kept.
         """
         left = ~gone
         number = left.cumsum(0) - 1
@@ -93,14 +98,16 @@ class Channels:
         )
 
     def removable(self, free: Tensor, round_to: int = 1) -> Tensor:
-        """Which channels may go if no reader needs the free ones.
+        """Return which channels may be removed if no reader needs the free channels.
 
         Args:
-            free: Bool tensor of shape ``[size]``.
-            round_to: Let a multiple of so many stay, where no parts are to be equal.
+            free: Bool tensor of shape ``[size]``, True = not needed.
+            round_to: Keep a multiple of this number of channels. It applies if the set
+                has no blocks and each unit is a single channel.
 
         Returns:
-            A bool tensor of this shape: whole units, as many in each block, not all.
+            A bool tensor of shape ``[size]``, True = removable. It holds whole units
+            only, equally many in each group, and never all channels.
         """
         if self.fixed or self.normalised:
             return torch.zeros_like(free)
@@ -112,7 +119,7 @@ class Channels:
         result[self.units[whole].flatten()] = True
         finest = max(self.blocks, key=len, default=None)
         if finest is None:
-            for use in (*self.writers, *self.readers):  # something is left of each
+            for use in (*self.writers, *self.readers):  # each layer keeps a channel
                 if result[use.channels].all():
                     whole &= (self.units != use.channels[0]).all(1)
                     result[self.units[~whole].flatten()] = False

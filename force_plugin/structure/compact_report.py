@@ -1,4 +1,4 @@
-"""What a smaller model saves: channels, parameters, multiplications."""
+"""Report what a smaller model saves: channels, parameters, multiplications."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from force_plugin.structure.example_inputs import call, checked_inputs
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Channels of one convolution or linear layer, before and after.
+    """The channels of one convolution or linear layer, before and after compaction.
 
     Attributes:
         name: Name of the layer, e.g. ``"layer1.0.conv1"``.
@@ -36,17 +36,17 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What a model had and what a smaller one has; ``str()`` is a table.
+    """The sizes of a model before and after compaction; ``str()`` is a table.
 
     Attributes:
         layers: Every convolution and linear layer, in the order of the modules.
-        channels: Output channels of all layers, before and after.
-        parameters: Values of all parameters, those under a mask included, before and
-            after.
-        multiplications: Multiplications (with an addition each) of one sample's
-            forward pass in convolutions, linear layers, other matrix products and
-            attention, as :class:`torch.utils.flop_counter.FlopCounterMode` counts them,
-            before and after.
+        channels: Number of output channels of all layers, before and after.
+        parameters: Number of values in all parameters, masked values included, before
+            and after.
+        multiplications: Multiplications (with an addition each) in the forward pass of
+            one sample, before and after.
+            :class:`torch.utils.flop_counter.FlopCounterMode` counts them in
+            convolutions, linear layers, other matrix products and attention.
     """
 
     layers: tuple[LayerSize, ...]
@@ -55,7 +55,7 @@ class CompactReport:
     multiplications: tuple[int, int]
 
     def __str__(self) -> str:
-        """A table of at most 80 columns: each layer, then the sums."""
+        """Return a table of at most 80 columns: each layer, then the sums."""
         rows = [("inputs", "outputs")]
         rows += [(_change(*one.inputs), _change(*one.outputs)) for one in self.layers]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -85,12 +85,12 @@ class CompactReport:
         return "\n".join([header, rule, *lines, rule, *totals, *note])
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain lists and numbers, for JSON.
+        """Return the report as plain lists and numbers, for JSON.
 
         Returns:
-            ``channels``, ``parameters``, ``multiplications``, pairs of before and
-            after, and ``layers``, a list of dictionaries with ``name``, ``inputs`` and
-            ``outputs``.
+            ``channels``, ``parameters`` and ``multiplications`` are pairs of before
+            and after. ``layers`` is a list of dictionaries with ``name``, ``inputs``
+            and ``outputs``.
         """
         return asdict(self)
 
@@ -98,22 +98,22 @@ class CompactReport:
 def compact_report(
     before: nn.Module, after: nn.Module, example_inputs: Any
 ) -> CompactReport:
-    """Compare a model with the smaller one that was made of it.
+    """Compare a model with the smaller model that was made from it.
 
     Args:
         before: The model that :func:`force_plugin.compact` or
             :func:`force_plugin.snap_prune` was called with.
-        after: What it returned.
-        example_inputs: What both are called with, once, in evaluation mode: a tensor, a
-            tuple of arguments or a mapping of them. The multiplications are those of
-            one of its samples.
+        after: The model that the function returned.
+        example_inputs: Inputs for both models: a tensor, a tuple of arguments or a
+            mapping of keyword arguments. Each model runs once, in evaluation mode.
+            Multiplications are counted for one sample.
 
     Returns:
         The report.
 
     Raises:
-        TypeError: One of them is no module, or there is no tensor among the inputs.
-        ValueError: They have other layers.
+        TypeError: A model is no module, or there is no tensor among the inputs.
+        ValueError: The names of the layers differ between the models.
     """
     for argument, model in (("before", before), ("after", after)):
         if not isinstance(model, nn.Module):
@@ -146,10 +146,10 @@ def compact_report(
 
 
 def multiplications(model: nn.Module, example_inputs: Any) -> int:
-    """Multiplications of a model for one sample, forward, in evaluation mode."""
+    """Return the multiplications of one sample's forward pass in evaluation mode."""
     inputs = checked_inputs(model, example_inputs, "example_inputs")
     counter = FlopCounterMode(display=False)
-    # The fused attention of CPUs is not counted.
+    # FlopCounterMode does not count the fused attention of CPUs.
     with (
         undisturbed(model),
         _frozen(model),
@@ -164,10 +164,11 @@ def multiplications(model: nn.Module, example_inputs: Any) -> int:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Have no parameter require gradients for a while.
+    """Turn ``requires_grad`` off for all parameters inside a ``with`` block.
 
-    What expand makes of one that does requires them even under no_grad, without a
-    gradient function, and the counter's hooks fail at it where a module is given it.
+    ``expand`` of a parameter that requires gradients requires gradients too, even under
+    no_grad, but has no gradient function. The hooks of the counter fail if a module
+    gets such an expanded parameter.
     """
     trained = [one for one in model.parameters() if one.requires_grad]
     try:

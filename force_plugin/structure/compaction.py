@@ -1,10 +1,10 @@
-"""A smaller model that computes the same: without the channels that masks cut off.
+"""Remove the channels that masks cut off, without a change of the outputs.
 
-Which channels these are is measured, not derived from the names of operations: in
-copies with random values where no mask is, a channel is cut off from the inputs if it
-is the same for all of them, and from the outputs if no gradient comes back to it. What
-is taken out is checked: in float64 and in both modes, the outputs must stay what they
-were, else the channels concerned stay.
+The cut-off channels are measured, not derived from the names of operations. Copies of
+the model get random values wherever no mask is. A channel is cut off from the inputs if
+its values are equal for all inputs. It is cut off from the outputs if no gradient comes
+back to it. Every removal is checked: if the outputs change in float64, in either mode,
+the set of channels stays.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from force_plugin.structure.example_inputs import (
 )
 from force_plugin.structure.surgery import Surgery
 
-_DRAWS = (True, True, False, False)  # of random values: whether they are positive
+_DRAWS = (True, True, False, False)  # whether the random values are all positive
 
-_SAME = 1e-12  # of the largest value of a tensor: less is rounding
+_SAME = 1e-12  # share of a tensor's largest value: smaller differences are rounding
 
 
 @torch.inference_mode(False)
@@ -60,51 +60,58 @@ def compact(
     round_to: int = 1,
     progress: bool = True,
 ) -> nn.Module:
-    """Take out of a pruned model the channels that its masks have cut off.
+    """Return a smaller model without the channels that the masks cut off.
 
-    A channel goes if nothing reaches it from the inputs, and what it holds instead is
-    0 in evaluation mode, or if nothing of it reaches the outputs; with it go the rows
-    and columns of all layers that write and read it, through residual sums,
-    concatenations, groups and batch normalisations. What remains is an ordinary model
-    with the values, masks and modes that it had, and the same outputs in evaluation
-    mode; in training mode too, but for what is random and for the statistics of a
-    batch. Which channels depend on each other is found by torch-pruning's dependency
-    graph (Fang et al. 2023, arXiv 2301.12900), in both modes where training uses other
-    layers, such as auxiliary heads.
+    A channel is removed in two cases. Either no input reaches it, and its value is 0 in
+    evaluation mode, or it does not reach the outputs. Its rows and columns are removed
+    from all layers that write and read it, also through residual sums, concatenations,
+    groups and batch normalisations.
 
-    These stay: one channel of each set at least, those that carry a constant (the bias
-    of a normalisation that was trained), the inputs and outputs of the model, channels
-    that a layer or group normalisation runs over, and as many as the fullest group
-    of a convolution needs in each.
+    The result is an ordinary model that keeps its values, masks and modes. Its outputs
+    in evaluation mode are unchanged. Its outputs in training mode are unchanged too,
+    except for random values and batch statistics.
+
+    The dependency graph of torch-pruning finds the channels that depend on each other
+    (Fang et al. 2023, arXiv 2301.12900). It traces training mode too, where training
+    uses other layers, for example auxiliary heads.
+
+    These channels stay:
+
+    - at least one channel of each set,
+    - channels that carry a constant (the bias of a trained normalisation),
+    - the inputs and outputs of the model,
+    - channels that a layer normalisation or group normalisation runs over,
+    - in each group of a convolution, as many channels as the fullest group needs.
 
     Args:
         model: A model pruned with :mod:`torch.nn.utils.prune` or
-            :func:`force_plugin.force_prune`, made permanent or not; or one without
-            masks whose convolutions and linear layers hold zeros. It stays as it is.
-        example_inputs: What the model is called with: a tensor, a tuple of arguments
-            or a mapping of keyword arguments. Any batch size; the values do not matter.
-        round_to: Let a multiple of so many channels stay in each set, as far as there
-            are that many: 8 or 16 is faster on most hardware than the odd numbers
-            that masks leave. Default: 1, all that can go.
+            :func:`force_plugin.force_prune`, made permanent or not. A model without
+            masks works too, if its convolutions and linear layers hold zeros. The model
+            is not changed.
+        example_inputs: Inputs of the model: a tensor, a tuple of arguments or a mapping
+            of keyword arguments. Any batch size; the values do not matter.
+        round_to: Keep a multiple of this number of channels in each set, if the set has
+            enough channels. On most hardware, 8 or 16 is faster than the odd numbers
+            that masks leave. Default: 1, every channel that can be removed is removed.
         progress: Show a progress bar on standard error.
 
     Returns:
-        A new model, with parameters of its own on the same device.
+        A new model, with its own parameters on the same device.
 
     Raises:
         TypeError: ``model`` is no module, or there is no tensor in ``example_inputs``.
         NotPrunedError: Nothing is pruned in the model.
         MaskMismatchError: A mask holds other values than 0 and 1.
         ValueError: The model is sharded.
-        CompactionError: It cannot be run or traced, its outputs are NaN, or whatever is
-            taken out changes them; the message says why.
+        CompactionError: The model cannot be run or traced, its outputs are NaN, or
+            every removal changes its outputs. The message gives the reason.
 
     Warns:
-        UserWarning: Some channels stay although masks have cut them off, as without
-            them the outputs would be others in one of the modes; training mode cannot
-            be run with ``example_inputs``; layers take part in neither mode, and stay
-            as they are; or the masks have disconnected the network, so that next to
-            nothing is left of it.
+        UserWarning: Some channels stay although masks cut them off, because their
+            removal would change the outputs in a mode. Or training mode cannot be run
+            with ``example_inputs``. Or neither mode uses some layers, which then stay
+            unchanged. Or the masks have disconnected the network, so that next to
+            nothing remains.
     """
     check_count("round_to", round_to)
     model = unwrap(model)
@@ -134,7 +141,7 @@ def compact(
 
 
 class _Compaction:
-    """What is found out about one model on the way to a smaller one."""
+    """The measurements on a pruned model, and the smaller model that follows."""
 
     def __init__(
         self,
@@ -203,7 +210,7 @@ class _Compaction:
         return small
 
     def _cut_off(self) -> dict[str, Tensor]:
-        """Which input channels of each layer are cut off, by its name."""
+        """Return bool tensors of the layers' input channels by name, True = cut off."""
         modes = self._behaviour.traced
         carried: dict[str, Tensor] = {}
         for mode, one in product(modes, self._behaviour.variants):
@@ -239,12 +246,12 @@ class _Compaction:
 
 @dataclass
 class _Seen:
-    """What was seen of the input channels of a layer.
+    """Measurements of the input channels of a layer, a value for each channel.
 
     Attributes:
-        differs: Whether a channel's values are not the same for all inputs.
-        read: Whether a gradient came back to it.
-        largest: Its largest magnitude.
+        differs: Whether the channel's values differ between inputs.
+        read: Whether a gradient came back to the channel.
+        largest: The largest magnitude of the channel's values.
     """
 
     differs: Tensor = field(default_factory=lambda: torch.tensor(False))
@@ -260,15 +267,15 @@ class _Seen:
 def _inputs_seen(
     model: nn.Module, inputs: Any, mode: Mode, *, graded: bool
 ) -> dict[str, _Seen]:
-    """Run a model and look at the inputs of its layers.
+    """Run a model and return measurements of the inputs of each layer, by name.
 
     Args:
-        model: In float64, without parameters that require gradients if ``graded``.
-        inputs: What it is called with.
-        mode: In which mode.
-        graded: Look at the gradients too. Outputs of layers are then scaled to at most
-            1, as no gradient passes a gate that is saturated, and what looks up rows
-            in a table gives different ones.
+        model: A model in float64. If ``graded``, no parameter requires gradients.
+        inputs: The inputs that the model is called with.
+        mode: The mode that the model runs in.
+        graded: Measure gradients too. Outputs of layers are then scaled to at most 1,
+            because no gradient passes a saturated gate. Outputs of embeddings are
+            multiplied by random values, so that equal rows differ.
     """
     found: dict[str, _Seen] = {}
     samples = count_samples(inputs)
@@ -281,7 +288,7 @@ def _inputs_seen(
         rest = [dim for dim in range(values.dim()) if dim != axis]
         plain = values.detach()
         largest = plain.abs().amax(rest)
-        # Between samples, as a constant is another one at the border of an image.
+        # Samples are compared: padding changes a constant at the border of an image.
         among = [0] if len(plain) == samples else rest
         spread = plain.amax(among, True) - plain.amin(among, True)
         differs = spread.amax(rest) > _SAME * largest.max()
@@ -290,7 +297,7 @@ def _inputs_seen(
         seen.join(differs, nothing, largest)
         if not graded:
             return None
-        if not values.requires_grad:  # of integers, or of parameters alone
+        if not values.requires_grad:  # made from integers or parameters alone
             values = plain.clone().requires_grad_()
 
         def on_gradient(gradient: Tensor) -> None:
@@ -319,26 +326,27 @@ def _inputs_seen(
                 hooks.callback(module.register_forward_hook(vary).remove)
         outputs = [*tensors(call(model, mapped(torch.clone, inputs)))]
     if ends := [output for output in outputs if output.requires_grad]:
-        # A plain sum would have no gradient behind a softmax or a normalisation.
+        # The plain sum of a softmax or a normalisation is constant: no gradient.
         weights = [torch.rand_like(output) for output in ends]
         torch.autograd.backward(ends, weights)
     return found
 
 
 def _removable(one: Channels, cut_off: Mapping[str, Tensor], round_to: int) -> Tensor:
-    """Which channels of a set may go, bool ``[size]``."""
+    """Return which channels of a set may be removed, bool of shape ``[size]``."""
     free = torch.ones(one.size, dtype=torch.bool)
     for use in one.readers:
-        # Of layers whose weights others take, without a call, nothing is known.
+        # Layers whose weights are used without a call were not measured.
         gone = cut_off.get(use.layer, torch.zeros(int(use.positions.max()) + 1) > 0)
         free[use.channels[~gone[use.positions]]] = False
     return one.removable(free, round_to)
 
 
 def _random_like(tensor: Tensor, positive: bool) -> Tensor:
-    """Other values, in every second sample three times as large.
+    """Return random values of the same shape, 3 times as large in every second sample.
 
-    Positive layers make any two inputs ever more alike, but for their size.
+    Layers with positive weights make any two inputs ever more alike, except in size.
+    Integers are shuffled instead.
     """
     if not tensor.is_floating_point():
         return shuffled(tensor)
@@ -350,7 +358,7 @@ def _random_like(tensor: Tensor, positive: bool) -> Tensor:
 
 
 def _varies(tensor: Tensor) -> bool:
-    """Whether there are other values to put in its place."""
+    """Return whether :func:`_random_like` can change a tensor."""
     return tensor.is_floating_point() or bool((tensor != tensor.flatten()[:1]).any())
 
 
@@ -363,9 +371,9 @@ def _mask(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _randomise(model: nn.Module, masks: Mapping[str, Tensor], positive: bool) -> None:
-    """Other values wherever no mask is, as if no gate were closed.
+    """Draw random values wherever no mask is, so that no gate is closed.
 
-    Where all values are positive nothing cancels out, and no unit is asleep.
+    If all values are positive, nothing cancels out and no unit is always 0.
     """
     for name, weight in named_parameters(model).items():
         values = weight.dense

@@ -1,8 +1,8 @@
-"""Copies of a model that are cut, and what a cut copy becomes.
+"""Copy a model, remove channels from the copy, and make the copy the smaller model.
 
-In the ``grad`` of each of a copy's parameters, which torch-pruning cuts along with the
-parameter, stand the positions that the values had before: by them the new model gets
-its values bit for bit, also those under a mask, in their own type.
+The ``grad`` of each parameter of a copy holds the positions of the parameter's values.
+torch-pruning cuts ``grad`` along with the parameter. The remaining positions give the
+smaller model its values bit for bit, masked values included, in their own type.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from force_plugin.model.weights import (
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy without masks, its parameters dense, in float64 and evaluation mode.
+    """Return a copy without masks: dense parameters, float64, evaluation mode.
 
     Raises:
         CompactionError: A part of the model is TorchScript.
@@ -77,15 +77,15 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def deep_copy(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
-    """A copy, also of a model that keeps results of a forward pass, as prune does.
+    """Return a copy of a model, which may hold results of a forward pass, as in prune.
 
-    :func:`copy.deepcopy` refuses a tensor with a graph. The copy has its values alone.
-    What cannot be copied at all, as a settings object that refuses to be written to, is
-    shared with the model.
+    :func:`copy.deepcopy` refuses a tensor that has a graph. The copy gets the values of
+    the tensor without the graph. An attribute that cannot be copied is shared with the
+    model, for example a settings object that refuses to be written to.
 
     Args:
         model: The model.
-        memo: What the copy is to share anyway, by its identity.
+        memo: Objects that the copy shares with the model, by identity.
     """
     with restored(model.modules()), torch.no_grad():
         for module in model.modules():
@@ -117,7 +117,7 @@ def _results_in(attributes: object) -> list[tuple[Any, Tensor]]:
         return []
     return [
         (key, value)
-        for key, value in dict.items(attributes)  # whatever its class makes of it
+        for key, value in dict.items(attributes)  # a subclass may redefine items
         if isinstance(value, Tensor) and value.grad_fn is not None
     ]
 
@@ -125,14 +125,14 @@ def _results_in(attributes: object) -> list[tuple[Any, Tensor]]:
 def slots_in(
     other: nn.Module, model: nn.Module, weight: Weight
 ) -> Iterator[tuple[nn.Module, str]]:
-    """Modules of a copy of the model that own a weight, and its names there."""
+    """Yield the modules of a model's copy that own a weight, and its name in each."""
     names = {module: name for name, module in model.named_modules()}
     for module, name in weight.owners:
         yield other.get_submodule(names[module]), name
 
 
 def number_values(model: nn.Module) -> None:
-    """Write into the ``grad`` of each parameter where each of its values is."""
+    """Write the position of each value of a parameter into the parameter's ``grad``."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.grad = torch.arange(
@@ -141,7 +141,7 @@ def number_values(model: nn.Module) -> None:
 
 
 def places(module: nn.Module, name: str) -> Tensor:
-    """Where the values of a parameter of a cut copy were."""
+    """Return the positions that a cut parameter's values had in the whole copy."""
     parameter = own_parameters(module).get(name)
     if parameter is None or parameter.grad is None:
         return torch.empty(0, dtype=torch.int64)
@@ -150,7 +150,7 @@ def places(module: nn.Module, name: str) -> Tensor:
 
 @torch.no_grad()
 def fill(cut: nn.Module, source: nn.Module) -> None:
-    """Give a cut model the values of one that is whole."""
+    """Copy the values of a whole model into a cut model."""
     values = dict(source.named_parameters(remove_duplicate=False))
     for name, parameter in cut.named_parameters(remove_duplicate=False):
         if parameter.grad is not None:
@@ -159,11 +159,12 @@ def fill(cut: nn.Module, source: nn.Module) -> None:
 
 
 def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
-    """A cut copy as a model: with the values, types, masks and modes of the original.
+    """Return a cut copy with the values, types, masks and modes of the original.
 
     Args:
-        model: The original, which stays as it is.
-        cut: Its :func:`plain_copy`, numbered and cut; it becomes the result.
+        model: The original, which is not changed.
+        cut: The :func:`plain_copy` of the original, numbered and cut. It is changed and
+            returned.
     """
     originals = dict(model.named_modules())
     masks = []
@@ -198,7 +199,7 @@ def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
 
 
 def tell_features(model: nn.Module, small: nn.Module) -> None:
-    """Correct what a timm model says of the inputs of its classifier."""
+    """Correct a timm model's attributes that count the inputs of its classifier."""
     classifiers = [
         getattr(one, "get_classifier", lambda: None)() for one in (model, small)
     ]

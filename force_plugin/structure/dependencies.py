@@ -1,7 +1,7 @@
-"""torch-pruning's graph, told what it would only guess, and kept from endless search.
+"""Build torch-pruning's dependency graph, with corrections and a limit on its search.
 
-Wrong guesses are dear: ever more channels seem to go together, for minutes, until the
-memory is full.
+torch-pruning guesses some sizes. With a wrong guess, ever more channels seem to go
+together: the search takes minutes, until the memory is full.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from force_plugin.structure.example_inputs import call
 
 
 def _forward(model: nn.Module, inputs: Any, modes: Iterable[Mode]) -> list[Tensor]:
-    """Outputs in all modes, which are no layer's own: they are not to be cut."""
+    """Return the outputs in all modes, times 1: a layer's own output might be cut."""
     found = []
     for mode in modes:
         with in_mode(model, mode):
-            outputs = call(model, mapped(torch.clone, inputs))  # it may write to them
+            outputs = call(model, mapped(torch.clone, inputs))  # may be written to
             found += [output * 1 for output in tensors(outputs)]
     return found
 
 
 def trace(model: nn.Module, inputs: Any, modes: Iterable[Mode]) -> Any:
-    """The :class:`torch_pruning.DependencyGraph` of a model, in all modes at once."""
+    """Return the :class:`torch_pruning.DependencyGraph` of a model, for all modes."""
     return _Traced().build_dependency(
         model, inputs, forward_fn=partial(_forward, modes=modes), verbose=False
     )
 
 
 class _Traced(tp.DependencyGraph):  # type: ignore[misc]
-    """A graph of torch-pruning, told what it would only guess from the layers around.
+    """A graph of torch-pruning that reads sizes from autograd.
 
-    Guesses that are wrong let ever more channels go together, until the memory is full.
+    torch-pruning would guess these sizes from the layers around. With a wrong guess,
+    ever more channels seem to go together, until the memory is full.
     """
 
     def _build_dependency(self, module2node: Mapping[nn.Module, Any]) -> None:
@@ -70,9 +71,11 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
         super()._build_dependency(module2node)
 
     def get_in_channels(self, module_or_node: Any) -> int | None:
-        """Channels of a concatenation are known: one of its readers may flatten them.
+        """Return the number of input channels of a module.
 
-        torch-pruning would take the features that the last reader has.
+        For a concatenation, it is the sum of the parts that autograd knows.
+        torch-pruning would return the input features of the concatenation's last
+        reader, but a reader may flatten the channels.
         """
         module = getattr(module_or_node, "module", module_or_node)
         if getattr(module, "of_channels", False):
@@ -82,19 +85,20 @@ class _Traced(tp.DependencyGraph):  # type: ignore[misc]
 
 
 def _flattens(node: Any) -> bool:
-    """Whether a reshape makes several features of each channel, or one of each."""
+    """Return whether a reshape turns each channel into one or several features."""
     sizes = sizes_before(node.grad_fn) or (0, 0)
-    if len(sizes) <= 2:  # a parameter of one axis is only to be multiplied with
+    if len(sizes) <= 2:  # a parameter of one axis is a factor
         return len(sizes) == 2
     width = math.prod(sizes[1:])
     return sizes[1] < width and width in _widths_after(node)
 
 
 def _repeats(node: Any) -> bool:
-    """Whether an expansion of five axes repeats the heads of keys, along the third.
+    """Return whether an ``expand`` of five axes repeats heads of keys along the third.
 
-    torch-pruning takes each for one, and divides by 0. A product of matrices has one
-    that changes nothing.
+    torch-pruning assumes a repetition in every ``expand`` of five axes, and divides by
+    0. A matrix product contains an ``expand`` that changes nothing. With other numbers
+    of axes, the result is True.
     """
     before, after = sizes_before(node.grad_fn) or (), shapes_of_results(node.grad_fn)
     if len(before) != 5 or after is None:
@@ -103,11 +107,11 @@ def _repeats(node: Any) -> bool:
 
 
 def _parts(node: Any) -> tuple[list[int] | None, bool]:
-    """What a concatenation joins, as far as autograd knows.
+    """Return the sizes of the parts that a concatenation joins, if autograd knows them.
 
     Returns:
-        The size of each part, or ``None``; and whether these are surely channels, as
-        the second of three axes may be that of tokens.
+        The size of each part, or ``None``, and whether the sizes surely count channels.
+        The second of three axes may count tokens instead.
     """
     parts = node.grad_fn.next_functions
     dim = dimension(node.grad_fn)
@@ -121,11 +125,13 @@ def _parts(node: Any) -> tuple[list[int] | None, bool]:
 
 
 def _follow_split(node: Any) -> tuple[list[Any], Any] | None:
-    """What follows the parts of a split in their order, not in that of the way back.
+    """Return the nodes behind a split, in the order of the split's parts.
+
+    torch-pruning has the nodes in the order of the backward pass.
 
     Returns:
-        The nodes, and a gradient function that tells the sizes; ``None`` if not each of
-        the parts is used once, which torch-pruning cannot tell.
+        The nodes, and a gradient function with the sizes of the parts. ``None`` if a
+        part is unused or used more than once, which torch-pruning cannot represent.
     """
     split = node.grad_fn
     shapes = shapes_of_results(split)
@@ -148,12 +154,12 @@ def _follow_split(node: Any) -> tuple[list[Any], Any] | None:
 
 
 def _widths_after(node: Any) -> set[int]:
-    """Input features of the next layers."""
+    """Return the numbers of input channels of the next layers."""
     return {channels_of(layer)[0] for layer in layers_next_to(node, "outputs")}
 
 
 def layers_next_to(node: Any, side: Literal["inputs", "outputs"]) -> set[nn.Module]:
-    """The first layers before or after a node."""
+    """Return the first convolutions and linear layers before or after a node."""
     found, seen, stack = set(), set(), [node]
     while stack:
         for following in getattr(stack.pop(), side):
@@ -168,13 +174,13 @@ def layers_next_to(node: Any, side: Literal["inputs", "outputs"]) -> set[nn.Modu
 
 
 class Patience:
-    """Ends a search for the channels of one group that would go on and on.
+    """Stop a search for the channels of a group that would have no end.
 
     Args:
-        graph: A graph of torch-pruning, whose nodes are watched from now on.
+        graph: A graph of torch-pruning. From now on, each look at a node is counted.
     """
 
-    LOOKS = 20  # at each node of the graph, on the average; DenseNet needs three
+    LOOKS = 20  # the most looks at a node, on average; DenseNet needs three
 
     def __init__(self, graph: Any) -> None:  # noqa: D107
         nodes = graph.module2node.values()
@@ -186,20 +192,20 @@ class Patience:
         """Count a look at a node.
 
         Raises:
-            RuntimeError: It was one too many.
+            RuntimeError: The search has used up all looks.
         """
         self._left -= 1
         if self._left < 0:
             raise RuntimeError("its search for channels that go together has no end")
 
     def renew(self, found: Any) -> Any:
-        """The group that was found, and as much patience for the next."""
+        """Return the group that was found, and restore all looks for the next group."""
         self._left = self._most
         return found
 
 
 class _CountedList(list[Any]):
-    """What follows from a node."""
+    """The dependencies of a node, which count each iteration as a look."""
 
     def __init__(self, items: Iterable[Any], patience: Patience) -> None:
         super().__init__(items)
@@ -211,10 +217,10 @@ class _CountedList(list[Any]):
 
 
 def sizes_after(group: Any) -> list[tuple[nn.Module, list[int]]]:
-    """What is left of the parts of splits and concatenations without some channels.
+    """Return the part sizes of splits and concatenations without a group's channels.
 
-    torch-pruning counts a channel twice that it comes upon from both sides, and
-    keeps the offsets.
+    torch-pruning counts a channel twice if it reaches the channel from both sides, and
+    does not update the offsets.
     """
     gone: dict[nn.Module, set[int]] = {}
     for item in group:
@@ -233,5 +239,5 @@ def sizes_after(group: Any) -> list[tuple[nn.Module, list[int]]]:
 
 
 def sizes_of(part: nn.Module) -> str:
-    """Where a split or a concatenation of torch-pruning has the sizes of its parts."""
+    """Return the name of the attribute that holds a module's part sizes."""
     return "split_sizes" if hasattr(part, "split_sizes") else "concat_sizes"

@@ -1,4 +1,4 @@
-"""What a model is called with as an example, other values of it, and what comes out."""
+"""Example inputs of a model, random variations of them, and the model's outputs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from force_plugin.data.containers import count_samples, describe, mapped, tensor
 from force_plugin.model.restoring import restored
 
 TOLERANCE = 1e-10
-"""How far outputs may be off, in float64, as a share of the largest of them."""
+"""The largest allowed error of outputs in float64, as a share of the largest output."""
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Outputs of a model for a tensor, a tuple of arguments or a mapping of them."""
+    """Return a model's outputs for a tensor, a tuple of arguments or a mapping."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     several = isinstance(inputs, tuple | list) and not isinstance(
@@ -27,10 +27,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def checked_inputs(model: nn.Module, inputs: Any, argument: str) -> Any:
-    """Inputs where the model is, floating-point ones in its own type.
+    """Return inputs on the model's device, floating-point tensors in the model's type.
 
     Raises:
-        TypeError: There is no tensor among them.
+        TypeError: There is no tensor among the inputs.
     """
     own = next(model.parameters(), torch.empty(0))
     if not any(True for _ in tensors(inputs)):
@@ -47,15 +47,15 @@ def checked_inputs(model: nn.Module, inputs: Any, argument: str) -> Any:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """A floating-point tensor in double precision, another as it is."""
+    """Return a tensor in double precision if it is floating-point, else unchanged."""
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def many_samples(inputs: Any, most: int = 32) -> Any:
-    """The same inputs again and again, so that each unit is awake in one of them.
+    """Repeat the samples of inputs, so that each unit is non-zero for a sample.
 
     Returns:
-        As many samples as are not too large, two at least.
+        At least two samples and at most ``most``, fewer for large samples.
     """
     samples = count_samples(inputs)
     if not samples:
@@ -68,18 +68,21 @@ def many_samples(inputs: Any, most: int = 32) -> Any:
     )
 
 
-_VALUES = 2**15  # an image has many positions, which are as good as samples
+_VALUES = 2**15  # large samples: the positions of an image count like samples
 
 
 def jittered(tensor: Tensor) -> Tensor:
-    """Other values, so that no two samples are the same: noise, or other integers."""
+    """Return a tensor with added noise, or with shuffled integers.
+
+    The noise makes all samples different.
+    """
     if tensor.is_floating_point():
         return tensor + torch.randn_like(tensor)
     return shuffled(tensor)
 
 
 def shuffled(tensor: Tensor) -> Tensor:
-    """Integers drawn from those of a tensor: others may not be allowed."""
+    """Return integers drawn from the tensor's own values, as others may be invalid."""
     if tensor.dtype == torch.bool or tensor.is_complex() or not tensor.numel():
         return tensor
     places = torch.randint(tensor.numel(), tensor.shape, device=tensor.device)
@@ -87,22 +90,23 @@ def shuffled(tensor: Tensor) -> Tensor:
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Floating-point outputs of a model for inputs that it may write to."""
+    """Return the floating-point outputs of a model, which runs on a copy of inputs."""
     with torch.no_grad(), restored(model.modules()):
         found = tensors(call(model, mapped(torch.clone, inputs)))
         return [o.clone() for o in found if o.is_floating_point()]
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two outputs, as a share of the largest of the other.
+    """Return the largest difference of two outputs, as a share of ``other``'s largest.
 
-    A network at its initialisation may well have outputs of 1e-20 in evaluation mode.
+    A share is needed: in evaluation mode, a network at its initialisation may have
+    outputs of 1e-20.
     """
     if not one.numel():
         return 0.0
-    off = (one - other).abs().masked_fill(one == other, 0)  # infinities may be meant
+    off = (one - other).abs().masked_fill(one == other, 0)  # equal infinities
     finite = other.masked_fill(~other.isfinite(), 0)
     return float(off.max()) / max(float(finite.abs().max()), _SMALLEST)
 
 
-_SMALLEST = 1e-290  # below, even float64 has fewer digits than TOLERANCE asks for
+_SMALLEST = 1e-290  # float64 has too few digits below this value for TOLERANCE

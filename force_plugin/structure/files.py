@@ -1,4 +1,4 @@
-"""Keep a smaller model in a file, and read it into a whole one."""
+"""Write a model that lost channels to a file, and read it into a whole model."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ _MASK = "mask of "
 def save_compact(model: nn.Module, path: str | Path) -> None:
     """Write a model that lost channels to a safetensors file.
 
-    In it are the values of parameters and buffers, also those under a mask, the masks,
-    one bit a weight, and the sizes of all modules.
+    The file holds the values of parameters and buffers, masked values included. It also
+    holds the masks, with one bit for each weight, and the sizes of all modules.
 
     Args:
-        model: What :func:`force_plugin.compact` or :func:`force_plugin.snap_prune`
-            returned, trained or not; any other model will do, too.
-        path: File to write; its folder must exist. A file that is there is replaced
-            at once, by a whole one.
+        model: The model that :func:`force_plugin.compact` or
+            :func:`force_plugin.snap_prune` returned, trained or not. Any other model
+            works too.
+        path: File to write; its folder must exist. An existing file is replaced in one
+            step, so the path never holds a partial file.
 
     Raises:
         TypeError: ``model`` is no module.
-        OSError: The file cannot be written, because the folder does not exist, say; a
-            file that was there is what it was.
+        OSError: The file cannot be written, for example because the folder does not
+            exist. An existing file is then unchanged.
     """
     weights = named_parameters(model)
     masks = {n: w.mask for n, w in weights.items() if w.mask is not None}
@@ -65,23 +66,24 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
 
 
 def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
-    """Read a model that :func:`save_compact` wrote into a whole one, in place.
+    """Read a file that :func:`save_compact` wrote into a whole model, in place.
 
     Args:
-        model: The model with all its channels, as it was made, not pruned:
-            ``timm.create_model("resnet50", num_classes=10)``, say. Its devices, types
-            and ``requires_grad`` stay.
-        path: The file.
+        model: The model with all its channels, newly made and not pruned, for example
+            ``timm.create_model("resnet50", num_classes=10)``. Its devices, types and
+            ``requires_grad`` stay.
+        path: The file to read.
 
     Returns:
-        The same model: smaller, with the values and masks of the file.
+        ``model``, now smaller, with the values and masks of the file.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         TypeError: ``model`` is no module.
-        FileFormatError: The file is no such file or cut short; the model is unchanged.
-        ValueError: It was written of another network, or the model is pruned; the model
-            is unchanged.
+        FileFormatError: :func:`save_compact` did not write the file, or the file is cut
+            short. The model is unchanged.
+        ValueError: The file belongs to another network, or the model is pruned. The
+            model is unchanged.
     """
     header, tensors = _read(path)
     modules = json.loads(header["modules"])
@@ -110,7 +112,7 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _sizes(module: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The class of a module, and its attributes that are integers or rows of them."""
+    """Return a module's class and its attributes that are integers or rows of them."""
     sizes = {
         key: value
         for key, value in vars(module).items()
@@ -128,7 +130,7 @@ def _reparametrised(weight: Weight) -> bool:
 
 
 def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where the buffers that belong to a state dict are, but for those of masks."""
+    """Return the module and key of each buffer of the state dict, except masks."""
     return {
         name: (module, key)
         for name, (module, key) in named_buffers(model).items()
@@ -138,7 +140,7 @@ def _buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters without masks, and the buffers that belong to a state dict."""
+    """Return the unmasked values of parameters, and the buffers of the state dict."""
     values = {name: w.dense.detach() for name, w in named_parameters(model).items()}
     for name, (module, key) in _buffers(model).items():
         values[name] = getattr(module, key)
@@ -187,7 +189,7 @@ def _check(
     tensors: Mapping[str, Tensor],
     path: str | Path,
 ) -> None:
-    """Raise unless the file is of this model, or a part of it."""
+    """Raise ValueError unless the file holds this model or a smaller version of it."""
     pruned = [name for name, weight in weights.items() if weight.mask is not None]
     if pruned:
         raise ValueError(
@@ -231,7 +233,7 @@ def _check(
 
 
 def _is_part(size: Any, whole: Any) -> bool:
-    """Whether a size, or each of several, is at most that of the whole model."""
+    """Return whether a size, or each of several, is at most the whole model's size."""
     if isinstance(size, int):
         return isinstance(whole, int) and size <= whole
     return (

@@ -1,4 +1,4 @@
-"""Which channels of a model go together, by the graph of torch-pruning."""
+"""Find the channels that go together with torch-pruning's graph, and remove them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from force_plugin.structure.dependencies import (
     trace,
 )
 
-# What a model gives out has the shape that its users count on.
+# Why the channels of a node stay; users rely on the shapes of a model's outputs.
 _FIXED = {
     tp.ops.OPTYPE.OUTPUT: "an output of the model",
     tp.ops.OPTYPE.GN: "a group normalisation",
@@ -41,18 +41,18 @@ _FIXED = {
 
 
 class Graph:
-    """Which channels of a model go together.
+    """The sets of channels of a model that can only be removed together.
 
     Args:
         model: A model that may be changed, as :func:`plain_copy` makes it.
-        inputs: What it is called with.
-        modes: In which modes.
-        sets: The sets of another copy, which it takes a while to find. Default: they
-            are looked for.
+        inputs: The inputs that the model is called with.
+        modes: The modes to trace the model in.
+        sets: The sets of another copy of the model, to save the search. Default: the
+            sets are searched for.
 
     Attributes:
-        model: As given; :meth:`cut` takes channels out of it.
-        sets: Its sets of channels by name.
+        model: The model as given; :meth:`cut` removes channels from it.
+        sets: The model's sets of channels by name.
 
     Raises:
         CompactionError: torch-pruning cannot trace the model.
@@ -68,13 +68,13 @@ class Graph:
         self.model = model
         self._names = {module: name for name, module in model.named_modules()}
         for module, name in self._names.items():
-            if isinstance(module, nn.RNNBase):  # it may never come back
+            if isinstance(module, nn.RNNBase):  # tracing may never end
                 raise CompactionError(
                     f"torch-pruning cannot trace {type(model).__name__}, as {name} is "
                     f"a {type(module).__name__}. The model is as it was"
                 )
         try:
-            # Some modules keep what they have computed for the next time.
+            # Some modules store computed values for their next call.
             with warnings.catch_warnings(), restored(model.modules()):
                 warnings.simplefilter("ignore")
                 self._graph = trace(model, inputs, modes)
@@ -90,14 +90,15 @@ class Graph:
         self._splits = list(self._find_splits())
 
     def cut(self, removed: Mapping[str, Tensor]) -> None:
-        """Take channels out of the model.
+        """Remove channels from the model.
 
         Args:
-            removed: By set, bool tensors of shape ``[size]``, True = taken out.
+            removed: A bool tensor of shape ``[size]`` for each set by name, True =
+                removed.
 
         Raises:
-            RuntimeError: Others would go with them, or torch-pruning fails. The model
-                may then be half-cut.
+            RuntimeError: Other channels would be removed too, or torch-pruning fails.
+                Some channels of the model may then be removed already.
         """
         for name in self._in_turn(removed):
             module = self.model.get_submodule(name)
@@ -127,10 +128,11 @@ class Graph:
             setattr(module, key, type(getattr(module, key))(split.split_sizes))
 
     def _in_turn(self, names: Iterable[str]) -> list[str]:
-        """Sets that a convolution with groups reads before those that it writes.
+        """Return the names, ordered for convolutions with groups.
 
-        torch-pruning takes one with an output a group for a depthwise one, whose
-        input channels are its output channels.
+        A set that a convolution with groups reads comes before the set that it writes.
+        torch-pruning takes a grouped convolution with one output in each group for a
+        depthwise convolution, whose input channels are its output channels.
         """
         grouped = {
             name for name, one in layers_of(self.model) if getattr(one, "groups", 1) > 1
@@ -156,9 +158,10 @@ class Graph:
             return list(turns)
 
     def close(self) -> None:
-        """Let go of the model and of what autograd has saved of it, now.
+        """Free the model and the tensors that autograd saved, now.
 
-        The graph is full of cycles, and gigabytes would wait for the collector.
+        The graph is full of reference cycles: gigabytes would wait for the garbage
+        collector.
         """
         for node in self._graph.module2node.values():
             vars(node).clear()
@@ -179,12 +182,12 @@ class Graph:
         attention: Any = self.model.get_submodule(one.heads)
         channels = one.units.shape[1]
         attention.num_heads -= gone // channels
-        # timm's attentions: all heads side by side, of which there are q, k and v.
+        # timm's attentions hold q, k and v, each with all heads side by side.
         if getattr(attention, "attn_dim", 0) * 3 == one.size:
             attention.attn_dim = attention.num_heads * channels // 3
 
     def _reads(self, item: Any) -> bool:
-        """Whether it is about what a layer reads; depthwise ones only pass it."""
+        """Return whether an item is a layer's input; depthwise layers have none."""
         module, handler = item.dep.target.module, item.dep.handler
         if not isinstance(module, LAYERS):
             return False
@@ -235,7 +238,7 @@ class Graph:
         return found
 
     def _find_splits(self) -> Iterator[tuple[Any, nn.Module, str]]:
-        """Splits whose sizes a module keeps, this module, and under which name."""
+        """Yield splits, the module that stores a split's sizes, and the attribute."""
         for node in self._graph.module2node.values():
             sizes = getattr(node.module, "split_sizes", None)
             if node.type != tp.ops.OPTYPE.SPLIT or not sizes:
@@ -253,7 +256,7 @@ class Graph:
                 yield node.module, self.model.get_submodule(name), key
 
     def _find_units(self, found: Channels, module: nn.Module) -> None:
-        """Channels that go together: the same ones of some equal parts of a layer."""
+        """Set the units of a set: the channels at equal places in equal layer parts."""
 
         def tied(channel: int) -> list[int]:
             return sorted(self._group(module, [channel])[0].idxs)
@@ -281,15 +284,15 @@ class Graph:
 
 
 def _ancestors(name: str) -> list[str]:
-    """Names of the modules that a module is in."""
+    """Return the names of all modules that contain a module, outermost first."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 
 
 def _cut_in_groups(conv: ConvNd, before: nn.Parameter, gone: Sequence[int]) -> None:
-    """Take input channels out of a convolution with groups, in each group its own.
+    """Remove input channels from a grouped convolution, other places in each group.
 
-    torch-pruning takes the same ones out of every group.
+    torch-pruning removes equal places from every group.
     """
     inputs = conv.in_channels + len(gone)
     stay = torch.ones(inputs, dtype=torch.bool)
@@ -310,7 +313,7 @@ def _cut_in_groups(conv: ConvNd, before: nn.Parameter, gone: Sequence[int]) -> N
 
 
 def _own_parameters(module: nn.Module) -> str | None:
-    """Why a layer's channels cannot go: torch-pruning would not cut all of it."""
+    """Return why torch-pruning cannot cut all parameters of a layer, or ``None``."""
     if not isinstance(module, LAYERS):
         return None
     if is_parametrized(module):

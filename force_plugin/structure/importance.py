@@ -1,4 +1,4 @@
-"""Our saliencies as an importance, for every pruner of torch-pruning."""
+"""Saliencies of force_plugin as an importance for the pruners of torch-pruning."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ from force_plugin.structure.channel_layers import LAYERS, channel_sums
 class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
     """The saliency of channels, for any pruner of torch-pruning.
 
-    Its ``importance``::
+    An instance is the ``importance`` argument of the pruner::
 
         importance = SaliencyImportance(model, loader, "force")
         torch_pruning.pruner.BasePruner(model, example_inputs, importance).step()
 
-    A channel of a group is worth the sum of the saliencies of all weights that go with
-    it: rows of the layers that write it and columns of those that read it. They are
-    measured when a group is asked for first, and again once layers have been cut, in
-    the modes that the model then has (torch-pruning leaves it in evaluation mode).
-    A warning names layers that torch-pruning has not seen: it traces in evaluation mode
-    unless the pruner's ``forward_fn`` calls the model in training mode, too.
+    The importance of a channel is the sum of the saliencies of all weights that go with
+    the channel: rows of the layers that write it, and columns of the layers that read
+    it. Saliencies are measured at the first call, and again once layers have been cut.
+    The model keeps its mode for the measurement; torch-pruning leaves the model in
+    evaluation mode.
+
+    A warning names layers that torch-pruning has not seen. torch-pruning traces in
+    evaluation mode, unless the pruner's ``forward_fn`` calls the model in training mode
+    too.
 
     Source: the criterion of the method, summed over a group of
     :class:`torch_pruning.dependency.Group` (Fang et al. 2023, arXiv 2301.12900).
@@ -41,13 +44,13 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
         model: The model that the pruner prunes.
         loader: Batches, as in :func:`force_plugin.force_prune`.
         method: A name of ``force_plugin.METHODS``, or a class.
-        options: How batches are passed through, as :func:`force_plugin.saliency` has
-            it: ``batches`` (default: 1; ``None``: the whole loader), ``loss_fn``,
-            ``forward``, ``open_gates``, ``microbatch``, ``autocast``,
-            ``channels_last`` and ``compile``.
+        options: Options of :func:`force_plugin.saliency` for the passes: ``batches``
+            (default: 1; ``None``: the whole loader), ``loss_fn``, ``forward``,
+            ``open_gates``, ``microbatch``, ``autocast``, ``channels_last`` and
+            ``compile``.
 
     Raises:
-        TypeError, ValueError: ``method`` is none, or an option is not as expected.
+        TypeError, ValueError: ``method`` is no method, or an option is invalid.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -66,16 +69,17 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
         self._scores: dict[str, Tensor] = {}
 
     def __call__(self, group: Any) -> Tensor:
-        """Saliency of each channel of a group.
+        """Return the saliency of each channel of a group.
 
         Args:
             group: A :class:`torch_pruning.dependency.Group`.
 
         Returns:
-            Sums in float64 of shape ``[len(group[0].idxs)]``, in their order.
+            Sums in float64 of shape ``[len(group[0].idxs)]``, in the order of
+            ``group[0].idxs``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As :func:`force_plugin.saliency`.
+            TypeError, ValueError, RuntimeError: See :func:`force_plugin.saliency`.
         """
         names = {module: name for name, module in self._model.named_modules()}
         if not self._scores:
@@ -112,7 +116,7 @@ class SaliencyImportance(tp.importance.Importance):  # type: ignore[misc]
 
 
 def _warn_of_missing(names: Mapping[nn.Module, str], group: Any) -> None:
-    """Warn of layers that the graph of a group does not show."""
+    """Warn of layers that are missing in the graph of a group."""
     known = {
         part for one in group._DG.module2node if one in names for part in one.modules()
     }

@@ -1,4 +1,4 @@
-"""Prune whole channels by what they mean to the loss, through torch-pruning."""
+"""Remove whole channels by the sensitivity of the loss, through torch-pruning."""
 
 from __future__ import annotations
 
@@ -60,54 +60,59 @@ def snap_prune(
     progress: bool = True,
     **options: Unpack[PassOptions],
 ) -> nn.Module:
-    """Take channels out of a model, before it is trained: SNAP-it.
+    """Return a smaller model without the least sensitive channels: SNAP-it.
 
-    Each channel is imagined to have a gate of 1 behind the layers that write it; the
-    sensitivity of a channel is the magnitude of the gradient of the loss with respect
-    to its gate, in evaluation mode. The least sensitive ones of the whole network go,
-    which changes the others' sensitivities; so it is done in steps, of which the first
-    takes half of the channels, and each of the following covers half of what is then
-    missing (Verdenius et al. 2020, arXiv 2006.00896).
+    It is meant for a model before training. Each channel has an imagined gate of 1
+    behind the layers that write the channel. The sensitivity of a channel is the
+    magnitude of the gradient of the loss with respect to the gate, in evaluation mode.
+    The least sensitive channels of the whole network are removed.
 
-    What goes together, through residual sums, concatenations, groups and attention
-    heads, is one channel with one gate. The last layers' outputs stay, and so does one
-    channel of each set. Auxiliary heads that run in training mode only lose the inputs
-    that they read; their own channels have no sensitivity in evaluation mode, and stay.
+    A removal changes the sensitivities of the other channels, so channels are removed
+    in steps. The first step removes half of the channels. Each following step covers
+    half of the remaining distance to ``sparsity`` (Verdenius et al. 2020, arXiv
+    2006.00896).
+
+    Channels that go together through residual sums, concatenations, groups and
+    attention heads count as one channel with one gate. The outputs of the last layers
+    stay, and at least one channel of each set. Auxiliary heads that run in training
+    mode only lose the inputs that they read. Their own channels stay, as they have no
+    sensitivity in evaluation mode.
 
     Args:
-        model: Any module; it stays as it is. Masks are taken along.
+        model: Any module; it is not changed. The new model keeps its masks.
         loader: Batches, as in :func:`force_plugin.force_prune`. Each step takes the
-            next ones, from the beginning again when it ends.
-        example_inputs: What the model is called with: a tensor, a tuple of arguments
-            or a mapping of keyword arguments. Any batch size; the values do not matter.
-        sparsity: Fraction of the channels to take out, 0 ≤ sparsity < 1; exactly
+            next batches. After the last batch, the loader starts again.
+        example_inputs: Inputs of the model: a tensor, a tuple of arguments or a mapping
+            of keyword arguments. Any batch size; the values do not matter.
+        sparsity: Fraction of the channels to remove, 0 ≤ sparsity < 1. Exactly
             ⌊(1 − sparsity) · m⌋ of m channels stay.
-        steps: S: sparsities s − (s − ½)·½^i for i = 0 … S, then s. ``0``: all at once.
-        method: ``"random"`` takes channels at random (PyTorch's global generator
-            decides), as a baseline.
+        steps: S: sparsities s − (s − ½)·½^i for i = 0 … S, then s. ``0``: a single
+            step to s.
+        method: ``"random"`` removes random channels, as a baseline. PyTorch's global
+            generator decides which.
         ignored_layers: Modules of the model whose output channels stay.
         progress: Show a progress bar on standard error.
-        options: How batches are passed through, as :func:`force_plugin.force_prune`
-            has it: ``batches`` a step (default: 1; ``None``: the whole loader),
-            ``loss_fn``, ``forward``, ``open_gates``, ``microbatch``, ``autocast``,
-            ``channels_last`` and ``compile``.
+        options: Options of :func:`force_plugin.force_prune` for the passes: ``batches``
+            for each step (default: 1; ``None``: the whole loader), ``loss_fn``,
+            ``forward``, ``open_gates``, ``microbatch``, ``autocast``, ``channels_last``
+            and ``compile``.
 
     Returns:
-        A new model without these channels, with parameters of its own on the same
-        device. Optimizers are to be made of it.
+        A new model without the removed channels, with its own parameters on the same
+        device. Make optimizers from the new model.
 
     Raises:
-        TypeError, ValueError: An argument is not as expected.
-        NothingToPruneError, BatchError, NoGradientError, NotFiniteError: As in
+        TypeError, ValueError: An argument is invalid.
+        NothingToPruneError, BatchError, NoGradientError, NotFiniteError: See
             :func:`force_plugin.force_prune`.
-        CollapseError: No gradient passes, so that there is nothing to rank by.
-        CompactionError: torch-pruning cannot trace the model, nothing can be taken out
-            of it, or the smaller one fails or gives out something else.
+        CollapseError: No gradient passes, so channels cannot be ranked.
+        CompactionError: torch-pruning cannot trace the model, no channel can be
+            removed, or the smaller model fails or has wrong outputs.
 
     Warns:
-        UserWarning: Some channels stay, as more would go with them or the model would
-            fail in one of its modes; training mode cannot be run with
-            ``example_inputs``; or layers take part in neither mode.
+        UserWarning: Some channels stay, because their removal would remove others too
+            or make the model fail in a mode. Or training mode cannot be run with
+            ``example_inputs``. Or neither mode uses some layers.
     """
     model = unwrap(model)
     inputs = checked_inputs(model, example_inputs, "example_inputs")
@@ -149,8 +154,8 @@ def snap_prune(
         plain = plain_copy(model)
         behaviour = Behaviour(plain, {}, inputs)
         surgery = Surgery(plain, behaviour)
-        # Always cut from the whole model: torch-pruning traces others, whose groups
-        # have become filters per channel, in another way.
+        # Always cut the whole model. torch-pruning traces a smaller model differently
+        # if convolutions with groups have become depthwise.
         whole = _prunable(surgery, behaviour, ignored)
         gone = {name: torch.zeros(one.size) > 0 for name, one in whole.items()}
         total = sum(len(one.choices) for one in whole.values())
@@ -183,7 +188,7 @@ def snap_prune(
                 gone[name][left[removed]] = True
             small = rebuilt(model, surgery.cut(gone))
         _check(surgery, behaviour, gone)
-        # A layer normalisation changes the values of all the others.
+        # With fewer channels, a layer normalisation changes the values of all others.
         rest = {name: own for name, own in gone.items() if not whole[name].normalised}
         if len(rest) < len(gone):
             _check(surgery, behaviour, rest)
@@ -192,7 +197,10 @@ def snap_prune(
 
 
 class _Onward:
-    """Goes on where it was left when it is iterated again, until it has ended."""
+    """A loader whose next iteration continues where the last iteration stopped.
+
+    Once all batches are used, the next iteration starts again.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -201,7 +209,7 @@ class _Onward:
     def __iter__(self) -> Iterator[Any]:
         if self._rest is None:
             self._rest = iter(self._loader)
-        # "yield from" would end it together with this.
+        # "yield from" would close self._rest together with this generator.
         for batch in self._rest:  # noqa: UP028
             yield batch
         self._rest = None
@@ -210,7 +218,7 @@ class _Onward:
 def _prunable(
     surgery: Surgery, behaviour: Behaviour, ignored: set[str]
 ) -> dict[str, Channels]:
-    """Sets of channels that can be taken out, as half of each is for once."""
+    """Return the sets that can lose channels, by a trial that removes half of each."""
     problems: dict[str, str] = {}
     wanted: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for name, one in surgery.sets.items():
@@ -228,7 +236,7 @@ def _prunable(
             continue
         half = torch.zeros(one.size, dtype=torch.bool)
         half[one.choices[torch.randperm(len(one.choices))[1::2]].flatten()] = True
-        for use in (*one.writers, *one.readers):  # something is left of each
+        for use in (*one.writers, *one.readers):  # each layer keeps a channel
             if half[use.channels].all():
                 half[one.choices[(one.choices == use.channels[0]).any(1)]] = False
         wanted[one.normalised][name] = half
@@ -261,10 +269,11 @@ def _problem(
     cut: nn.Module,
     removed: Mapping[str, Tensor],
 ) -> str | None:
-    """What is wrong with a copy without some channels.
+    """Return what is wrong with a copy that lost channels, or ``None``.
 
-    Its outputs must be those of the whole model whose layers do not read these
-    channels; but for a layer normalisation, which runs over those that are left.
+    The outputs must equal the outputs of a whole model whose layers read 0 instead of
+    the removed channels. With a layer normalisation, which runs over the remaining
+    channels, only the shapes are compared.
     """
     sets = {name: surgery.sets[name] for name in removed}
     unread = [
@@ -283,7 +292,7 @@ def _problem(
 def _check(
     surgery: Surgery, behaviour: Behaviour, removed: Mapping[str, Tensor]
 ) -> None:
-    """Raise if something is wrong with what is to be handed over."""
+    """Raise CompactionError if something is wrong with the model to be returned."""
     cut = surgery.cut(removed)
     problem = _problem(surgery, behaviour, cut, removed)
     if problem is not None:
@@ -296,7 +305,7 @@ def _check(
 def _left(
     model: nn.Module, sets: Mapping[str, Channels], gone: Mapping[str, Tensor]
 ) -> dict[str, Channels]:
-    """The sets without the channels that have gone."""
+    """Return the sets without the removed channels."""
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     for name, one in sets.items():
@@ -312,7 +321,7 @@ def _left(
 
 
 def _kept_after(steps: int, sparsity: float, total: int, sets: int) -> list[int]:
-    """Number of channels that are kept after each step."""
+    """Return the number of channels to keep after each step."""
     if isinstance(sparsity, Real) and 0 <= sparsity < 1:
         last = count_kept(total, 1 - float(sparsity))
         if last < sets:
@@ -332,10 +341,10 @@ def _sensitivities(
     loader: Loader,
     passes: Passes,
 ) -> dict[str, Tensor]:
-    """Magnitude of the gradient of a gate on each unit of each set, in float64.
+    """Return the magnitude of the gate's gradient for each unit, by set, in float64.
 
-    The gradient of a gate behind a layer is the sum of θ · g over the weights, and the
-    bias, of its channel; layers that run in training mode only have none to add.
+    The gradient of a gate behind a layer is the sum of θ · g over the weights and the
+    bias of the gate's channel. Layers that run in training mode only add nothing.
     """
     names = {module: name for name, module in model.named_modules()}
     layers = {use.layer for one in sets.values() for use in one.writers} & measured
@@ -383,7 +392,10 @@ def _sensitivities(
 def _channels_to_cut(
     sets: Mapping[str, Channels], scores: Mapping[str, Tensor], kept: int
 ) -> dict[str, Tensor]:
-    """The channels that go, so that so many units stay, the best of each layer too."""
+    """Return the channels to remove so that ``kept`` units stay.
+
+    The best unit of each layer stays too.
+    """
     ranked = {name: score.clone() for name, score in scores.items()}
     for name, one in sets.items():
         for use in (*one.writers, *one.readers):

@@ -1,4 +1,4 @@
-"""Channels taken out of a model."""
+"""Remove channels from copies of a model, and find the channels that can go."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from force_plugin.structure.graph import Graph
 
 
 class Surgery:
-    """Takes channels out of copies of a model.
+    """Remove channels from copies of a model.
 
     Args:
-        plain: A model as :func:`plain_copy` makes it; it stays as it is.
-        behaviour: Its modes, and with what it is called.
+        plain: A model as :func:`plain_copy` makes it; it is not changed.
+        behaviour: The modes and inputs for tracing the model.
 
     Attributes:
-        sets: Its sets of channels by name.
+        sets: The model's sets of channels by name.
 
     Raises:
-        CompactionError: torch-pruning cannot trace it.
+        CompactionError: torch-pruning cannot trace the model.
     """
 
     def __init__(self, plain: nn.Module, behaviour: Behaviour) -> None:  # noqa: D107
@@ -42,13 +42,15 @@ class Surgery:
         graph.close()
 
     def cut(self, removed: Mapping[str, Tensor]) -> nn.Module:
-        """A copy without these channels.
+        """Return a copy without some channels.
 
         Args:
-            removed: By set, bool tensors of shape ``[size]``, True = taken out.
+            removed: A bool tensor of shape ``[size]`` for each set by name, True =
+                removed.
 
         Raises:
-            CompactionError: Others would go with them.
+            CompactionError: Modules that share a parameter would lose different
+                channels.
         """
         graph = Graph(deep_copy(self._plain), self._inputs, self._modes, self.sets)
         number_values(graph.model)
@@ -73,17 +75,19 @@ class Surgery:
         wanted: Mapping[str, Tensor],
         check: Callable[[nn.Module, Mapping[str, Tensor]], str | None],
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Find out what can be taken out.
+        """Return the sets whose channels can be removed, and why others cannot.
 
         Args:
-            wanted: By set, bool tensors of shape ``[size]``, True = to be taken out.
-            check: Given a copy without some of them, and which these are, what is wrong
-                with it, or ``None``.
+            wanted: A bool tensor of shape ``[size]`` for each set by name, True =
+                to be removed.
+            check: Gets a copy without some of the channels, and the removed channels.
+                Returns what is wrong with the copy, or ``None``.
 
         Returns:
-            The sets that can, all at once; and what is wrong without each other one.
+            The part of ``wanted`` that can be removed all at once, and a message for
+            each other set.
         """
-        # The same layers of many blocks stand side by side: mostly all can, or none.
+        # Like layers of many blocks are sorted side by side: mostly all can, or none.
         names = [name for name in wanted if wanted[name].any()]
         names.sort(key=lambda name: re.sub(r"\d+", "", name))
         good: set[str] = set()
@@ -112,12 +116,12 @@ class Surgery:
 def without_reading(
     model: nn.Module, unread: Iterable[tuple[Use, Tensor]]
 ) -> Iterator[None]:
-    """Have layers read 0 instead of some channels for a while.
+    """Let layers read 0 instead of some channels inside a ``with`` block.
 
     Args:
         model: The model.
-        unread: What layers read, and for each of its channels whether it is not to be
-            read.
+        unread: Pairs of the channels that a layer reads, and a bool tensor of them,
+            True = read as 0.
     """
     with ExitStack() as hooks:
         for use, gone in unread:

@@ -1,4 +1,4 @@
-"""What other people's trainers do, looked at from inside.
+"""Hook into the training loops of Lightning and of training scripts.
 
-Imports :mod:`force_plugin.pruning`, and what that may import.
+May import :mod:`force_plugin.pruning`, and everything that pruning may import.
 """

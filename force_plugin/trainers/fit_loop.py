@@ -1,4 +1,4 @@
-"""What Lightning's fit loop hands to ``training_step``, and a loss from it."""
+"""Score a model by its ``training_step``, called as in Lightning's fit loop."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ def score_by_steps(
     options: Mapping[str, Any],
     measure: Callable[[Iterable[Any], dict[str, Any]], T],
 ) -> T:
-    """Measure by ``training_step``, unless the options have a loss of their own.
+    """Return a measurement with ``training_step`` as the loss.
+
+    If the options contain a loss, their loss is used instead.
 
     Args:
-        trainer: In its fit loop.
-        module: The module that it trains.
-        options: Of :func:`force_plugin.saliency` or :func:`force_plugin.force_prune`.
-        measure: Called with a loader and the options, with a loss among them.
+        trainer: The trainer, in its fit loop.
+        module: The module that the trainer trains.
+        options: Options of :func:`force_plugin.saliency` or
+            :func:`force_plugin.force_prune`.
+        measure: Called with a loader and the options, which then contain a loss.
     """
     own = options.get("forward") is None and "loss_fn" not in options
     step = _TrainingStep(trainer, module, own)
@@ -52,29 +55,30 @@ def score_by_steps(
         try:
             return measure(step, dict(options))
         except _Skipped:
-            # Again without such batches, at the cost of one more pass for each.
+            # Measure again without skipped batches. It costs a further pass per batch.
             step.skips = True
             return measure(step, dict(options))
 
 
 class _Skipped(Exception):
-    """A ``training_step`` has returned None, as it may to leave a batch out."""
+    """A ``training_step`` returned None, which leaves the batch out."""
 
 
 class _TrainingStep:
-    """A module's ``training_step``, and what Lightning's fit loop hands to it.
+    """A loader of a trainer's batches, and the loss of ``training_step`` on a batch.
 
-    A loader of batches, or of iterators over them where it takes a ``dataloader_iter``;
-    :meth:`loss` is the loss of one of them.
+    The loader yields iterators over batches instead, if ``training_step`` takes a
+    ``dataloader_iter``. :meth:`loss` returns the loss of a batch or an iterator.
 
     Args:
-        trainer: In its fit loop.
-        module: The module that it trains.
-        own: Whether its loss is scored; ``False``: there are batches in any case.
+        trainer: The trainer, in its fit loop.
+        module: The module that the trainer trains.
+        own: Whether the loss of ``training_step`` is scored. If ``False``, the loader
+            always yields batches.
 
     Attributes:
         skips: Whether to run ``training_step`` once more for each batch, and leave out
-            those for which it returns None. Default: False.
+            batches for which it returns None. Default: False.
     """
 
     def __init__(self, trainer: Any, module: LightningModule, own: bool) -> None:
@@ -84,11 +88,11 @@ class _TrainingStep:
         self._iterates = own and isinstance(
             trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher
         )
-        self._index = 0  # of the batch that was read last
+        self._index = 0  # index of the batch that was read last
 
     def __iter__(self) -> Iterator[Any]:
         fetcher = _PrefetchDataFetcher()
-        # The loop's own is on its way through an epoch.
+        # A copy, because the loop's own loader is within an epoch.
         fetcher.setup(copy(self._trainer.fit_loop._combined_loader))
         seen = given = 0
         for fetched in fetcher:
@@ -112,11 +116,11 @@ class _TrainingStep:
             )
 
     def _takes(self, batch: Any) -> bool:
-        """Whether there is a step for a batch, which it may write to."""
+        """Return whether ``training_step`` returns a result for a copy of a batch."""
         return self._run(to_device(batch, self._module.device, {})) is not None
 
     def _transferred(self, batch: Any) -> Any:
-        """A batch of the dataloader, as ``training_step`` gets it."""
+        """Return a batch of the dataloader as ``training_step`` gets it."""
         batch = self._trainer.precision_plugin.convert_input(batch)
         batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
         return call._call_strategy_hook(
@@ -124,7 +128,7 @@ class _TrainingStep:
         )
 
     def _run(self, batch: Any) -> Any:
-        """What ``training_step`` returns, or None where there is to be no step."""
+        """Return the result of ``training_step``, or None if the batch has no step."""
         run = partial(call._call_lightning_module_hook, self._trainer)
         start, arguments = batch, [batch]
         if self._iterates:
@@ -140,14 +144,15 @@ class _TrainingStep:
         # In float16, small gradients underflow without the trainer's GradScaler.
         half = precision.precision == "16-mixed"
         with nullcontext() if half else precision.train_step_context():
-            # The strategy's own would have DistributedDataParallel wait for a backward.
+            # With the strategy's training_step, DistributedDataParallel would wait for
+            # a backward pass.
             try:
                 return run("training_step", *arguments)
             except StopIteration:  # Lightning ends the epoch
                 return None
 
     def loss(self, module: nn.Module, batch: Any) -> Tensor:
-        """The loss of one batch, as a ``forward`` of :func:`force_plugin.saliency`."""
+        """Return a batch's loss, as a ``forward`` of :func:`force_plugin.saliency`."""
         name = type(self._module).__name__
         if not self._module.automatic_optimization:
             raise BatchError(
@@ -176,7 +181,7 @@ class _TrainingStep:
 
 
 class _Rereadable(_DataFetcherWrapper):
-    """A ``dataloader_iter`` of one step, for as many passes as are made of it."""
+    """A ``dataloader_iter`` of one step that can be read again after a rewind."""
 
     def __init__(
         self, fetcher: _PrefetchDataFetcher, first: tuple[Any, int, int]
@@ -199,7 +204,7 @@ class _Rereadable(_DataFetcherWrapper):
 
 @contextmanager
 def _without_logging(trainer: Any, module: LightningModule) -> Iterator[None]:
-    """Train as it were: nothing is logged, counted, or left in the trainer's parts."""
+    """Run steps inside a ``with`` block without logging, counting or traces."""
     loop, stage = trainer.fit_loop, trainer.state.stage
     loaders = loop._combined_loader.flattened
     if any(isinstance(loader, Iterator) for loader in loaders):
@@ -221,10 +226,10 @@ def _without_logging(trainer: Any, module: LightningModule) -> Iterator[None]:
         trainer.loggers = [_Silent(logger) for logger in trainer.loggers]
         trainer.profiler = PassThroughProfiler()
         trainer.training = True
-        if stage != RunningStage.TRAINING:  # as at the end of the validation
+        if stage != RunningStage.TRAINING:  # e.g. at the end of the validation
             loop.epoch_loop.val_loop._module_mode.restore(module)
         for part in logged:
-            # Lightning refuses to log in some hooks, and these steps train nothing.
+            # Lightning refuses to log in some hooks, and scoring needs no log.
             vars(part)["log"] = lambda *args, **kwargs: None
         try:
             yield
@@ -240,7 +245,10 @@ def _without_logging(trainer: Any, module: LightningModule) -> Iterator[None]:
 
 
 class _Silent(DummyLogger):
-    """A logger's names and paths, which a ``training_step`` may ask for."""
+    """A logger that only has the names and paths of a given logger.
+
+    A ``training_step`` may ask for names and paths.
+    """
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Zeros of the weights of whatever optimizer there is, held from its first step on."""
+"""Keep the zeros of any optimizer's weights, from the optimizer's first step on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from force_plugin.masks.permanent import make_permanent
 from force_plugin.model.module_names import name_some
 from force_plugin.trainers.initial_weights import say, weights_of
 
-# A holder lives as long as its optimizer, and its zeros are held as long as it lives.
+# A holder lives as long as its optimizer, and keeps zeros as long as it lives.
 _holders: WeakKeyDictionary[Optimizer, nn.Module] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def hold_from_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Hold the zeros of an optimizer's weights from its first step on."""
+    """Keep the zeros of an optimizer's weights from its first step on.
+
+    The function is a pre-hook for the step of any optimizer.
+
+    Raises:
+        RuntimeError: The optimizer has weights, and none of them is partly 0.
+    """
     if optimizer in _holders:
         return
     holder = _holders[optimizer] = nn.Module()
@@ -34,7 +40,7 @@ def hold_from_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     total = sum(weight.numel() for weight in weights.values())
     held = total - sum(kept.values())
-    # A tensor of zeros alone may just start there.
+    # A tensor that is all 0 may start at 0 without pruning.
     if not any(0 < kept[name] < weight.numel() for name, weight in weights.items()):
         raise RuntimeError(
             "force_plugin.hold: expected pruned weights at the first step of "
@@ -46,7 +52,7 @@ def hold_from_first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     apply_masks(holder, {n: m for n, m in masks.items() if kept[n] < m.numel()})
     make_permanent(holder)
     for name, weight in weights.items():
-        # This step's gradients were there before.
+        # The gradients of this step were computed before the zeros were noted.
         if weight.grad is not None:
             weight.grad.masked_fill_(~masks[name], 0)
     empty = [tuple(w.shape) for name, w in weights.items() if not kept[name]]

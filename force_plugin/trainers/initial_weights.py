@@ -1,4 +1,4 @@
-"""Weights of a file, loaded into the module of a script that they fit."""
+"""Load the weights of a file into the module of a script that fits the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from force_plugin.model.module_names import name_some
 
 
 def say(message: str) -> None:
-    """Once, where there are several processes."""
+    """Print a message to standard error, on the process of rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"force_plugin.hold: {message}", file=sys.stderr)
 
@@ -31,28 +31,28 @@ _AnyTensor = TypeVar("_AnyTensor", bound=Tensor)
 
 
 def weights_of(parameters: Iterable[tuple[str, _AnyTensor]]) -> dict[str, _AnyTensor]:
-    """Without biases and normalisations, which are 0 without having been pruned."""
+    """Return parameters without biases and normalisations, which may start at 0."""
     return {name: p for name, p in parameters if p.ndim > 1 and p.is_floating_point()}
 
 
 def least_value(dtype: torch.dtype) -> float:
-    """What stands for the 0 of a weight that was not pruned."""
+    """Return the value that replaces a 0 in a weight that was not pruned."""
     return max(1e-30, torch.finfo(dtype).tiny)
 
 
 class InitialWeights:
-    """Loads weights into the first module that is called and that they fit.
+    """Load the weights of a file into the first called module that fits the weights.
 
-    Then all is as if the module had been made with them: what was copied from it
-    before, as an average of the weights is, gets them too. A module that has their
-    zeros comes from a checkpoint, and stays as it is.
+    Earlier copies of the module, such as an average of its weights, get the file's
+    weights too. A module that has the zeros of the file comes from a checkpoint, and is
+    not changed.
 
     Args:
         path: Safetensors file, as :func:`save_pruned` writes it.
 
     Raises:
-        FileFormatError: It cannot be read.
-        NotPrunedError: No zeros are among its weights.
+        FileFormatError: The file cannot be read.
+        NotPrunedError: The weights of the file contain no zeros.
     """
 
     def __init__(self, path: str) -> None:  # noqa: D107 (the class has it)
@@ -72,7 +72,7 @@ class InitialWeights:
         self._values = {_plain(key): value for key, value in values.items()}
         self._shapes = {key: value.shape for key, value in self._values.items()}
         self._found = False
-        # Name and shapes of what came closest, of all that was called.
+        # Name and shapes of the called module that fits the weights best.
         self._closest: tuple[str, dict[str, torch.Size]] | None = None
         self._hooks = (
             register_module_forward_pre_hook(self._before_forward),
@@ -80,13 +80,13 @@ class InitialWeights:
         )
 
     def remove(self) -> None:
-        """Let go of the weights, and leave modules and optimizers alone."""
+        """Free the weights, and remove the hooks on modules and optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._values.clear()
 
     def require(self, moment: str) -> None:
-        """Raise RuntimeError if no module that they fit was called until now."""
+        """Raise RuntimeError if no called module has fitted the weights until now."""
         if self._found:
             return
         came = "none that has parameters was called"
@@ -111,11 +111,12 @@ class InitialWeights:
         self.require(f"the first step of {type(optimizer).__name__}")
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
-        # Nothing can be loaded while torch.compile traces. Transforms are modules too.
+        # Nothing can be loaded while torch.compile traces. Modules without parameters,
+        # such as transforms, are ignored.
         if torch.compiler.is_compiling() or next(module.parameters(), None) is None:
             return
         shapes = _shapes(module)
-        # A teacher may have the same keys, and is frozen.
+        # A teacher may have equal keys, but is frozen.
         trained = any(parameter.requires_grad for parameter in module.parameters())
         if shapes == self._shapes and trained:
             self._found = True
@@ -128,10 +129,10 @@ class InitialWeights:
             self._closest = type(module).__name__, shapes
 
     def _start(self, module: nn.Module) -> None:
-        """Give the values to a module and its copies, and say what was done."""
+        """Load the values into a module and its copies, and print a message."""
         name = type(module).__name__
         weights = _named_weights(module)
-        # Pruned in the file and not in the module.
+        # Weights with values that are pruned in the file, but not in the module.
         dense = {
             key: weight.clone()
             for key, weight in weights.items()
@@ -143,7 +144,7 @@ class InitialWeights:
                 "checkpoint"
             )
             return
-        gc.collect()  # what nobody has any more is no average
+        gc.collect()  # objects without references are no averages
         classes = {type(part) for part in module.modules()}
         copies = {id(next(module.parameters())): module}
         copies |= {
@@ -176,7 +177,7 @@ class InitialWeights:
 
 
 def _plain(key: str) -> str:
-    """A state-dict key without what torch.compile and DistributedDataParallel add."""
+    """Return a state-dict key without torch.compile's and DDP's prefixes."""
     return re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
 
 
@@ -201,10 +202,10 @@ def _equal(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 
 def _is_copy(tensor: Tensor, weights: Collection[Tensor]) -> bool:
-    """Whether it has the values of one of them, and is none of them."""
+    """Return whether a tensor is no weight itself, but equals a weight."""
     return not any(tensor is weight for weight in weights) and any(
         tensor.shape == weight.shape
-        # An average may be more precise.
+        # An average may have a higher precision.
         and tensor.dtype in (weight.dtype, torch.float32)
         and tensor.layout == torch.strided
         and not tensor.is_meta
@@ -214,7 +215,7 @@ def _is_copy(tensor: Tensor, weights: Collection[Tensor]) -> bool:
 
 
 def _as(value: Tensor, like: Tensor) -> Tensor:
-    """A value in another's precision, in which no more of it is 0."""
+    """Return a tensor in the precision of ``like``, without additional zeros."""
     result = value.to(like.dtype)
     if result.is_floating_point():
         result.masked_fill_((result == 0) & (value != 0), least_value(result.dtype))
