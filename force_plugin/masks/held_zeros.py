@@ -330,7 +330,7 @@ def _held_before(module: nn.Module, parameter: nn.Parameter) -> list[_Zeros]:
 
 
 def _kept_of_view(parameter: Tensor, other: Tensor, kept: Tensor) -> Tensor | None:
-    """Return the mask of a parameter that has its values in another one's memory.
+    """Return the mask of a parameter that is a view into another parameter's memory.
 
     It is ``None`` if the parameter is no view of the other parameter, or if the view
     has no pruned entry.
@@ -368,7 +368,7 @@ def _has_zeros(parameter: Tensor, kept: Tensor, also_alone: bool) -> bool:
     Args:
         parameter: The parameter.
         kept: Mask with as many values as the parameter; 0 = pruned.
-        also_alone: Whether the parameter may be 0 at most of the kept entries too.
+        also_alone: Whether half of the kept entries or more may be 0 too.
     """
     values = parameter.detach().flatten()
     mask = kept.to(values.device).flatten() != 0

@@ -47,11 +47,10 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
         model.load_state_dict(checkpoint)
         make_permanent(model)
 
-    If the model has no masks, the zeros of its weights are the masks. So that zeros
-    mean pruned weights, this function replaces each 0 that was not pruned, as in a head
-    that starts at 0, by the smallest number of its dtype (1.4e-45 in float32). It does
-    so in all matrices and kernels, but not in the row of an embedding's
-    ``padding_idx``.
+    If the model has no masks, the zeros of its weights are the masks. Therefore each 0
+    that was not pruned, as in a head that starts at 0, becomes the smallest number of
+    its dtype (1.4e-45 in float32). This goes for all matrices and kernels, but not for
+    the row of an embedding's ``padding_idx``.
 
     If ``fully_shard`` has sharded the model, every rank must call this function.
 
