@@ -1,4 +1,5 @@
 """Masks on a model: applied, read, saved, loaded, made permanent, checked.
 
-Imports :mod:`force_plugin.methods`, and what that may import.
+This folder imports :mod:`force_plugin.methods`, and the folders that ``methods`` may
+import.
 """

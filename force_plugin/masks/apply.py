@@ -1,4 +1,4 @@
-"""Masks of a model: read, apply, save, load. True = kept."""
+"""Reading the masks of a model, and applying masks to a model. True = kept."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from force_plugin.model.weights_to_prune import check_names
 
 
 def get_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Masks of a model that was pruned with :mod:`torch.nn.utils.prune`.
+    """Return the masks of a model that was pruned with :mod:`torch.nn.utils.prune`.
 
-    Any method of that module counts, not only those of this package.
+    The model may be pruned by any method of that module, also by methods outside this
+    package.
 
     Args:
         model: Any module.
 
     Returns:
-        Bool tensors by parameter name (``"layer1.0.conv1.weight"``, whatever the model
-        or a part of it is wrapped in), each of its parameter's shape and on its device,
-        True = kept. Parameters that are not
-        pruned are left out; a shared one comes once. Of a model that was sharded when
-        it was pruned the masks are put together, for which every rank must call it.
+        Bool tensors by parameter name, True = kept, each with the shape and device of
+        its parameter. Names are as in ``"layer1.0.conv1.weight"``, also if the model or
+        a part of it is wrapped. Parameters that are not pruned are left out. A
+        parameter that several modules share has a single mask. If the model was sharded
+        when it was pruned, the masks are put together, and every rank must call this
+        function.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -51,22 +53,21 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Prune a model in place with given masks.
 
-    On a parameter that is pruned already, what either mask prunes is pruned
-    afterwards.
+    If a parameter is pruned already, a weight stays only if both masks keep it.
 
     Args:
         model: Any module.
         masks: By parameter name, tensors of the parameter's shape on any device: bool
-            (True = kept), or of another type with values 0 and 1. What has none stays
-            as it is. Names may have what ``torch.compile`` (``_orig_mod.``),
-            ``DataParallel`` (``module.``) and other wrappers add to them, or lack it.
+            (True = kept), or another dtype with values 0 and 1. A parameter without a
+            mask is not changed. Names may have or lack the prefixes of wrappers, such
+            as ``_orig_mod.`` of ``torch.compile`` or ``module.`` of ``DataParallel``.
 
     Raises:
         TypeError: ``masks`` is no mapping of tensors.
         MaskMismatchError: Names or shapes do not fit the model (the message says
-            which), or a mask is sparse, has no values, or others than 0 and 1; the
-            model is unchanged.
-        ValueError: The model is sharded; it is unchanged.
+            which), or a mask is sparse, has no values, or has values other than 0 and
+            1. The model is unchanged.
+        ValueError: The model is sharded. The model is unchanged.
     """
     parameters = named_parameters(model)
     checked = checked_masks(masks)
@@ -103,7 +104,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def _with_closest(name: str, known: Iterable[str]) -> str:
-    """A name, and the known one that has another prefix or none, where there is one."""
+    """Return a name for a message, with the known name that has another prefix."""
     plain = name.removesuffix("_orig").removesuffix("_mask")
     close = [
         own
@@ -112,7 +113,7 @@ def _with_closest(name: str, known: Iterable[str]) -> str:
     ]
     if not close:
         return repr(name)
-    # 'module.10.weight' is rather '10.weight' than 'weight'.
+    # For 'module.10.weight', '10.weight' is closer than 'weight'.
     best = min(close, key=lambda own: abs(len(own) - len(plain)))
     return f"{name!r} (did you mean {best!r}?)"
 
@@ -121,11 +122,11 @@ def prune_with(
     masks: Iterable[tuple[Weight, Tensor]],
     method: type[SaliencyMethod] = SaliencyMethod,
 ) -> None:
-    """Prune weights with bool masks, all of them or, after an error, none.
+    """Prune weights with bool masks. After an error, no weight is pruned.
 
     Args:
-        masks: Weights and their masks, of the same shapes.
-        method: Class of the hook that PyTorch's reparametrisation gets.
+        masks: Pairs of a weight and a mask of its shape.
+        method: Class of the hook for PyTorch's reparametrisation.
     """
     pairs = list(masks)
     for weight, _ in pairs:
@@ -133,10 +134,10 @@ def prune_with(
     touched = [module for weight, _ in pairs for module, _ in weight.owners]
     with restored(touched, only_on_error=True):
         for weight, mask in pairs:
-            # One copy for all owners, none of them the caller's.
+            # All owners share a copy, so that the caller's mask stays the caller's.
             mask = mask.to(weight.dense.device, copy=True)
             for module, name in weight.owners:
-                # Owners of a shared weight may have been pruned one by one before.
+                # The owners of a shared weight may have different masks from before.
                 earlier = pruned_so_far(module, name)
                 removed = ~mask if earlier is None else earlier & ~mask
                 hook = method(int(removed.count_nonzero()))
@@ -147,16 +148,16 @@ def prune_with(
 def checked_masks(
     masks: Mapping[str, Tensor], argument: str = "masks"
 ) -> dict[str, Tensor]:
-    """Masks as bool tensors, or one clear error.
+    """Return masks as bool tensors, or raise a clear error.
 
     Args:
-        masks: By name.
-        argument: What the error says that they came in.
+        masks: Masks by name.
+        argument: Name of the argument that holds the masks, for the message.
 
     Raises:
-        TypeError: It is no mapping of names to tensors.
-        MaskMismatchError: It is empty, or a mask is sparse, has no values, or others
-            than 0 and 1.
+        TypeError: ``masks`` is no mapping of names to tensors.
+        MaskMismatchError: ``masks`` is empty, or a mask is sparse, has no values, or
+            has values other than 0 and 1.
     """
     if not isinstance(masks, Mapping):
         raise TypeError(

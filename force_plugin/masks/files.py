@@ -1,4 +1,4 @@
-"""Masks in files: one bit a weight, and what made them."""
+"""Masks in files, with one bit for each weight, and with metadata."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def save_masks(
     path: str | Path,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write masks to a safetensors file, one bit a weight, and what made them.
+    """Write masks to a safetensors file, with one bit for each weight, and metadata.
 
     Args:
-        masks: As :func:`get_masks` returns them.
-        path: File to write; its folder must exist. A file that is there is replaced
-            at once, by a whole one.
-        metadata: What :func:`load_metadata` is to give back, e.g.
+        masks: Masks by parameter name, as :func:`get_masks` returns them.
+        path: File to write; its folder must exist. An existing file is replaced in a
+            single step, so that the file is never half-written.
+        metadata: A mapping for :func:`load_metadata`, e.g.
             ``{"method": "force", "sparsity": 0.99, "seed": 0}``, of types that
-            :func:`json.dumps` takes. ``created`` (date and time, UTC) and ``versions``
-            (of force_plugin, torch and timm) are added unless they are in it. Default:
-            nothing else.
+            :func:`json.dumps` takes. Unless the mapping has them, ``created`` (date and
+            time, UTC) and ``versions`` (of force_plugin, torch and timm) are added.
+            Default: only these two.
 
     Raises:
-        TypeError: ``masks`` is no mapping of names to tensors, ``metadata`` none of
-            names to what JSON holds.
-        ValueError: ``masks`` is empty, a mask is called ``__metadata__``, is sparse,
-            has no values, or others than 0 and 1.
-        OSError: The file cannot be written, because the folder does not exist, say; a
-            file that was there is what it was.
+        TypeError: ``masks`` is no mapping of names to tensors, or ``metadata`` is no
+            mapping of names to types that JSON holds.
+        ValueError: ``masks`` is empty, or a mask has the name ``__metadata__``, is
+            sparse, has no values, or has values other than 0 and 1.
+        OSError: The file cannot be written, for example because the folder does not
+            exist. An existing file is unchanged.
     """
     checked = checked_masks(masks)
     if "__metadata__" in checked:
@@ -71,7 +71,7 @@ def save_masks(
 
 
 def _as_json(metadata: Mapping[str, Any]) -> str:
-    # The package itself is not there yet when this module is imported.
+    # The package is not complete yet while this module is imported.
     from force_plugin import __version__
 
     versions = {"force_plugin": __version__, "torch": str(torch.__version__)}
@@ -88,7 +88,7 @@ def _as_json(metadata: Mapping[str, Any]) -> str:
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
-    """Read the masks that :func:`save_masks` wrote.
+    """Return the masks in a file that :func:`save_masks` wrote.
 
     Args:
         path: The file.
@@ -97,26 +97,26 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         Bool tensors by parameter name, on the CPU, True = kept.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        FileFormatError: It is no masks file, or it is cut short.
+        FileNotFoundError: The file does not exist.
+        FileFormatError: The file is no masks file, or it is cut short.
     """
     return _read(path)[0]
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`save_masks` wrote of how the masks were made.
+    """Return the metadata in a file that :func:`save_masks` wrote.
 
     Args:
         path: The file.
 
     Returns:
         ``created`` (date and time, UTC, in ISO 8601), ``versions`` (by package) and the
-        caller's own ``metadata`` as JSON gives it back: tuples are lists. A masks file
-        that was written without has none.
+        caller's own ``metadata``. JSON turns tuples into lists. The result is empty for
+        a masks file without metadata.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        FileFormatError: It is no masks file, or it is cut short.
+        FileNotFoundError: The file does not exist.
+        FileFormatError: The file is no masks file, or it is cut short.
     """
     return _read(path)[1]
 
@@ -150,7 +150,10 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _checksum(header: Mapping[str, str], bits: Mapping[str, Tensor]) -> str:
-    """Of everything that is read from the file; the first ones had no metadata."""
+    """Return a checksum of everything that is read from a masks file.
+
+    The first masks files had no metadata.
+    """
     digest = hashlib.sha256((header["shapes"] + header.get("metadata", "")).encode())
     for tensor in bits.values():
         digest.update(tensor.numpy().tobytes())

@@ -1,8 +1,8 @@
-"""Zeros that stay 0 in training: of a parameter, whichever modules own it by then.
+"""Zeros of parameters that stay 0 in training.
 
-They are 0 again after every step of an optimizer. Modules note the zeros of their
-parameters too, so that copies and pickles hold them, and what a state dict puts in the
-place of a parameter.
+The zeros are 0 again after every step of an optimizer, whichever modules own the
+parameter by then. Modules also note the zeros of their parameters. So copies, pickles,
+and parameters that a state dict puts in place hold these zeros too.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from force_plugin.parallel.shards import Shards, shard_like
 
 
 class _Zeros:
-    """Which entries of a parameter were pruned; they are 0 after any optimizer's step.
+    """The pruned entries of a parameter, which are 0 after any optimizer's step.
 
     Args:
-        kept: Tensor of 0 and 1 of its shape, in bytes; 0 = pruned. It is whole, or
-            sharded as the parameter is. It is not written to.
+        kept: Byte tensor of 0 and 1 of the parameter's shape; 0 = pruned. It is whole,
+            or sharded like the parameter. It is not written to.
     """
 
     def __init__(self, kept: Tensor) -> None:
         self.kept = kept
-        # Of a sharded parameter, this rank's shard of the mask.
+        # This rank's shard of the mask, if the parameter is sharded.
         self._local: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Zeros:
@@ -57,26 +57,26 @@ class _Zeros:
         gradient = parameter.grad
         if gradient is None or gradient.layout != torch.strided:
             return
-        if gradient.requires_grad:  # someone is about to differentiate it
+        if gradient.requires_grad:  # the caller may differentiate the gradient
             parameter.grad = gradient.masked_fill(self.kept.to(gradient.device) == 0, 0)
         else:
             self.clear(gradient)
 
     def restore(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
-        """Undo what a step has made of the pruned entries."""
+        """Set the pruned entries to 0 after a step of an optimizer."""
         self.clear(parameter)
-        # timm's Lookahead keeps other values there, and writes them after this step.
+        # timm's Lookahead keeps its own values, and writes them after this step.
         slow = state.get("lookahead_slow_buff")
         if slow is not None:
             self.clear(slow)
 
     def clear(self, values: Tensor) -> None:
-        """Write zeros where the parameter is pruned, over a NaN too."""
+        """Write zeros where the parameter is pruned, also over NaN."""
         values, kept = self._beside(values.detach())
         torch.where(kept.view(torch.bool), values, values.new_zeros(()), out=values)
 
     def _beside(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and their mask; of sharded ones, this rank's shard of both."""
+        """Return values and their mask; if sharded, this rank's shard of both."""
         if not is_sharded(values):
             self.kept = self.kept.to(values.device)
             return values, self.kept
@@ -87,22 +87,22 @@ class _Zeros:
 
 
 class _Hold:
-    """What is held of a parameter, as the hook that masks its gradients.
+    """The held zeros of a parameter, and the hook that masks its gradients.
 
-    So it lives as long as the parameter. A weak reference to the parameter itself would
-    keep :func:`torch.utils.swap_tensors` from it.
+    As a hook, this object lives as long as the parameter. A weak reference to the
+    parameter would keep :func:`torch.utils.swap_tensors` from swapping the parameter.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.zeros: dict[_Zeros, None] = {}
-        # Whether it has run since the last step.
+        # Whether the hook has run since the last step.
         self.ran = False
         frozen = not parameter.requires_grad
-        if frozen:  # it may be trained later, and takes no hook as it is
+        if frozen:  # a frozen parameter takes no hook, but may be trained later
             parameter.requires_grad_()
         try:
-            # Not register_hook: this one runs for gradients that other ranks send too,
-            # as in FSDP2, and needs no copy.
+            # Unlike register_hook, this hook also runs for gradients that other ranks
+            # send, as in FSDP2, and it needs no copy.
             register = parameter.register_post_accumulate_grad_hook
             self._handle: RemovableHandle = register(self)  # type: ignore[no-untyped-call]
         finally:
@@ -116,43 +116,45 @@ class _Hold:
             zeros.clear_gradient(parameter)
 
     def before_step(self, parameter: nn.Parameter) -> None:
-        """Mask a gradient that came without the hook, as after a swap of tensors."""
+        """Mask a gradient if the hook did not run, as after a swap of tensors."""
         if not self.ran and parameter.grad is not None:
             self(parameter)
-            # PyTorch left the hooks behind: they are told of again.
+            # PyTorch has lost the hooks. Setting them again registers them.
             tell_of_hooks(parameter)
         self.ran = False
 
     def remove(self, parameter: nn.Parameter) -> None:
-        """Hold nothing of it any more."""
+        """Hold no zeros of the parameter any more."""
         self._handle.remove()
         del _held[id(parameter)]
 
 
 _held: WeakValueDictionary[int, _Hold] = WeakValueDictionary()
-"""By the identity of a parameter, as long as it lives."""
+"""The held zeros, by the identity of a parameter, as long as the parameter lives."""
 
 
 def held_of(parameter: nn.Parameter) -> list[_Zeros]:
-    """The zeros that are held of a parameter."""
+    """Return the held zeros of a parameter."""
     own = _held.get(id(parameter))
     return [] if own is None else [*own.zeros]
 
 
 class _Note:
-    """What a module notes of the zeros of one of its parameters.
+    """A module's note of the zeros of one of its parameters.
 
-    It lives, is copied and pickled with the module. Others may take the parameter's
-    place (``load_state_dict(assign=True)``), and are held then.
+    The note lives with the module, and is copied and pickled with the module. If
+    another parameter takes the place (``load_state_dict(assign=True)``), its zeros are
+    held then.
 
     Args:
-        module: Owner of the parameter. It is not kept alive.
+        module: Owner of the parameter. The note does not keep the module alive.
         name: Name of the pruned tensor in the module.
-        zeros: As the parameter has them.
+        zeros: The zeros of the parameter.
     """
 
     def __init__(self, module: nn.Module, name: str, zeros: _Zeros) -> None:
-        self._module = ref(module)  # a cycle would keep both till the next collection
+        # A cycle of references would keep both alive till the next collection.
+        self._module = ref(module)
         self._name = name
         self.zeros = zeros
         _notes.add(self)
@@ -163,31 +165,35 @@ class _Note:
 
     @property
     def owner(self) -> nn.Module | None:
-        """The module, if it is still there."""
+        """The module; ``None`` if it is gone."""
         return self._module()
 
     def find_parameter(self) -> nn.Parameter | None:
-        """The parameter, if the module has this note, and one that the mask fits."""
+        """Return the parameter that the module has now, or ``None``.
+
+        It is ``None`` if the module is gone or has another note, or if the mask does
+        not fit the parameter.
+        """
         module = self.owner
         found = None
         if module is not None and vars(module).get(HELD, {}).get(self._name) is self:
-            # Another pruning may have been put on it.
+            # Another pruning may have renamed the parameter.
             found = own_parameters(module).get(parameter_key(module, self._name))
         return found if found is None or found.shape == self.kept.shape else None
 
     def follow(self) -> None:
-        """Hold the parameter, whichever it is now."""
+        """Hold the zeros of the parameter that the module has now."""
         parameter = self.find_parameter()
         if parameter is not None and _hold_parameter(parameter, self.zeros):
             self.zeros.clear_gradient(parameter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
         module, parameter = memo.get(id(self.owner)), self.find_parameter()
-        if not isinstance(module, nn.Module):  # copied without the module
+        if not isinstance(module, nn.Module):  # the note is copied without the module
             return self
         zeros = copy.deepcopy(self.zeros, memo)
         if parameter is not None:
-            # The module may lose it before the first step, as in prepare_qat.
+            # The module may lose the copy before the first step, as in prepare_qat.
             _hold_parameter(copy.deepcopy(parameter, memo), zeros)
         return _Note(module, self._name, zeros)
 
@@ -199,7 +205,7 @@ class _Note:
 def _note(
     module: nn.Module, name: str, kept: Tensor, parameter: nn.Parameter | None
 ) -> _Note:
-    """A note from a pickle."""
+    """Return a note from a pickle."""
     shared = [] if parameter is None else held_of(parameter)
     note = _Note(module, name, shared[0] if shared else _Zeros(kept))
     if parameter is not None:
@@ -211,7 +217,10 @@ _notes: WeakSet[_Note] = WeakSet()
 
 
 def zeros_of(weight: Weight) -> set[_Zeros]:
-    """What is held of a parameter, and will be where it has taken another's place."""
+    """Return the zeros of a parameter that are held, or that its owners have noted.
+
+    A parameter that has just taken the place of another parameter has notes only.
+    """
     found = set(held_of(weight.dense))
     for module, name in weight.owners:
         note = vars(module).get(HELD, {}).get(name)
@@ -221,7 +230,7 @@ def zeros_of(weight: Weight) -> set[_Zeros]:
 
 
 def hold(weight: Weight, mask: Tensor, shards: Shards, undo: ExitStack) -> None:
-    """Hold what a mask prunes of a weight from now on, and nothing else."""
+    """Hold the entries that a mask prunes, in place of zeros that were held before."""
     zeros = _Zeros(shards.joined(weight.name, mask.view(torch.uint8)))
     earlier = held_of(weight.dense)
     undo.callback(hold_instead, weight.dense, earlier)
@@ -231,7 +240,7 @@ def hold(weight: Weight, mask: Tensor, shards: Shards, undo: ExitStack) -> None:
 
 
 def hold_instead(parameter: nn.Parameter, several: Iterable[_Zeros]) -> None:
-    """Hold these zeros of a parameter, and no others."""
+    """Hold the given zeros of a parameter, in place of zeros that were held before."""
     own = _held.get(id(parameter))
     if own is not None:
         own.remove(parameter)
@@ -240,10 +249,10 @@ def hold_instead(parameter: nn.Parameter, several: Iterable[_Zeros]) -> None:
 
 
 def _hold_parameter(parameter: nn.Parameter, zeros: _Zeros) -> bool:
-    """Hold zeros of a parameter, besides those that are held already.
+    """Hold zeros of a parameter, besides zeros that are held already.
 
     Returns:
-        Whether they were not held before.
+        Whether these zeros are new, that is, were not held before.
     """
     _listen()
     own = _held.get(id(parameter)) or _Hold(parameter)
@@ -276,7 +285,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 @torch.no_grad()
 def _take_over(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Note in a module what is held of a parameter that it is given."""
+    """Note in a module the held zeros of a parameter that the module gets."""
     if parameter is None or isinstance(module, torch.jit.ScriptModule) or not _notes:
         return
     found = held_of(parameter) or _held_before(module, parameter)
@@ -291,15 +300,16 @@ def _take_over(module: nn.Module, name: str, parameter: nn.Parameter | None) -> 
 
 
 def _held_before(module: nn.Module, parameter: nn.Parameter) -> list[_Zeros]:
-    """What is held of a parameter that another one was made of.
+    """Return the held zeros of an earlier parameter from which a new one was made.
 
-    They share their memory, as in ``torch.nn.utils.weight_norm``. Or the other one was
-    computed from a parameter that its module has lost, and has its zeros, as in
-    ``remove_weight_norm`` and ``remove_parametrizations``.
+    Either the two parameters share their memory, as in ``torch.nn.utils.weight_norm``.
+    Or the new parameter was computed from a parameter that its module has lost, and has
+    the zeros of the lost parameter, as in ``remove_weight_norm`` and
+    ``remove_parametrizations``.
 
     Args:
-        module: The module that is given the parameter.
-        parameter: The new one.
+        module: The module that gets the new parameter.
+        parameter: The new parameter.
     """
     if is_lazy(parameter) or parameter.is_meta or is_sharded(parameter):
         return []
@@ -321,12 +331,16 @@ def _held_before(module: nn.Module, parameter: nn.Parameter) -> list[_Zeros]:
 
 
 def _kept_of_view(parameter: Tensor, other: Tensor, kept: Tensor) -> Tensor | None:
-    """What is kept of a parameter that has its values in the memory of another one.
+    """Return the mask of a parameter that is a view into another parameter's memory.
+
+    It is ``None`` if the parameter is no view of the other parameter, or if the view
+    has no pruned entry.
 
     Args:
-        parameter: It may be reshaped, transposed, or a part of the other one.
-        other: The other one.
-        kept: Tensor of 0 and 1 of the other one's shape.
+        parameter: A parameter that may be a reshaped, transposed or partial view of the
+            other parameter.
+        other: The other parameter.
+        kept: Mask of the other parameter, with its shape; 0 = pruned.
     """
     if parameter.dtype != other.dtype or not _same_memory(parameter, other):
         return None
@@ -350,12 +364,12 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _has_zeros(parameter: Tensor, kept: Tensor, also_alone: bool) -> bool:
-    """Whether a parameter is 0 where another was pruned, and nearly nowhere else.
+    """Whether a parameter is 0 where a mask prunes, and mostly not 0 elsewhere.
 
     Args:
         parameter: The parameter.
-        kept: Tensor of 0 and 1 of as many values.
-        also_alone: Also if it is 0 everywhere.
+        kept: Mask with as many values as the parameter; 0 = pruned.
+        also_alone: Whether half of the kept entries or more may be 0 too.
     """
     values = parameter.detach().flatten()
     mask = kept.to(values.device).flatten() != 0
@@ -366,9 +380,9 @@ def _has_zeros(parameter: Tensor, kept: Tensor, also_alone: bool) -> bool:
 
 
 def _listen() -> None:
-    """Have optimizers and modules say what they do, from the first zeros on."""
+    """Register hooks for optimizers and modules, when zeros are first held."""
     if not _handles:
-        # A training step that is compiled as a whole is not to trace them.
+        # A training step that is compiled as a whole must not trace these hooks.
         before, after, take_over = map(
             torch.compiler.disable, (_before_step, _after_step, _take_over)
         )

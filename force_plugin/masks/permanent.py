@@ -1,8 +1,8 @@
-"""Make a pruning permanent: plain parameters again, whose zeros stay 0 in training.
+"""Permanent prunings: plain parameters again, whose zeros stay 0 in training.
 
-What is held is a parameter: its zeros are 0 after every step of an optimizer, whichever
-modules own it by then. Modules note the zeros of their parameters too, so that copies
-and pickles hold them, and what a state dict puts in the place of a parameter.
+The zeros of a held parameter are 0 after every step of an optimizer, whichever modules
+own the parameter by then. Modules also note the zeros of their parameters. So copies,
+pickles, and parameters that a state dict puts in place hold these zeros too.
 """
 
 from __future__ import annotations
@@ -30,55 +30,59 @@ from force_plugin.parallel.shards import Shards
 
 
 def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
-    """Turn a pruned model into a plain one with the pruned weights at 0, in place.
+    """Turn a pruned model into a plain model with the pruned weights at 0, in place.
 
     Mirrors :func:`torch.nn.utils.prune.remove` for every pruned tensor of a model.
-    Afterwards it has the dense model's own parameters, where they were in memory, and
-    its state-dict keys, nothing is left to do in its forward pass, and an optimizer
-    that was made before goes on with the same parameters. A weight that several modules
-    share loses what any of them has pruned. If anything fails, Ctrl-C included, the
-    model is bit for bit what it was; for that, the pruned parameters are held twice
-    meanwhile.
+    Afterwards the model has plain parameters, in the memory where they were, and the
+    state-dict keys of the dense model. Its forward pass does no extra work. An existing
+    optimizer goes on with the same parameters. If several modules share a weight, the
+    weight loses the entries that any of these modules has pruned. If anything fails,
+    Ctrl-C included, the model is bit for bit what it was. For this, memory holds the
+    pruned parameters twice during the call.
 
-    Training goes on from a checkpoint of such a model in a dense one, with this call
-    once more: where no mask is found, the zeros of the weights are the masks. So a
-    weight that is 0 and was not pruned, as in a head that starts at 0, gets the
-    smallest number that there is (1.4e-45 in float32). That goes for all matrices and
-    kernels, but not for the row of an embedding's ``padding_idx``.
+    To go on training from a checkpoint of a permanently pruned model, load the
+    checkpoint into a dense model, and call this function again:
 
         model.load_state_dict(checkpoint)
         make_permanent(model)
 
-    On a model that ``fully_shard`` has sharded every rank must call it.
+    If the model has no masks, the zeros of its weights are the masks. Therefore each 0
+    that was not pruned, as in a head that starts at 0, becomes the smallest number of
+    its dtype (1.4e-45 in float32). This goes for all matrices and kernels, but not for
+    the row of an embedding's ``padding_idx``.
+
+    If ``fully_shard`` has sharded the model, every rank must call this function.
 
     Args:
-        model: Any module that was pruned with :mod:`torch.nn.utils.prune`; or, with
-            ``hold_zeros``, one without masks that has matrices or kernels in which some
-            weights are 0. Then these are held, and so is a convolution or linear layer
-            whose weights are all 0.
-        hold_zeros: Keep the pruned weights at 0, at the cost of one byte a weight:
-            their gradients are 0, as under a mask, and whatever an optimizer makes of
-            them (momentum from before, Muon) is undone after every step of any
-            :class:`torch.optim.Optimizer`. What is held is the parameter, also in the
-            modules of ``prepare_qat`` or others that take it over. A copy or an
-            unpickled model holds its own. ``False``: they are trained as all others,
-            but for those that an earlier call holds.
+        model: Any module that was pruned with :mod:`torch.nn.utils.prune`. With
+            ``hold_zeros``, it may also be a module without masks whose matrices or
+            kernels have zeros among their weights. These zeros are then held, also in a
+            convolution or linear layer whose weights are all 0.
+        hold_zeros: Keep the pruned weights at 0 (default: True), at the cost of one
+            byte a weight. Their gradients are 0, as under a mask. After every step of
+            any :class:`torch.optim.Optimizer` they are set to 0 again, as momentum from
+            before or Muon may change them. The zeros belong to the parameter, and also
+            hold in modules that take the parameter over, such as the modules of
+            ``prepare_qat``. Copies and unpickled models hold their own zeros.
+            ``False``: pruned weights are trained like all others, except the zeros that
+            an earlier call holds.
 
     Raises:
         TypeError: ``model`` is no module.
-        NotPrunedError, ValueError: Nothing is pruned in it, or it was pruned and then
-            sharded; it is unchanged.
+        NotPrunedError, ValueError: Nothing is pruned in the model, or the model was
+            pruned and then sharded. The model is unchanged.
 
     Warns:
-        UserWarning: There is no mask, and some layers hold nothing but zeros: they are
-            held at 0, as layers that lost every weight. Or tensors are held that are
-            pruned only when they are named: an embedding, say, or an LSTM's.
+        UserWarning: The model has no masks, and some layers hold nothing but zeros.
+            They are held at 0, as layers that lost every weight. Or zeros are held in
+            tensors that are pruned only by name, such as those of an embedding or an
+            LSTM.
     """
     shards = Shards(model, Ranks(model))
     parameters = list(shards.parameters.values())
     weights = [weight for weight in parameters if weight.mask is not None]
     if not hold_zeros:
-        # Others with a mask are held by an earlier call.
+        # A weight with a mask but without a hook is held by an earlier call.
         weights = [
             w for w in weights if any(mask_of(*owner) is not None for owner in w.owners)
         ]
@@ -102,8 +106,8 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
                 mask = mask_of(module, name)
                 if mask is not None:
                     pruned |= mask == 0
-                    # Written where they are: prune.remove lets go of memory that others
-                    # may share, and of channels_last.
+                    # Write the values in place. prune.remove would replace memory that
+                    # other tensors may share, and would lose channels_last.
                     undo.callback(setattr, weight.dense, "data", values)
                     remove(module, name)
                     weight.dense.data = values.copy_(weight.dense.data)
@@ -113,7 +117,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
             values.masked_fill_(
                 _zeros_among(weight) & ~pruned, _smallest_number(values)
             )
-            # The products are -0 where a weight was negative, NaN where it was inf.
+            # A product with the mask is -0 for a negative weight, and NaN for an inf.
             values.masked_fill_(pruned, 0)
             if hold_zeros:
                 hold(weight, ~pruned, shards, undo)
@@ -127,13 +131,13 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
 
 
 def _is_weight(weight: Weight) -> bool:
-    """Whether its zeros are pruned weights, where no mask says otherwise."""
+    """Whether zeros of a parameter count as pruned weights if there is no mask."""
     dense = weight.dense
     return not is_lazy(dense) and dense.is_floating_point() and weight.weighs
 
 
 def _zeros_among(weight: Weight) -> Tensor:
-    """Where it is 0, but for the row of an embedding that stands for padding."""
+    """Return where a weight is 0, except the padding row of an embedding."""
     zero = weight.local == 0
     for module, _ in weight.owners:
         padding = getattr(module, "padding_idx", None)
@@ -143,21 +147,21 @@ def _zeros_among(weight: Weight) -> Tensor:
 
 
 def _smallest_number(values: Tensor) -> float:
-    """What stands for the 0 of a weight that was not pruned."""
+    """Return the value that replaces a 0 in a weight that was not pruned."""
     kind = torch.finfo(values.dtype)
     return kind.smallest_normal * kind.eps
 
 
 @torch.no_grad()
 def prune_in_place(masks: Iterable[tuple[Weight, Tensor]], shards: Shards) -> None:
-    """Set weights to 0 and hold them there, all of them or, after an error, none.
+    """Set pruned weights to 0 and hold them at 0. After an error, no weight is changed.
 
-    For sharded models: FSDP2 sets a module's parameters by their names, under which a
-    reparametrisation keeps something else.
+    This serves for sharded models. FSDP2 sets a module's parameters by their names, and
+    a reparametrisation would keep another tensor under such a name.
 
     Args:
-        masks: Weights, and this rank's shards of their bool masks.
-        shards: How they are divided.
+        masks: Pairs of a weight and this rank's shard of its bool mask.
+        shards: The division of parameters among the processes.
     """
     with ExitStack() as undo:
         for weight, mask in masks:
@@ -170,10 +174,11 @@ def prune_in_place(masks: Iterable[tuple[Weight, Tensor]], shards: Shards) -> No
 
 
 def _with_pruned_zeros(parameters: Iterable[Weight], shards: Shards) -> list[Weight]:
-    """The weights that hold zeros, if they seem to come from a pruning.
+    """Return the weights with zeros, if the zeros seem to come from a pruning.
 
-    Layers start with nothing but zeros too. So do matrices that are no layers' own, and
-    these are left alone.
+    A layer may also start with nothing but zeros. If no weight is partly zero, no
+    weight is returned. A matrix that belongs to no layer may start with zeros too, and
+    is not returned if all of its values are 0.
     """
     weights = [weight for weight in parameters if _is_weight(weight)]
     zeros = shards.totals.count(

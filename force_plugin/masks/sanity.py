@@ -1,8 +1,9 @@
-"""What a mask is worth: the same layers with other weights, or with other values.
+"""Sanity checks of a mask: shuffle the mask, or draw new initial values.
 
-The sanity checks of Frankle et al. 2021 (arXiv 2009.08576, section 5): where a pruned
-network trains as well with its mask shuffled within each layer, or with new initial
-values, the method has chosen how much to keep of each layer, not which weights.
+These are the sanity checks of Frankle et al. 2021 (arXiv 2009.08576, section 5). A
+pruned network may train as well with its mask shuffled within each layer, or with new
+initial values. Then the method has only chosen how much to keep of each layer, and not
+which weights to keep.
 """
 
 from __future__ import annotations
@@ -32,26 +33,31 @@ from force_plugin.parallel.ranks import unwrap
 def shuffle_masks(
     masks: Mapping[str, Tensor], generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Masks that keep as many weights of each layer, but others.
+    """Return masks with the weights of each layer shuffled at random.
+
+    Each layer keeps as many weights as before.
 
     >>> fresh = timm.create_model("resnet50", num_classes=10)
     >>> apply_masks(fresh, shuffle_masks(get_masks(model)))
 
     Args:
-        masks: By parameter name, bool (True = kept) as :func:`force_plugin.get_masks`
-            returns them, or of another type with values 0 and 1; they stay as they are.
-        generator: Of random numbers, on the CPU. Default: PyTorch's global one, so that
-            :func:`torch.manual_seed` decides; ranks of a distributed job are to be
-            seeded alike.
+        masks: Masks by parameter name: bool (True = kept) as
+            :func:`force_plugin.get_masks` returns them, or another dtype with values 0
+            and 1. They are not changed.
+        generator: Generator of random numbers, on the CPU. Default: PyTorch's global
+            generator, which :func:`torch.manual_seed` seeds. In a distributed job, seed
+            all ranks alike.
 
     Returns:
-        Bool tensors of the same names, shapes and devices, each a random permutation
-        of the one given: "random shuffling" of Frankle et al. 2021 (arXiv 2009.08576,
-        section 5).
+        Bool tensors by parameter name, each a random permutation of the given mask, of
+        its shape and on its device. This is "random shuffling" of Frankle et al. 2021
+        (arXiv 2009.08576, section 5).
 
     Raises:
-        TypeError: ``masks`` is no mapping of names to tensors, or ``generator`` none.
-        MaskMismatchError: A mask is sparse, has no values, or others than 0 and 1.
+        TypeError: ``masks`` is no mapping of names to tensors, or ``generator`` is no
+            generator.
+        MaskMismatchError: ``masks`` is empty, or a mask is sparse, has no values, or
+            has values other than 0 and 1.
         ValueError: The generator is not on the CPU.
     """
     if not isinstance(generator, torch.Generator | None):
@@ -73,28 +79,29 @@ def shuffle_masks(
 
 @torch.no_grad()
 def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
-    """Give a pruned model the initial values of another; its masks stay.
+    """Give a pruned model the initial values of another model, and keep the masks.
 
     >>> reinitialise(model, timm.create_model("resnet50", num_classes=10))
 
-    The values are taken from a model that was made in the same way, as only that knows
-    how each of its weights is drawn: "reinitialization" of Frankle et al. 2021 (arXiv
-    2009.08576, section 5). Parameters and buffers stay the same objects, so that an
-    optimizer made before goes on with them. In a distributed job every rank calls it
-    with a ``fresh`` of the same values.
+    The values come from a model that was made in the same way, as only the code that
+    makes a model knows how to draw each weight. This is "reinitialization" of Frankle
+    et al. 2021 (arXiv 2009.08576, section 5). Parameters and buffers stay the same
+    objects, so that an existing optimizer goes on with them. In a distributed job every
+    rank calls this function, with the same values in ``fresh``.
 
     Args:
-        model: Pruned by :func:`force_plugin.force_prune` or any other method of
-            :mod:`torch.nn.utils.prune`, made permanent or not, in a
-            ``DistributedDataParallel`` or ``torch.compile`` or not; changed in place.
-        fresh: The same network with other values, not pruned; it stays as it is.
+        model: Model that :func:`force_plugin.force_prune` or any other method of
+            :mod:`torch.nn.utils.prune` has pruned. The pruning may be permanent.
+            ``DistributedDataParallel`` or ``torch.compile`` may be around the model. It
+            is changed in place.
+        fresh: The same network with other values, not pruned. It is not changed.
 
     Raises:
         TypeError: ``model`` or ``fresh`` is no module.
-        NotPrunedError: Nothing is pruned in ``model``; it is unchanged.
+        NotPrunedError: Nothing is pruned in ``model``. The model is unchanged.
         ValueError: Something is pruned in ``fresh``, names or shapes of parameters or
-            buffers differ, or there are no values yet (a lazy module, the meta device),
-            or only a part of them (a sharded model); the model is unchanged.
+            buffers differ, a tensor has no values yet (a lazy module, the meta device),
+            or a tensor is sharded. The model is unchanged.
     """
     model, fresh = unwrap(model), unwrap(fresh)
     if not isinstance(fresh, nn.Module):
@@ -138,7 +145,7 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
             if shown is None:
                 getattr(module, name).masked_fill_(~mask, 0)
                 continue
-            # Zeros that an earlier make_permanent holds are not in this mask.
+            # ``shown`` lacks the zeros that an earlier make_permanent holds.
             original = getattr(module, f"{name}_orig")
             original.masked_fill_(shown.bool() & ~mask, 0)
             show(module, name)
@@ -146,7 +153,7 @@ def reinitialise(model: nn.Module, fresh: nn.Module) -> None:
 
 
 def _scripted(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of parts in TorchScript."""
+    """Return the parameters of a model's TorchScript parts, by name."""
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
@@ -156,7 +163,7 @@ def _scripted(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _values_of_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """All buffers but masks."""
+    """Return all buffers of a model except masks, by name."""
     slots = named_buffers(model)
     masks = {
         id(mask_of(module, name))
@@ -170,7 +177,13 @@ def _values_of_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _matched(
     old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Tensors of the same names, which must have the same shapes."""
+    """Return pairs of the tensors with the same name.
+
+    Expanded tensors with equal values are left out.
+
+    Raises:
+        ValueError: Names or shapes differ, or a tensor cannot be copied.
+    """
     strange = [name for name in (*old, *new) if (name in old) != (name in new)]
     if strange:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Load the state of a pruned model into one that has just been made."""
+"""Loading the state dict of a pruned model into a new model."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ from force_plugin.model.weights import (
 
 @torch.inference_mode(False)
 def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Load the state dict of a pruned model into a fresh, unpruned one, in place.
+    """Load the state dict of a pruned model into a fresh, unpruned model, in place.
 
     Mirrors :meth:`torch.nn.Module.load_state_dict` with ``strict=True``, after pruning
     each parameter ``X`` that ``state_dict`` has as ``X_orig`` and ``X_mask``.
-    Afterwards the model has the pruned one's values and masks, and trains as it does.
-    Its parameters are the same objects as before, so that an optimizer made before goes
-    on with them. If anything fails, Ctrl-C included, the model is bit for bit what it
-    was; for that, its parameters and buffers are held twice meanwhile.
+    Afterwards the model has the values and masks of the pruned model, and trains like
+    the pruned model. Parameters stay the same objects, so that an existing optimizer
+    goes on with them. If anything fails, Ctrl-C included, the model is bit for bit what
+    it was. For this, memory holds the parameters and buffers twice during the call.
 
     Args:
-        model: Any module with the pruned model's parameters. Where it is pruned itself,
-            the masks given replace its own, and what it had pruned may return.
-        state_dict: Of a model that was pruned with :mod:`torch.nn.utils.prune`, by any
-            method; masks are bool (True = kept), or of another type with values 0 and
-            1. Values take the model's types and devices. Names may have what
-            ``DistributedDataParallel`` (``module.``), ``torch.compile``
-            (``_orig_mod.``) and other wrappers add to them, or lack it.
+        model: Any module with the pruned model's parameters. If the model is pruned
+            itself, the new masks replace its own masks, and weights may come back.
+        state_dict: State dict of a model that was pruned with
+            :mod:`torch.nn.utils.prune`, by any method. Masks are bool (True = kept), or
+            of another dtype with values 0 and 1. Values are converted to the model's
+            dtypes and devices. Names may have or lack the prefixes of wrappers, such as
+            ``module.`` of ``DistributedDataParallel`` or ``_orig_mod.`` of
+            ``torch.compile``.
 
     Raises:
         TypeError: ``model`` is no module, ``state_dict`` no mapping of names, or a mask
             no tensor.
         ValueError: Nothing is pruned in ``state_dict`` (load it with
-            ``model.load_state_dict``), a mask has no values, or others than 0 and 1, or
-            the model has no values yet (a lazy module, the meta device).
-        RuntimeError: Names or shapes differ. It is PyTorch's own error, with every name
-            that is missing or unexpected, and both shapes where they differ.
+            ``model.load_state_dict``), a mask has no values, or has values other than 0
+            and 1, or the model has no values yet (a lazy module, the meta device).
+        RuntimeError: Names or shapes differ. This is PyTorch's own error. It lists
+            every missing or unexpected name, and both shapes if they differ.
     """
     weights = named_parameters(model)
     for weight in weights.values():
@@ -91,8 +92,8 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
         undo.callback(snapshot(model.modules()))
         for tensor in (*model.parameters(), *model.buffers()):
             undo.callback(tensor_as_it_is(tensor))
-        # Masks that keep everything, of the model's own shapes: what does not fit is
-        # then all in one error, that of load_state_dict.
+        # Prune with masks that keep everything, of the model's own shapes. Then
+        # load_state_dict reports everything that does not fit in a single error.
         for weight, module, name in slots:
             earlier = mask_of(module, name)
             if earlier is None:
@@ -101,14 +102,15 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
                 mask = torch.ones_like(weight.dense, dtype=torch.bool)
                 reparametrise(module, name, mask, method)
             else:
-                # Not written over: owners of a shared weight may share a mask as well.
+                # Replace the mask instead of writing to it, as the owners of a shared
+                # weight may share a mask too.
                 module.register_buffer(f"{name}_mask", torch.ones_like(earlier))
         model.load_state_dict(state)
         for _, module, name in slots:
             show(module, name)
-        # PyTorch's pruning puts a parameter behind its module's others, and optimizers
-        # number their state in that order. Without metadata, the state comes from a
-        # file of another kind (safetensors), which sorts by name.
+        # PyTorch's pruning puts a pruned parameter behind the module's others, and
+        # optimizers number their state in this order. A state dict without metadata
+        # comes from another kind of file (safetensors), which sorts by name.
         if metadata(state) is not None:
             places = {key: place for place, key in enumerate(state)}
             for _, module, _ in slots:
@@ -122,7 +124,10 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
 def _unwrapped(
     state_dict: Mapping[str, Any], model: nn.Module
 ) -> OrderedDict[str, Any]:
-    """A copy with the model's names, whatever is or was wrapped around either."""
+    """Return a copy of a state dict with the names of the model.
+
+    The names may differ by the prefixes of wrappers.
+    """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             "state_dict: expected a mapping as model.state_dict() returns it, got "
@@ -141,7 +146,7 @@ def _unwrapped(
     )
     versions = metadata(state_dict)
     if versions is not None:
-        # Modules find the version of their state in it, as in load_state_dict.
+        # load_state_dict finds the version of each module's state in the metadata.
         paths = fitted(versions, [path for path, _ in _paths(model)])
         set_metadata(
             state, OrderedDict((paths[path], v) for path, v in versions.items())
@@ -150,7 +155,7 @@ def _unwrapped(
 
 
 def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by their names in a state dict."""
+    """Yield the modules of a model, with their names in a state dict."""
     for path, module in model.named_modules():
         # The wrapper of activation checkpointing leaves itself out of state dicts.
         parts = (p for p in path.split(".") if p != CHECKPOINTED)
@@ -158,7 +163,7 @@ def _paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _dense(key: str, keys: Collection[str]) -> str:
-    """The name that a value has in an unpruned model."""
+    """Return the name that a value of a state dict has in an unpruned model."""
     for suffix, other in (("_orig", "_mask"), ("_mask", "_orig")):
         name = key.removesuffix(suffix)
         if name != key and f"{name}{other}" in keys:

@@ -1,9 +1,10 @@
-"""What a saliency is: the base class, the methods, their names.
+"""Saliencies: the base class, the methods and their names.
 
-A method measures and scores. It knows no probe, but a protocol of what it asks for
-(:class:`Measurements`).
+A method measures and scores. It does not import the probe, but only the protocol of
+the measurements that it needs (:class:`Measurements`).
 
-Imports :mod:`force_plugin.selection`, and what that may import.
+This folder imports :mod:`force_plugin.selection`, and the folders that ``selection``
+may import.
 """
 
 from force_plugin.methods.base import SaliencyMethod, elementwise

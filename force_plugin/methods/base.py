@@ -1,7 +1,7 @@
-"""The methods: what each one measures, and how it scores a weight from it.
+"""The base class of the methods, each of which measures a network and scores weights.
 
 A method is a :class:`torch.nn.utils.prune.BasePruningMethod` with a criterion. A new
-one is a class with a ``score``, and the attributes that differ from the base class:
+method is a class with a ``score``, and the attributes that differ from the base class:
 
     class GradientMagnitude(SaliencyMethod):
         @staticmethod
@@ -32,42 +32,45 @@ Score = TypeVar("Score", bound=Callable[..., Tensor])
 
 
 def elementwise(score: Score) -> Score:
-    """Say of a ``score`` that it looks at each weight and its signal alone.
+    """Mark a ``score`` that computes each entry from its own weight and signal alone.
 
-    The shards of a weight are then scored where they are; for any other one each
-    weight is put together first. It is said of this function, and not of one that
-    overrides it.
+    Each process then scores its own shard of a weight. Without this mark, the shards of
+    a weight are put together before the weight is scored. The mark belongs to this
+    function. A function that overrides it has to be marked too.
 
     Args:
-        score: ``score(weight, signal)``, of the same shapes for a whole weight as for a
-            part of it. ``@staticmethod`` goes above this decorator.
+        score: ``score(weight, signal)``, which returns a tensor of the weight's shape,
+            for a whole weight and for any part of a weight. ``@staticmethod`` goes
+            above this decorator.
 
     Returns:
-        The same function.
+        The function itself.
     """
     score.elementwise = True  # type: ignore[attr-defined]
     return score
 
 
 class SaliencyMethod(Reparametrisation):
-    """Keeps the weights with the largest scores, exactly as many as asked for.
+    """Keeps the weights with the largest scores, exactly as many as the caller asks.
 
     As a pruning method of PyTorch it takes its scores from ``importance_scores``, as
-    in ``FORCE.apply(module, "weight", amount=0.9, importance_scores=scores)``;
-    :func:`force_plugin.force_prune` computes them with :meth:`measure` and
+    in ``FORCE.apply(module, "weight", amount=0.9, importance_scores=scores)``.
+    :func:`force_plugin.force_prune` computes the scores with :meth:`measure` and
     :meth:`score`.
 
     Args:
-        amount: What to remove of the weights not pruned yet: a fraction in [0, 1] as a
-            float (⌊(1 − amount) · n⌋ of n weights stay), or a number of weights as an
-            int, as in :class:`torch.nn.utils.prune.L1Unstructured`.
+        amount: Fraction or number of weights to remove, among the weights not pruned
+            yet. A float is a fraction in [0, 1]: ⌊(1 − amount) · n⌋ of n weights stay.
+            An int is a number of weights, as in
+            :class:`torch.nn.utils.prune.L1Unstructured`.
 
     Attributes:
         regrows: Whether a weight that was pruned at one step may come back at a later
-            one. Default: False.
-        steps: Number of steps where the method fixes it (1 for one-shot methods);
-            ``None`` leaves it to the caller, which is the default.
-        schedule: Name of the schedule where the method fixes it. Default: ``None``.
+            step. Default: False.
+        steps: Number of steps, if the method fixes the number (1 for one-shot
+            methods). Default: ``None``, the caller chooses.
+        schedule: Name of the schedule, if the method fixes the schedule. Default:
+            ``None``, the caller chooses.
         looks: Whether the scores come from passes of the network, so that closed gates
             matter. Default: True.
 
@@ -77,8 +80,8 @@ class SaliencyMethod(Reparametrisation):
     """
 
     PRUNING_TYPE = "unstructured"
-    # Why a signal of this method that is not finite is so, and what to do; by default
-    # it is a gradient's overflow, or the data.
+    # Two texts for the error if a signal is not finite: the cause, and the advice.
+    # ``None``: a gradient has overflowed, or the data is not finite.
     overflow: ClassVar[tuple[str, str] | None] = None
     regrows: ClassVar[bool] = False
     steps: ClassVar[int | None] = None
@@ -100,10 +103,10 @@ class SaliencyMethod(Reparametrisation):
 
     @classmethod
     def measure(cls, probe: Measurements) -> Mapping[str, Tensor | None]:
-        """What :meth:`score` is given for each weight; default: the mean gradient.
+        """Return the signal that :meth:`score` gets; default: the mean gradient.
 
         Args:
-            probe: Measures the network as it is pruned so far:
+            probe: Measures the network with the masks of the last step:
                 ``probe.gradients()``, ``probe.hessian_gradients()``,
                 ``probe.synflow_gradients()``.
 
@@ -115,11 +118,11 @@ class SaliencyMethod(Reparametrisation):
 
     @staticmethod
     def score(weight: Tensor, signal: Any) -> Tensor:
-        """Score of each weight, higher = keep.
+        """Return the score of each weight of a tensor, higher = keep.
 
         Args:
-            weight: The dense weight θ, to be read: to write into it is an error.
-            signal: What :meth:`measure` returned for this weight.
+            weight: The dense weight θ. Writing into it is an error.
+            signal: The signal that :meth:`measure` returned for this weight.
 
         Returns:
             A floating-point tensor of the weight's shape.
@@ -128,20 +131,20 @@ class SaliencyMethod(Reparametrisation):
 
     @classmethod
     def scores(cls, probe: Measurements) -> dict[str, Tensor]:
-        """Measure and score every weight, pruned ones included.
+        """Measure and score every weight, pruned weights included.
 
         Args:
-            probe: The network as it is pruned so far.
+            probe: Measures the network with the masks of the last step.
 
         Returns:
-            Scores by parameter name, each of its weight's shape, all of one dtype; the
-            caller's to overwrite.
+            Scores by parameter name, each of its weight's shape, all of one dtype. The
+            caller may overwrite them.
 
         Raises:
             TypeError: The method has no :meth:`score`.
             MethodError: A score is complex or has another shape than its weight, or
-                :meth:`score` or :meth:`measure` writes into the model's weights, which
-                are what they were.
+                :meth:`score` or :meth:`measure` has written into the model's weights.
+                The weights get their values back.
             NoGradientError: A weight got no gradient.
             NotFiniteError: A score is not finite.
         """
@@ -153,11 +156,11 @@ class SaliencyMethod(Reparametrisation):
         return Scorer(cls, probe).scores()
 
     def ranking(self, t: Tensor) -> Tensor:
-        """Scores to rank by, from what PyTorch hands over; default: ``t`` itself.
+        """Return the scores to rank by; default: ``t`` itself.
 
         Args:
-            t: ``importance_scores``, or the weight itself where none were given; that
-                it requires a gradient tells the weight from scores. A copy.
+            t: A copy of ``importance_scores``, or of the weight if the caller gave no
+                scores. A tensor that requires a gradient counts as the weight.
 
         Raises:
             ValueError: ``t`` is the weight, and this method needs scores.
@@ -171,20 +174,20 @@ class SaliencyMethod(Reparametrisation):
         return t
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """Mask that keeps the largest scores among the weights not pruned yet.
+        """Return a mask of the largest scores among the weights not pruned yet.
 
         Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.compute_mask`.
 
         Args:
             t: Scores of any shape, higher = keep.
-            default_mask: Mask of earlier prunings, of the same shape.
+            default_mask: Mask of earlier prunings, with the shape of the scores.
 
         Returns:
-            Bool mask of the same shape (one byte a weight), True = kept; of equal
-            scores the first in row-major order are kept.
+            Bool mask with the shape of the scores (one byte a weight), True = kept.
+            Among equal scores, the first in row-major order are kept.
 
         Raises:
-            ValueError: More weights are to be removed than there are, or a score is
+            ValueError: More weights are to be removed than are left, or a score is
                 complex or NaN.
         """
         eligible = default_mask.bool()
@@ -198,7 +201,7 @@ class SaliencyMethod(Reparametrisation):
                 f"amount: {self.amount} weights to remove, but only {left} are left"
             )
         if t.dtype == torch.bool:
-            # Scores of True and False are a mask that was chosen elsewhere.
+            # Bool scores are a mask that was chosen elsewhere.
             chosen = t & eligible
             if int(chosen.count_nonzero()) == kept:
                 return chosen
@@ -223,24 +226,26 @@ class SaliencyMethod(Reparametrisation):
     ) -> Reparametrisation:
         """Prune one tensor of a module and reparametrise it, as PyTorch does.
 
-        Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.apply`: afterwards the
+        Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.apply`. Afterwards the
         module has ``{name}_orig`` (the parameter), ``{name}_mask`` (a bool buffer) and
-        a forward pre-hook that multiplies the two. On a module that is pruned already
+        a forward pre-hook that multiplies the two. If the module is pruned already,
         the new mask only removes more.
 
         Args:
             module: Module that holds the tensor.
             name: Name of the parameter within the module, e.g. ``"weight"``.
-            amount: Fraction (float) or number (int) of the weights not pruned yet.
-            importance_scores: Scores of the parameter's shape, higher = keep.
+            amount: Fraction (float) or number (int) of weights to remove, among the
+                weights not pruned yet.
+            importance_scores: Scores of the parameter's shape, higher = keep. Default:
+                the method ranks the parameter itself, or raises ValueError.
 
         Returns:
             The pruning method, or a :class:`torch.nn.utils.prune.PruningContainer`
-            where the tensor was pruned before.
+            if the tensor was pruned before.
 
         Raises:
             TypeError: ``amount`` is no number, or ``importance_scores`` no tensor.
-            ValueError: An argument does not fit; the module is unchanged.
+            ValueError: An argument does not fit. The module is unchanged.
         """
         method = cls(amount)
         parameter = find_parameter(module, name)
@@ -256,7 +261,7 @@ class SaliencyMethod(Reparametrisation):
                 f"importance_scores: expected the shape of {name}, "
                 f"{tuple(parameter.shape)}, got {tuple(given.shape)}"
             )
-        # Copies: a method of one's own may work in place.
+        # A user's method may work in place, so it gets copies.
         scores = given.detach().clone()
         if importance_scores is None or given.requires_grad:
             scores.requires_grad_()

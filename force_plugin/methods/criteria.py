@@ -1,4 +1,4 @@
-"""The methods, a class each: what it measures, and its score."""
+"""The pruning methods, a class for each, with its measurement and its score."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from force_plugin.methods.measurements import Measurements
 class SNIP(SaliencyMethod):
     """``|θ ⊙ g(θ)|``, once, on the dense network; SNIP-MB with several batches.
 
-    Source: Lee et al. 2019 (arXiv 1810.02340), equation 6; the gradient is averaged
-    over the batches before the absolute value, as in de Jorge et al. 2021.
+    The gradient is averaged over the batches before the absolute value is taken, as in
+    de Jorge et al. 2021. Source: Lee et al. 2019 (arXiv 1810.02340), equation 6.
     """
 
     steps: ClassVar[int | None] = 1
@@ -49,16 +49,18 @@ class FORCE(IterSNIP):
 class GraSP(SaliencyMethod):
     """``θ ⊙ Hg``, once, on the dense network; GraSP-MB with several batches.
 
-    The paper scores S = −θ ⊙ Hg and removes the highest. Its re-initialisation of
-    linear layers is left out: what is scored is what is trained. Source: Wang et al.
-    2020 (arXiv 2002.07376), equation 8.
+    The paper scores S = −θ ⊙ Hg and removes the highest scores. The authors' code also
+    gives new initial values to linear layers. This class does not, so that the scored
+    weights are the trained weights. Source: Wang et al. 2020 (arXiv 2002.07376),
+    equation 8.
 
     Attributes:
-        temperature: Divides the outputs before the loss. Default: 200. Where the loss
-            comes from ``forward=``, they are divided where they leave the model, each
-            time that it is called, or the one module of it that is. A loss that is
-            computed within the model, from several modules, or from outputs that enter
-            it again, is taken as it is, with a warning.
+        temperature: Divides the outputs before the loss. Default: 200. If the loss
+            comes from ``forward=``, the outputs are divided each time that they leave
+            the model. If ``forward`` calls a single module inside the model instead,
+            the outputs of this module are divided. The temperature is not used, with a
+            warning, if the loss is computed inside the model, from several modules, or
+            from outputs that enter the model again.
     """
 
     steps = 1
@@ -89,10 +91,10 @@ class GraSPIt(SaliencyMethod):
 class SynFlow(SaliencyMethod):
     """``|θ ⊙ ∂R/∂θ|`` over the weights still kept, without data, in T steps.
 
-    R is the sum of the outputs for an input of ones, with every parameter and buffer
-    replaced by its absolute value, in evaluation mode and in float64 (products over
-    many layers overflow float32). The paper takes 100 steps. Source: Tanaka et al. 2020
-    (arXiv 2006.05467), Algorithm 1.
+    R is the sum of the outputs for an input of ones. Every parameter and buffer is
+    replaced by its absolute value. The network runs in evaluation mode and in float64,
+    as products over many layers overflow float32. The paper takes 100 steps. Source:
+    Tanaka et al. 2020 (arXiv 2006.05467), Algorithm 1.
     """
 
     overflow = (
@@ -114,8 +116,9 @@ class SynFlow(SaliencyMethod):
 class SNIPIt(SNIP):
     """``|θ ⊙ g| / L`` over the weights still kept, in evaluation mode, in 7 steps.
 
-    L is one number, so the ranking within a step is SNIP's. Source: Verdenius et al.
-    2020 (arXiv 2006.00896), with its own schedule of sparsities.
+    L is a single number, so it does not change the ranking within a step. The method
+    has its own schedule of sparsities. Source: Verdenius et al. 2020 (arXiv
+    2006.00896).
     """
 
     steps = 7
@@ -125,12 +128,12 @@ class SNIPIt(SNIP):
     def measure(cls, probe: Measurements) -> Mapping[str, Tensor]:  # noqa: D102
         with probe.evaluation_mode():
             gradients = probe.gradients()
-        # A loss of 0 has no elasticity; the ranking does not depend on it.
+        # Do not divide by a loss of 0; the ranking does not depend on the loss.
         return {name: g.div_(probe.loss or 1.0) for name, g in gradients.items()}
 
 
 class Magnitude(SaliencyMethod):
-    """``|θ|``, without data: the baseline of every comparison."""
+    """``|θ|``, without data; the baseline of every comparison."""
 
     steps = 1
     looks = False
@@ -151,8 +154,9 @@ class Magnitude(SaliencyMethod):
 class Random(SaliencyMethod):
     """Uniform noise, without data.
 
-    The scores come from PyTorch's global generator on the CPU: ``torch.manual_seed``
-    decides, the device does not, and this is the one method that advances it.
+    The scores come from PyTorch's global generator on the CPU. So they depend on
+    ``torch.manual_seed``, and not on the device. No other method advances this
+    generator.
     """
 
     steps = 1

@@ -1,4 +1,7 @@
-"""What a method can ask of a network; :class:`force_plugin.scoring.Probe` answers."""
+"""Protocol of the measurements that a method can ask for.
+
+:class:`force_plugin.scoring.Probe` implements the protocol.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from force_plugin.parallel.shards import Shards
 
 
 class Measurements(Protocol):
-    """A network, as it is pruned so far, that can be measured.
+    """Measures a network with the masks of the last step.
 
     Attributes:
-        shards: The processes that measure together.
+        shards: The division of parameters among the processes that measure together.
         weights: The dense weights θ by parameter name, without gradient.
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
-        step: The step being measured, from 1.
+        step: Number of the present step, from 1.
     """
 
     shards: Shards
@@ -28,29 +31,35 @@ class Measurements(Protocol):
 
     @property
     def loss(self) -> float:
-        """Mean loss of the last measurement that needed one, else NaN."""
+        """Mean loss of the last measurement that used a loss; NaN before."""
 
     def gradients(self) -> dict[str, Tensor]:
-        """Mean over the step's batches of ∂L/∂θ at θ ⊙ c, pruned weights included."""
+        """Return the mean of ∂L/∂θ at θ ⊙ c over the step's batches.
+
+        Pruned weights have a gradient too.
+        """
 
     def hessian_gradients(self, temperature: float = 1.0) -> dict[str, Tensor]:
-        """Hg at θ ⊙ c; g and Hg are summed over the step's batches."""
+        """Return Hg at θ ⊙ c; g and Hg are summed over the step's batches."""
 
     def synflow_gradients(self) -> dict[str, Tensor]:
-        """``|∂R/∂θ|`` at ``|θ ⊙ c|``, in float64, without data."""
+        """Return ``|∂R/∂θ|`` at ``|θ ⊙ c|``, in float64, without data."""
 
     def evaluation_mode(self) -> AbstractContextManager[None]:
-        """Every module in evaluation mode for a while."""
+        """Return a context in which every module is in evaluation mode."""
 
     def protected(self, by: str) -> AbstractContextManager[None]:
-        """Take back what a method writes to the model, and name the method."""
+        """Return a context that undoes a method's writes to the model.
+
+        Its error names the method.
+        """
 
     def broken(self) -> list[str]:
-        """Parameters that are not finite, and buffers that hold a NaN."""
+        """Return names of parameters that are not finite, and of buffers with NaN."""
 
     @property
     def precision(self) -> str:
         """The narrowest floating-point type of the passes."""
 
     def wider(self) -> str:
-        """What else to try against an overflow, as the end of a sentence."""
+        """Return advice against an overflow, as the end of a sentence."""

@@ -1,4 +1,4 @@
-"""The methods by their names, and whether a class can be used as one."""
+"""The methods by their names, and checks of a user's class."""
 
 from __future__ import annotations
 
@@ -49,12 +49,13 @@ _OF_PYTORCH: dict[type, str] = {
 
 
 def find_method(method: str | type[SaliencyMethod]) -> type[SaliencyMethod]:
-    """The class of a method that is given by name or as a class.
+    """Return the class of a method that is given by name or as a class.
 
     Raises:
-        TypeError: It is neither, or a function of the class takes other arguments than
-            it will be given.
-        ValueError: No method has this name, or its steps or schedule are none.
+        TypeError: ``method`` is neither a name nor a class, or ``score`` or
+            ``measure`` of the class cannot be called with the arguments that they get.
+        ValueError: No method has this name, or ``steps`` or ``schedule`` of the class
+            is not valid.
     """
     if isinstance(method, type) and issubclass(method, SaliencyMethod):
         _check(method)
@@ -74,7 +75,11 @@ def find_method(method: str | type[SaliencyMethod]) -> type[SaliencyMethod]:
 
 
 def scores_of(method: type[SaliencyMethod], probe: Measurements) -> dict[str, Tensor]:
-    """:meth:`SaliencyMethod.scores`, or what a class has in its place."""
+    """Return the result of :meth:`SaliencyMethod.scores`, or of a class's own version.
+
+    A version from outside this package may write to the model. Its writes are undone,
+    and are an error.
+    """
     if is_ours(method.scores):
         return method.scores(probe)
     with probe.protected(f"{method.__name__}.scores"):
@@ -82,7 +87,7 @@ def scores_of(method: type[SaliencyMethod], probe: Measurements) -> dict[str, Te
 
 
 def _what_came(method: object) -> str:
-    """What is no method, and what to pass instead."""
+    """Describe an argument that is no method, and say what to pass instead."""
     kind = method if isinstance(method, type) else type(method)
     name = kind.__name__
     if issubclass(kind, SaliencyMethod):
@@ -101,7 +106,7 @@ def _what_came(method: object) -> str:
 
 
 def _check(method: type[SaliencyMethod]) -> None:
-    """Make sure that a class has what a method needs, before anything is measured."""
+    """Raise an error if a class cannot be used as a method, before any measurement."""
     _check_function(method, "score", "@staticmethod score(weight, signal)", 2)
     _check_function(method, "measure", "@classmethod measure(cls, probe)", 1)
     if method.steps is not None:
@@ -113,13 +118,13 @@ def _check(method: type[SaliencyMethod]) -> None:
 def _check_function(
     method: type[SaliencyMethod], name: str, expected: str, count: int
 ) -> None:
-    """Make sure that a function can be called on the class, with so many arguments."""
+    """Raise TypeError if a class has no function that takes ``count`` arguments."""
     written, function = inspect.getattr_static(method, name), getattr(method, name)
     label = f"{method.__name__}.{name}"
     if not callable(function):
         raise TypeError(f"{label}: expected {expected}, got {type(written).__name__}")
     if inspect.isfunction(written):
-        # Without a decorator nothing is given in the place of self.
+        # The function is called on the class, so without a decorator it gets no self.
         signature = inspect.signature(written)
         if next(iter(signature.parameters), "") in ("self", "cls"):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Scores of all weights by one method: measured, scored, checked, in one type."""
+"""Scores of all weights by a method, checked and converted to one dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def is_ours(function: object) -> bool:
-    """Whether a function stands in this package, and changes nothing it is given."""
+    """Whether a function is from this package, so that it writes to no weight."""
     place = getattr(function, "__globals__", {}).get("__name__", "")
     return bool(place.startswith("force_plugin.methods."))
 
@@ -32,7 +32,7 @@ class Scorer:
 
     Args:
         method: The method.
-        probe: The network as it is pruned so far.
+        probe: Measures the network with the masks of the last step.
     """
 
     def __init__(self, method: type[SaliencyMethod], probe: Measurements) -> None:  # noqa: D107
@@ -40,17 +40,20 @@ class Scorer:
         self._probe = probe
         self._trusted = is_ours(method.score)
         self._elementwise = getattr(method.score, "elementwise", False)
-        # What is scored at once: a shard where each weight is scored by itself.
+        # A shard is scored alone if the method is elementwise. Otherwise the shards of
+        # a weight are put together first.
         self._shards = WHOLE if self._elementwise else probe.shards
-        # Whether the signal of a weight is finite; of methods that are not ours.
+        # Whether the signal of a weight is finite. Noted for users' scores only.
         self._sound: dict[str, bool] = {}
 
     def scores(self) -> dict[str, Tensor]:
-        """Scores by parameter name, all of one type; the caller's to overwrite.
+        """Return scores by parameter name, all of one dtype.
+
+        The caller may overwrite them.
 
         Raises:
-            MethodError: The method writes where it is to read, or a score is no real
-                tensor of its weight's shape.
+            MethodError: The method writes into a weight, or a score is no real tensor
+                of its weight's shape.
             NotFiniteError: A score is not finite.
         """
         signal, scores, sums = self._signal(), {}, []
@@ -58,7 +61,8 @@ class Scorer:
         with nullcontext() if self._trusted else self._probe.protected(by):
             for name, shard in self._probe.weights.items():
                 scores[name] = self._score(name, shard, signal.pop(name, None))
-                # While it is in the cache; a sum may overflow where all are finite.
+                # Add up each score while it is in the cache. A sum that is not finite
+                # may be an overflow, so that each value is checked below.
                 sums.append(scores[name].sum())
         dtype = reduce(torch.promote_types, (s.dtype for s in scores.values()))
         scores = {name: score.to(dtype) for name, score in scores.items()}
@@ -67,7 +71,7 @@ class Scorer:
         return scores
 
     def _signal(self) -> dict[str, Any]:
-        """What ``measure`` returns; if it writes elsewhere, that is taken back."""
+        """Return the result of ``measure``; undo what it writes to the model."""
         method = self._method
         if is_ours(method.measure):
             return dict(method.measure(self._probe))
@@ -88,7 +92,7 @@ class Scorer:
         return dict(signal)
 
     def _score(self, name: str, shard: Tensor, signal: Any) -> Tensor:
-        """Score of one weight, or of this rank's shard of it."""
+        """Return the score of a weight, or of this rank's shard of a weight."""
         weight = self._shards.whole(name, shard)
         if signal is not None:
             signal = self._shards.whole(name, signal)
@@ -97,7 +101,8 @@ class Scorer:
         if _share_memory(score, weight):
             score = score.clone()
         if not (self._method.looks or self._elementwise):
-            self._probe.shards.ranks.share([score])  # a random one is each rank's own
+            # Each rank draws other random scores, so all take the scores of rank 0.
+            self._probe.shards.ranks.share([score])
         score = self._shards.local(name, score)
         return score if score.is_floating_point() else score.double()
 
@@ -105,7 +110,7 @@ class Scorer:
         return self._method.score(weight, signal)
 
     def _watched(self, name: str, weight: Tensor, signal: Any) -> object:
-        """What a score of somebody's own returns, which may not write to the weight."""
+        """Return the result of a user's ``score``; it must not write to the weight."""
         self._sound[name] = all(
             bool(tensor.isfinite().all())
             for tensor in tensors(signal)
@@ -123,7 +128,7 @@ class Scorer:
         return score
 
     def _usable(self, name: str, score: object, weight: Tensor) -> Tensor:
-        """A score as it can be ranked."""
+        """Return a score as a dense tensor that can be ranked, or raise MethodError."""
         by = f"{self._method.__name__}.score"
         if not isinstance(score, Tensor) or score.shape != weight.shape:
             came = tuple(score.shape) if isinstance(score, Tensor) else describe(score)
@@ -147,12 +152,12 @@ class Scorer:
         return score.float() if narrow else score
 
     def _require_finite(self, scores: Mapping[str, Tensor]) -> None:
-        """Raise an error that says what has made scores NaN or infinite."""
+        """Raise NotFiniteError, with the cause, if a score is NaN or infinite."""
         method, probe = self._method, self._probe
         names = [name for name, score in scores.items() if not score.isfinite().all()]
         if not names:
             return
-        # Those whose signal is not finite either.
+        # The names of weights whose signal is not finite either.
         guilty = [name for name in names if not self._sound.get(name)]
         if found := probe.broken():
             cause = f"there is a NaN or inf in {name_some(found)}"

@@ -1,7 +1,7 @@
-"""A model as PyTorch has it.
+"""The parts of a PyTorch model that pruning needs.
 
-Its weights and their names, how a mask sits on one, and the way back to what its
-attributes were.
+These are the weights and their names, masks on weights, and functions that restore a
+model's attributes.
 
-Imports nothing of this package but errors.
+This folder imports nothing of this package but the errors.
 """

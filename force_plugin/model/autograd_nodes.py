@@ -55,7 +55,8 @@ class Product:
 def operation(node: Node) -> str:
     """Return autograd's name of an operation, e.g. ``"MulBackward0"``.
 
-    A user's :class:`torch.autograd.Function` may keep something else as ``ctx.name``.
+    ``node.name`` would not do, as a user's :class:`torch.autograd.Function` may keep
+    another value as ``ctx.name``.
     """
     return type(node).name(node)
 

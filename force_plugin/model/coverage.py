@@ -1,4 +1,4 @@
-"""Which share of a model is pruned, and what is passed over."""
+"""The share of a model that is pruned, and the parts that are passed over."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from force_plugin.model.weights import Weight
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a model's matrices and kernels some of its weights are.
+    """The share of a model's matrices and kernels that chosen weights cover.
 
     Attributes:
-        covered: Number of values of these weights.
-        passed_over: Number of values of the others, by the type of their module.
+        covered: Number of values of the chosen weights.
+        passed_over: Number of values of all other matrices and kernels, by the type of
+            their module.
     """
 
     covered: int
@@ -26,23 +27,23 @@ class Coverage:
 
     @property
     def total(self) -> int:
-        """Number of values of all of them."""
+        """The number of values of all matrices and kernels."""
         return self.covered + sum(self.passed_over.values())
 
     @property
     def share(self) -> float:
-        """The covered part of them, in [0, 1]."""
+        """The share of these values that is covered, in [0, 1]."""
         return self.covered / self.total
 
     def __str__(self) -> str:
-        """How much is covered, and what was passed over."""
+        """Return the covered share and the types that were passed over, in words."""
         return (
             f"{100 * self.share:.1f} % of the model's matrix and kernel weights "
             f"({self.covered:,} of {self.total:,})"
         ) + (f"; passed over: {listed(self.passed_over)}" if self.passed_over else "")
 
     def doubts(self) -> list[Remark]:
-        """What a user has to know who has not chosen the weights."""
+        """Return a remark if less than half is covered, else an empty list."""
         if self.share >= 0.5:
             return []
         return [
@@ -57,16 +58,17 @@ class Coverage:
 def passed_over(
     model: nn.Module, parameters: Mapping[str, Weight], names: Collection[str]
 ) -> dict[str, int]:
-    """Count the matrices and kernels of a model that have none of these names.
+    """Count the values of a model's matrices and kernels, without the named parameters.
 
     Args:
         model: Any module.
         parameters: Its parameters by name.
-        names: Names of parameters.
+        names: Names of the parameters to leave out.
 
     Returns:
-        Number of values by type of module, the largest first; with the name of the
-        parameter where that is not ``weight`` and the only one.
+        Number of values by type of module, the largest number first. If a single
+        parameter of a type was counted and its name is not ``weight``, the name follows
+        the type.
     """
     passed: dict[str, dict[str, int]] = {}
     modules = dict(named_modules(model))
@@ -84,7 +86,7 @@ def passed_over(
 
 
 def _kind_of(weight: Weight, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """The types of the modules that have a weight, and its name in the first."""
+    """Return the types of a weight's owners, and its name in the first owner."""
     path, _, computed = weight.name.partition(".parametrizations.")
     if computed:
         return type(modules[path]).__name__, "weight"
@@ -93,7 +95,7 @@ def _kind_of(weight: Weight, modules: Mapping[str, nn.Module]) -> tuple[str, str
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    """The largest of some counts, and how many more there are."""
+    """Return the first five counts in words, and the number of further types."""
     said = [f"{name} {count:,}" for name, count in counts.items()]
     more = f" and {len(said) - 5} more types" if len(said) > 5 else ""
     return ", ".join(said[:5]) + more

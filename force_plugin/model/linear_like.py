@@ -1,11 +1,12 @@
-"""Whether a module multiplies what it is given by its own weight, as a layer does.
+"""Tests whether a module multiplies its input by its own weight, as a linear layer.
 
-Not by its class: transformers' ``Conv1D`` and the linear layers that people write
-themselves are modules like any other. A stand-in of the module, with random parameters
-and without hooks, is given random vectors. If its weight is used in a matrix product,
-the gradient of whatever comes out for one of them is an outer product with what went
-in; it is none where the weight is a table to look up, is added, scales each value by
-itself, or is compared by distances. The module itself is neither called nor changed.
+The class of a module does not tell: transformers' ``Conv1D`` and users' own linear
+layers are modules like any other. Instead, a stand-in of the module, with random
+parameters and without hooks, gets random vectors. If the weight is a factor of a matrix
+product, the gradient of the output for a vector is an outer product with this vector.
+It is no such product if the weight is a table to look up, is added, scales each value
+separately, or is compared by distances. The module itself is neither called nor
+changed.
 """
 
 from __future__ import annotations
@@ -33,32 +34,33 @@ _TOLERANCE = 1e-3
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 Verdict = Callable[[nn.Module, nn.Parameter], int | None]
-# One model has many modules of a kind.
+# Verdicts that are known, as a model has many modules of the same kind.
 _known: WeakKeyDictionary[type, dict[tuple[Any, ...], int | None]] = WeakKeyDictionary()
 
 
 def output_axis(module: nn.Module, name: str) -> int | None:
-    """Along which axis of a module's matrix its outputs lie, if it multiplies by it.
+    """Return the axis of a module's matrix that is the axis of its outputs.
 
     Args:
         module: Any module.
-        name: Of a tensor of two dimensions that is a parameter of it, pruned or not.
+        name: Name of a parameter of the module with two dimensions, pruned or not.
 
     Returns:
-        0 for a matrix ``[outputs, inputs]`` as that of :class:`torch.nn.Linear`, 1 for
-        ``[inputs, outputs]``, ``None`` where it is no factor of a matrix product. A
-        module that takes something else than one tensor of vectors cannot be told, nor
-        one whose submodules have more parameters than the matrix has.
+        0 for a matrix ``[outputs, inputs]``, as in :class:`torch.nn.Linear`; 1 for
+        ``[inputs, outputs]``; ``None`` if the matrix is no factor of a matrix product.
+        It is also ``None`` if the module takes other arguments than one tensor of
+        vectors, if its other parameters are larger than the matrix, or if it is one of
+        PyTorch's own modules.
     """
     return _tried(module, name, _axis)
 
 
 def looks_up(module: nn.Module, name: str) -> bool:
-    """Whether a module takes rows of its matrix by their numbers, as an embedding.
+    """Whether a module looks up rows of its matrix by their numbers, as an embedding.
 
     Args:
         module: Any module.
-        name: Of a tensor of two dimensions that is a parameter of it, pruned or not.
+        name: Name of a parameter of the module with two dimensions, pruned or not.
     """
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return True
@@ -66,7 +68,7 @@ def looks_up(module: nn.Module, name: str) -> bool:
 
 
 def _tried(module: nn.Module, name: str, verdict: Verdict) -> int | None:
-    # Of PyTorch's own it is known.
+    # PyTorch's own modules are known by their classes.
     if type(module).__module__.startswith("torch.nn.modules."):
         return None
     if isinstance(module, torch.jit.ScriptModule):
@@ -87,7 +89,10 @@ def _tried(module: nn.Module, name: str, verdict: Verdict) -> int | None:
 
 
 def _likeness(module: nn.Module) -> tuple[Any, ...] | None:
-    """What modules have in common that behave alike, if that is plain to see."""
+    """Return a key that is equal for modules that behave alike.
+
+    It is ``None`` if an attribute of the module does not allow a key.
+    """
     kind, settings = type(module), []
     for key, value in vars(module).items():
         if key in _VANILLA or isinstance(value, Tensor):
@@ -109,7 +114,7 @@ _VANILLA = frozenset(vars(nn.Module()))
 
 
 def _isolated(module: nn.Module, name: str, verdict: Verdict) -> int | None:
-    """Ask a stand-in of a module, and leave no trace in the process either."""
+    """Return a verdict on a stand-in of a module, without a trace in the process."""
     with ExitStack() as state:
         state.callback(random_states(module))
         state.enter_context(torch.inference_mode(False))
@@ -121,25 +126,26 @@ def _isolated(module: nn.Module, name: str, verdict: Verdict) -> int | None:
         try:
             stand_in = _stand_in(module)
             return verdict(stand_in, stand_in.get_parameter(name))
-        # Whatever the code of a module raises that is called in another way.
+        # The code of a module may raise any error if it is called in another way.
         except Exception:
             return None
 
 
 def _axis(module: nn.Module, matrix: nn.Parameter) -> int | None:
-    sizes = dict(enumerate(reversed(matrix.shape)))  # of inputs, by the axis of outputs
-    # Vectors; sequences of one vector; one vector along the axis of channels.
+    # The number of inputs, by the axis of the outputs.
+    sizes = dict(enumerate(reversed(matrix.shape)))
+    # Inputs are vectors, sequences of one vector, or a vector along the channels.
     for before, after in (((), ()), ((1,), ()), ((), (1,))):
         found = []
         for size in set(sizes.values()):
             inputs = _random(0, _SAMPLES, *before, size, *after)
             try:
                 gradients = _gradients(module, matrix, inputs)
-            except Exception:  # another size, as a rule
+            except Exception:  # as a rule, the module takes another size
                 continue
             axes = [axis for axis in _outer(*gradients) if sizes[axis] == size]
             found.append(axes[0] if axes else None)
-        # What takes vectors of both sizes multiplies them by no matrix.
+        # A module that takes vectors of both sizes does not multiply by the matrix.
         if len(found) == 1 and found[0] is not None:
             return found[0]
     return None
@@ -150,7 +156,7 @@ def _row(module: nn.Module, matrix: nn.Parameter) -> int | None:
     for shape in ((_SAMPLES,), (_SAMPLES, 1)):
         try:
             gradient, *_ = _gradients(module, matrix, torch.full(shape, row))
-        except Exception:  # it takes no numbers, as a rule
+        except Exception:  # as a rule, the module takes no row numbers
             continue
         chosen = gradient[row].norm()
         if chosen > 0 and gradient.norm() <= chosen * (1 + _TOLERANCE):
@@ -161,7 +167,11 @@ def _row(module: nn.Module, matrix: nn.Parameter) -> int | None:
 def _gradients(
     module: nn.Module, matrix: nn.Parameter, inputs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of two random sums of what comes out for one sample, and of one for another."""
+    """Return gradients of three random sums of the outputs, by the matrix.
+
+    The first two sums are over the outputs for the first sample, the third is over the
+    outputs for the second sample.
+    """
     output: Any = type(module).forward(module, inputs)
     while isinstance(output, tuple | list):
         output = output[0]
@@ -179,20 +189,23 @@ def _random(seed: int, *shape: int) -> Tensor:
 
 
 def _outer(one: Tensor, other: Tensor, next_one: Tensor) -> list[int]:
-    """Possible axes of the outputs, where gradients are outer products with an input.
+    """Return the axes that may be the axis of outputs.
+
+    Along such an axis, the gradients are outer products with an input.
 
     Args:
-        one: Gradient of a sum of outputs.
-        other: Of another sum of the same outputs.
-        next_one: Of a sum of outputs for another input.
+        one: Gradient of a sum of the outputs for an input.
+        other: Gradient of another sum of the outputs for this input.
+        next_one: Gradient of a sum of the outputs for another input.
     """
     factors = [_factors(gradient) for gradient in (one, other, next_one)]
     axes = []
     for axis in (0, 1):
-        # What went in, if it does not depend on what the outputs are wanted for.
+        # The factor that is the input, if the other factor is that of the outputs.
         went_in, again, next_in = (pair[1 - axis] for pair in factors)
         alike, changes = _alike(went_in, again), not _alike(went_in, next_in)
-        # Of a single row, which is looked up or added, any gradient is a product.
+        # If the matrix has a single row that is looked up or added, every gradient is
+        # an outer product. So the factor must have several values that are not 0.
         several = went_in.count_nonzero() > 1
         if alike and (len(went_in) == 1 or (changes and several)):
             axes.append(axis)
@@ -200,12 +213,15 @@ def _outer(one: Tensor, other: Tensor, next_one: Tensor) -> list[int]:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two unit vectors have one direction."""
+    """Whether two unit vectors are parallel."""
     return bool((one - (one @ other) * other).norm() <= _TOLERANCE)
 
 
 def _factors(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors of which a matrix is the outer product, NaN where it is none."""
+    """Return unit vectors whose outer product is proportional to a matrix.
+
+    The second vector is NaN if the matrix is no outer product.
+    """
     right = gradient[gradient.norm(dim=1).argmax()]
     right = right / right.norm()
     left = gradient @ right
@@ -215,7 +231,7 @@ def _factors(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
-    """A module of the same class with values of its own, in evaluation mode."""
+    """Return a module of the same class with random parameters, in evaluation mode."""
     made: dict[int, nn.Parameter] = {}
 
     def values(parameter: nn.Parameter) -> nn.Parameter:
@@ -249,7 +265,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
 
 
 def _cpu_copy(value: Any) -> Any:
-    """A value that can be changed without the original, on the CPU."""
+    """Return a copy of a value on the CPU, whose changes leave the original alone."""
     if isinstance(value, Tensor):
         value = value.detach()
         value = torch.zeros(value.shape) if value.is_meta else value.cpu().clone()

@@ -1,4 +1,4 @@
-"""Names of modules as they are in a model that nothing is wrapped around."""
+"""Names of modules in a model, without the names that wrappers add."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ WRAPPERS = {
     "lightning.fabric.wrappers._FabricModule": "_forward_module",
     "lightning_fabric.wrappers._FabricModule": "_forward_module",
 }
-"""Classes that are put around a model, and what they call it. They are looked up by
-their names: to import them all takes seconds."""
+"""Classes that wrap a model, each with the attribute that holds the model. They are
+looked up by name, as importing all of them takes seconds."""
 
 _SEGMENTS = frozenset(WRAPPERS.values())
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that others are wrapped around; itself where there is none."""
+    """Return the module inside a wrapper; a module without wrapper is returned."""
     while (key := _key(type(module))) is not None:
         module = getattr(module, key)
     return module
@@ -48,14 +48,14 @@ def _key(kind: type) -> str | None:
 def named_modules(
     model: nn.Module, prefix: str = "", seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """A model's modules by name, as :meth:`torch.nn.Module.named_modules` lists them.
+    """Yield a model's modules by name, as :meth:`torch.nn.Module.named_modules` does.
 
     Wrappers (``torch.compile``, ``DataParallel``, ...) around the model or a part of it
-    are left out, with what they add to the names.
+    are left out, and their names too.
 
     Args:
         model: Any module.
-        prefix: Its own name.
+        prefix: Name of the model.
         seen: Modules that are not listed again.
     """
     seen = set() if seen is None else seen
@@ -69,9 +69,10 @@ def named_modules(
 
 
 def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where each buffer of a model is, a shared one once: its module, and its key.
+    """Return the module and the key of each buffer of a model, by name.
 
-    The names are those of a model without wrappers, as of :func:`named_modules`.
+    A buffer that several modules share is listed once. Names are without wrappers, as
+    in :func:`named_modules`.
     """
     found: dict[str, tuple[nn.Module, str]] = {}
     seen = set()
@@ -84,21 +85,23 @@ def named_buffers(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def plain(name: str) -> str:
-    """A name without all that wrappers may have added to it."""
+    """Return a name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _SEGMENTS)
 
 
 def fitted(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
-    """What a model calls what has been named in the model with or without wrappers.
+    """Return the model's own name for each given name, which may be from a wrapper.
 
-    A model's own names come first: some call a part ``module`` without any wrapper.
+    A given name that the model has itself is not changed, as a model may call a part
+    ``module`` without any wrapper.
 
     Args:
-        names: Names that may have other wrappers in them than the model has.
-        own: The model's names.
+        names: Names from this model, with other wrappers than it has now.
+        own: The names in the model.
 
     Returns:
-        The model's name by given name; the given one where none fits, or several do.
+        The model's name by given name. If no name fits, or several names fit, it is the
+        given name.
     """
     names = list(names)
     taken, alike = set(own).intersection(names), defaultdict(list)
@@ -120,11 +123,11 @@ def fitted(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
 
 
 def name_some(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are, for a message."""
+    """Return the first three names, and the number of further names, for a message."""
     more = len(names) - 3
     return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def name_layers(names: Sequence[str], total: int) -> str:
-    """The first names of some layers, and how many of all they are."""
+    """Return the first names of some layers and their number, for a message."""
     return f"{len(names)} of {total} layers ({name_some(names)})"

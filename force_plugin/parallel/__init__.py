@@ -1,4 +1,4 @@
-"""Several processes: the same answer on every rank, and models in shards.
+"""Distributed jobs: equal results on every rank, and models in shards.
 
-Imports :mod:`force_plugin.model` and errors.
+This folder imports :mod:`force_plugin.model` and the errors.
 """

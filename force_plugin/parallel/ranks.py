@@ -1,4 +1,4 @@
-"""The same mask on every rank of a distributed job."""
+"""Exchange among the ranks of a distributed job, so that all get equal masks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ _LETTERS = 2000
 
 
 class Ranks:
-    """The processes that prune one network together, each with batches of its own.
+    """The ranks that prune a network together, each with its own batches.
 
-    A context manager around all that they do together. Before they exchange anything
-    the ranks vote on whether all of them have come this far, and once more at the end,
-    so that nobody waits for a rank that has failed: who leaves by an exception votes
-    against, and the others raise an error that quotes it. With one process, as where
-    :mod:`torch.distributed` is not initialised, nothing is exchanged.
+    This is a context manager around everything that the ranks do together. Before each
+    exchange, and at the end, the ranks vote on whether all of them have come this far.
+    So no rank waits for a rank that has failed. A rank that leaves with an exception
+    votes against, and the other ranks raise an error that quotes the exception. A
+    single process, without :mod:`torch.distributed`, exchanges nothing.
 
-    The process group is the default one. Every rank makes the same calls in the same
-    order.
+    The ranks use the default process group. Every rank must make the same calls in the
+    same order.
 
     Args:
-        model: The network; the exchange takes place on the device of its first
-            parameter. ``None``: this process by itself, whatever is initialised.
+        model: The network. The exchange takes place on the device of its first
+            parameter. ``None``: this process alone, even if :mod:`torch.distributed`
+            is initialised.
 
     Attributes:
         size: Number of ranks.
-        rank: Number of this one, from 0.
+        rank: Number of this rank, from 0.
 
     Raises:
-        RankError: By any method, and at the end: another rank has failed.
+        RankError: Another rank has failed. Any method may raise it, and the end of the
+            context.
     """
 
     def __init__(self, model: nn.Module | None) -> None:  # noqa: D107
@@ -62,15 +64,16 @@ class Ranks:
         if error is None:
             self.vote()
         elif not isinstance(error, RankError):
-            # What has gone wrong here is to be seen, whatever the connection says.
+            # The user should see this rank's error, and not that of a lost connection.
             with suppress(RuntimeError):
                 self.vote(error=error)
 
     def gather(self, *numbers: float) -> list[Sequence[float]]:
-        """The numbers of each rank, in the order of the ranks.
+        """Return the numbers of each rank, in the order of the ranks.
 
         Args:
-            numbers: As many on every rank. Up to 2⁵³ integers are exact.
+            numbers: Numbers of this rank; every rank must give equally many. Integers
+                up to 2⁵³ are exact.
         """
         if self.size == 1:
             return [numbers]
@@ -81,31 +84,31 @@ class Ranks:
         return [row.tolist() for row in rows]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether a flag is true on any rank."""
         return any(row[0] for row in self.gather(flag))
 
     def average(self, tensors: dict[str, Tensor]) -> None:
-        """Put in the place of each tensor its mean over the ranks.
+        """Replace each tensor by its mean over the ranks.
 
         Args:
-            tensors: The same names, shapes and dtypes on every rank; the tensors
-                themselves are not written to.
+            tensors: Tensors by name, with equal names, shapes and dtypes on every rank.
+                The mapping gets new tensors. The old tensors are not written to.
         """
         if self.size == 1:
             return
         self.vote()
         for name in sorted(tensors):
             tensor = tensors[name]
-            # In row-major order: memory formats may differ between ranks.
+            # Use row-major order, as memory formats may differ between ranks.
             mean = tensor.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(mean)
             tensors[name] = torch.empty_like(tensor).copy_(mean.div_(self.size))
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of rank 0.
+        """Overwrite tensors with the tensors of rank 0.
 
         Args:
-            tensors: Of the same shapes and dtypes on every rank.
+            tensors: Tensors with equal shapes and dtypes on every rank.
         """
         if self.size == 1:
             return
@@ -116,15 +119,16 @@ class Ranks:
             tensor.copy_(values)
 
     def require_same(self, what: str, advice: str, *things: object) -> None:
-        """Make sure that all ranks have the same.
+        """Raise RankError on all ranks if their values differ.
 
         Args:
-            what: Its name, for the message.
-            advice: What to do where it is not the same.
-            things: Tensors, compared bit by bit, or anything else, by its ``repr``.
+            what: Name of the values, for the message.
+            advice: What to do if the values differ, for the message.
+            things: The values: tensors, which are compared bit by bit, or other
+                objects, which are compared by their ``repr``.
 
         Raises:
-            RankError: On all ranks: they differ.
+            RankError: The values of the ranks differ. Every rank raises it.
         """
         if self.size == 1:
             return
@@ -138,11 +142,14 @@ class Ranks:
             )
 
     def vote(self, next_up: int = 0, error: BaseException | None = None) -> None:
-        """Go on if all ranks can, and are about to do the same.
+        """Raise RankError unless all ranks go on, and agree on the next exchange.
 
         Args:
-            next_up: A number for what this one is about to exchange.
-            error: Why this one cannot go on.
+            next_up: A number that stands for the next exchange of this rank.
+            error: The exception because of which this rank cannot go on.
+
+        Raises:
+            RankError: Another rank has failed, or the next exchanges differ.
         """
         if self.size == 1:
             return
@@ -174,14 +181,14 @@ class Ranks:
 
 
 ALONE = Ranks(None)
-"""One process by itself."""
+"""A single process, which exchanges nothing."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside of ``DistributedDataParallel``, ``torch.compile`` and others.
+    """Return the network inside ``DistributedDataParallel`` and other wrappers.
 
     Raises:
-        ValueError: Only a part of the network is distributed.
+        ValueError: A ``DistributedDataParallel`` is around a part of the network only.
     """
     if not isinstance(model, nn.Module):
         return model
@@ -196,7 +203,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _said(error: BaseException | None) -> str:
-    """What the other ranks are told of an error, its advice behind a zero."""
+    """Return the text of an error for the other ranks: problem, zero byte, advice."""
     problem, advice = str(error), ""
     if isinstance(error, PruningError):
         problem, advice = error.problem, error.advice
@@ -204,7 +211,7 @@ def _said(error: BaseException | None) -> str:
 
 
 def _digest(things: Iterable[object]) -> int:
-    """Of 48 bits, which a float64 holds exactly."""
+    """Return a digest of 48 bits, which a float64 holds exactly."""
     digest = hashlib.sha256()
     for thing in things:
         if isinstance(thing, Tensor):

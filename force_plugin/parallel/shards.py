@@ -1,10 +1,11 @@
 """A network that FSDP2 has sharded: each rank holds a shard of every parameter.
 
-While it is measured, a parameter is put together where the network reads it, again for
-the backward pass, and never kept; its gradient is divided among the ranks as soon as it
-is there. So a rank holds its shards of weights, scores and masks, and the whole of what
-is at work. FSDP2 does as much in training, but its backward pass has no derivative,
-which GraSP needs, and with it a rank that fails leaves the others waiting.
+During a measurement, the shards of a parameter are put together when the network reads
+the parameter, and again for the backward pass. The whole parameter is never kept. Its
+gradient is divided among the ranks as soon as it is computed. So a rank holds its
+shards of weights, scores and masks, and the whole of the parameter in use. FSDP2 itself
+does this in training. But its backward pass has no derivative, which GraSP needs, and a
+rank that fails leaves the other ranks waiting.
 """
 
 from __future__ import annotations
@@ -36,24 +37,25 @@ if TYPE_CHECKING:
 
 
 class Shards:
-    """Which shard of a network's parameters this process holds.
+    """The division of a network's parameters among the ranks.
 
-    Of a network that is not sharded every shard is the whole, and nothing is exchanged.
+    If the network is not sharded, each shard is the whole parameter, and nothing is
+    exchanged.
 
     Args:
-        model: The network. What FSDP2 has put together of it is let go.
-        ranks: The processes that hold it.
+        model: The network. Parameters that FSDP2 has put together are freed.
+        ranks: The ranks that hold the network.
 
     Attributes:
-        ranks: As given.
+        ranks: The ``ranks`` argument.
         parameters: Every parameter of the network by name.
-        sharded: Whether there is more than one shard.
-        totals: Numbers of all shards.
+        sharded: Whether the network is sharded.
+        totals: Sums over all shards.
 
     Raises:
-        ValueError: It is sharded otherwise than by ``fully_shard`` alone (FSDP1, tensor
-            parallelism), over other ranks, off its device, or it was pruned before it
-            was sharded.
+        ValueError: The network is sharded in another way than by ``fully_shard`` alone
+            (FSDP1, tensor parallelism), over other ranks, or off its device, or it was
+            pruned before it was sharded.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks = ALONE) -> None:  # noqa: D107
@@ -61,7 +63,7 @@ class Shards:
         self._layouts: dict[str, DTensor] = {}
         units = sharded_modules(model)
         if units:
-            ranks.vote()  # what follows is collective
+            ranks.vote()  # all ranks must take part in the following calls
         for unit in units:
             unit.reshard()
         self.parameters = named_parameters(model)
@@ -91,10 +93,10 @@ class Shards:
             self.totals = Totals(ranks, across.tolist(), mine)
 
     def check(self, weights: Iterable[Weight]) -> None:
-        """Make sure that all weights are in shards, or none.
+        """Raise ValueError if only some of the weights are sharded.
 
         Raises:
-            ValueError: The model is sharded, but not one of these.
+            ValueError: The model is sharded, but one of the weights is not.
         """
         for weight in weights:
             if self.sharded and weight.name not in self._layouts:
@@ -105,28 +107,30 @@ class Shards:
                 )
 
     def require_same(self, what: str, advice: str, *tensors: Tensor) -> None:
-        """Make sure that all ranks have the same, where they have the same shard.
+        """Raise RankError if the ranks' tensors differ, unless the model is sharded.
 
-        As :meth:`Ranks.require_same`. Shards are not compared.
+        The arguments are those of :meth:`Ranks.require_same`.
         """
         if not self.sharded:
             self.ranks.require_same(what, advice, *tensors)
 
     def detach(self, model: nn.Module) -> None:
-        """Take FSDP2's hooks off, so that modules work by themselves."""
+        """Remove FSDP2's hooks from the modules of a sharded model."""
         for module in model.modules() if self.sharded else ():
             remove_hooks(module, _is_of_fsdp)
 
     def divides(self, name: str) -> bool:
-        """Whether a parameter of this name is sharded."""
+        """Whether the parameter of a name is sharded."""
         return name in self._layouts
 
     def whole(self, name: str, shard: Tensor) -> Tensor:
-        """All values of a tensor of which each rank has the shard of a parameter.
+        """Return a whole tensor from the shards of all ranks.
+
+        The tensor is divided like a parameter.
 
         Args:
             name: Name of the parameter.
-            shard: This rank's.
+            shard: This rank's shard of the tensor.
         """
         if name not in self._layouts:
             return shard
@@ -134,12 +138,12 @@ class Shards:
         return self.joined(name, shard).full_tensor()  # type: ignore[attr-defined, no-any-return]
 
     def local(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's shard of a tensor that is whole or sharded; nothing is sent."""
+        """Return this rank's shard of a whole or sharded tensor; nothing is sent."""
         layout = self._layouts.get(name)
         return whole if layout is None else shard_like(layout, whole).clone()
 
     def joined(self, name: str, shard: Tensor) -> Tensor:
-        """The shards of all ranks as one tensor, of which each holds its own."""
+        """Return a sharded tensor that is made of the shards of all ranks."""
         layout = self._layouts.get(name)
         if layout is None:
             return shard
@@ -155,11 +159,11 @@ class Shards:
         )
 
     def shape(self, name: str, shard: Tensor) -> torch.Size:
-        """The shape of a whole tensor."""
+        """Return the shape of the whole tensor to which a shard belongs."""
         return self._layouts[name].shape if name in self._layouts else shard.shape
 
     def sum(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's shard of the sum of what the ranks have.
+        """Return this rank's shard of a sum over the ranks.
 
         Args:
             name: Name of a parameter that is sharded.
@@ -178,11 +182,12 @@ class Shards:
         )
 
     def average(self, tensors: dict[str, Tensor]) -> None:
-        """Put in the place of each tensor its mean over the ranks.
+        """Replace each tensor by its mean over the ranks.
 
         Args:
-            tensors: By parameter name; of one that is sharded, this rank's shard of the
-                sum. The tensors themselves are not written to.
+            tensors: Tensors by parameter name. If the parameter is sharded, the tensor
+                is this rank's shard of the sum over the ranks. The mapping gets new
+                tensors. The old tensors are not written to.
         """
         rest = {n: t for n, t in tensors.items() if n not in self._layouts}
         self.ranks.average(rest)
@@ -191,19 +196,20 @@ class Shards:
 
 
 class Reader:
-    """Puts a parameter together where a pass reads it, and again for its backward pass.
+    """Puts the shards of a parameter together for a pass, and for its backward pass.
 
     Args:
-        shards: How parameters are divided.
+        shards: The division of parameters among the ranks.
     """
 
     def __init__(self, shards: Shards) -> None:  # noqa: D107
         self._shards = shards
-        # Where autograd finds again what it has saved of a parameter, by its memory.
+        # By the memory address of a whole parameter: a reference to it, this rank's
+        # leaf, and the name. The backward pass reads the parameter again by them.
         self._open: dict[int, tuple[ref[Tensor], Tensor, str]] = {}
 
     def read(self, name: str, leaf: Tensor) -> Tensor:
-        """A parameter of which every rank has a leaf, for a differentiable pass.
+        """Return a whole parameter for a differentiable pass, from the ranks' leaves.
 
         The gradient of the leaf is this rank's shard of the sum over the ranks.
         """
@@ -220,7 +226,10 @@ class Reader:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Let autograd save of each parameter that was read where to read it again."""
+        """Return a context in which autograd does not save whole parameters.
+
+        It saves how to read each parameter again for the backward pass.
+        """
         if not self._shards.sharded:
             yield
             return
@@ -228,7 +237,7 @@ class Reader:
         def pack(tensor: Tensor) -> Any:
             if tensor.layout != torch.strided or type(tensor) is not Tensor:
                 return tensor
-            # The tensor that was read is alive, so this memory is still its own.
+            # While the whole parameter is alive, no other tensor has its memory.
             opened = self._open.get(tensor.untyped_storage().data_ptr())
             value = None if opened is None else opened[0]()
             if value is None or value.dtype != tensor.dtype or version(value):
@@ -247,7 +256,7 @@ class Reader:
 
 
 class _Whole(torch.autograd.Function):
-    """The whole of a parameter from its shards."""
+    """Computes a whole parameter from its shards."""
 
     @staticmethod
     def forward(ctx: Any, shard: Tensor, name: str, shards: Shards) -> Tensor:
@@ -260,7 +269,7 @@ class _Whole(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The shards of the sum of what the ranks have."""
+    """Computes a sum over the ranks, and returns this rank's shard of the sum."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, name: str, shards: Shards) -> Tensor:
@@ -273,10 +282,10 @@ class _Sum(torch.autograd.Function):
 
 
 def shard_like(layout: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor that is whole on every rank, or sharded already.
+    """Return this rank's shard of a tensor that is whole on every rank, or sharded.
 
     Args:
-        layout: A sharded tensor of the same shape.
+        layout: A sharded tensor of equal shape, which shows the division.
         tensor: The tensor.
     """
     if is_sharded(tensor):
@@ -322,8 +331,12 @@ def _checked(weight: Weight, units: Sequence[FSDPModule], ranks: Ranks) -> DTens
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules that ``fully_shard`` was called with."""
-    # Whoever has sharded a model has imported this, which takes half a second.
+    """Return the modules that ``fully_shard`` was called with.
+
+    Raises:
+        ValueError: A part of the model is sharded by FSDP1.
+    """
+    # The import takes half a second. A sharded model has imported it already.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(model, nn.Module):
         return []
@@ -338,4 +351,4 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 WHOLE = Shards(nn.Module())
-"""Of what is not sharded."""
+"""The division of a network that is not sharded."""

@@ -1,4 +1,4 @@
-"""Numbers of all shards of a network, of which each process has its own."""
+"""Sums over the processes that each hold a shard of a network."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from force_plugin.parallel.ranks import ALONE, Ranks
 
 
 class Totals:
-    """Adds up what the processes that hold a network's shards count.
+    """Adds up numbers that the processes count on their shards of a network.
 
     Args:
         ranks: The processes.
-        holders: Those that hold one shard each; with replicas (HSDP), those of the
-            first. ``None``: every process holds all, and nothing is exchanged.
-        mine: Which of the shards is this process's own.
+        holders: Ranks that hold one shard each, in the order of the shards; with
+            replicas (HSDP), the ranks of the first replica. ``None``: every process
+            holds the whole network, and nothing is exchanged.
+        mine: Index of this process's own shard.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -34,14 +35,14 @@ class Totals:
         return self._holders is not None
 
     def each(self, number: float) -> tuple[Sequence[float], int]:
-        """A number of every shard, and which of them is this process's own."""
+        """Return a number of every shard, and the index of this process's own shard."""
         if self._holders is None:
             return [number], 0
         rows = self._ranks.gather(number)
         return [rows[rank][0] for rank in self._holders], self._mine
 
     def sum(self, *numbers: float) -> Sequence[float]:
-        """Sums over all shards of numbers that each process has of its own."""
+        """Return the sums of numbers over all shards."""
         if self._holders is None or not numbers:
             return numbers
         rows = self._ranks.gather(*numbers)
@@ -49,36 +50,36 @@ class Totals:
         return [sum(column) for column in zip(*held, strict=True)]
 
     def largest(self, *numbers: float) -> Sequence[float]:
-        """The largest of what the shards have, of each number."""
+        """Return the largest value of each number over all shards."""
         if self._holders is None or not numbers:
             return numbers
         rows = self._ranks.gather(*numbers)
         return [max(column) for column in zip(*rows, strict=True)]
 
     def count(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many values are not 0, in all shards together, by name."""
+        """Return the count of values other than 0 in all shards, by name."""
         counts = self.sum(*(int(t.count_nonzero()) for t in tensors.values()))
         return {name: int(n) for name, n in zip(tensors, counts, strict=True)}
 
     def empty(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The names of those whose values are 0, in all shards."""
+        """Return the names of the tensors whose values are 0 in all shards."""
         found = self.sum(*(_any(tensor) for tensor in tensors.values()))
         return [name for name, some in zip(tensors, found, strict=True) if not some]
 
     def size(self, tensors: Sequence[Tensor]) -> int:
-        """How many values tensors have, all shards together."""
+        """Return the number of values of tensors in all shards together."""
         return int(*self.sum(sum(tensor.numel() for tensor in tensors)))
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """The values of all shards, one after the other.
+        """Return the values of all shards in a single tensor.
 
         Args:
-            values: One dimension, any length.
+            values: A tensor of one dimension and any length.
         """
         if self._holders is None:
             return values
         lengths = [int(row[0]) for row in self._ranks.gather(values.numel())]
-        # Bytes are exchanged, which any backend can, and as many from each.
+        # Every process sends equally many bytes, as any backend can exchange bytes.
         padded = values.new_zeros(max(lengths))
         padded[: values.numel()] = values
         rows = [torch.empty_like(padded) for _ in lengths]
@@ -90,9 +91,9 @@ class Totals:
 
 def _any(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bool and tensor.device.type == "cpu":
-        return bool(tensor.numpy().any())  # stops at the first
+        return bool(tensor.numpy().any())  # NumPy stops at the first True
     return bool(tensor.any())
 
 
 ALL_HERE = Totals()
-"""Of a network that this process holds as a whole."""
+"""Sums for a network that this process holds as a whole."""

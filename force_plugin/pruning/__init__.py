@@ -1,6 +1,7 @@
-"""The loop: score, select, mask, and again.
+"""Pruning: the loop that scores, selects and masks, step by step.
 
-Also its first step alone, a diagnosis, and what makes a mask doubtful.
+This folder also has the first step alone (:func:`force_plugin.saliency`), the
+diagnosis, and the reasons to doubt a mask.
 
-Imports masks, report, scoring, and what those may import.
+It imports ``masks``, ``report``, ``scoring``, and the folders that they may import.
 """

@@ -1,4 +1,4 @@
-"""What pruning will find in a network, before it is pruned."""
+"""Diagnosis of a network before it is pruned."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ from force_plugin.selection.top_k import top_k_masks
 
 @dataclass(frozen=True)
 class StageDiagnosis:
-    """What one part of a network holds.
+    """The size and the saliency of one part of a network.
 
     Attributes:
-        name: Its name, e.g. ``"layer1"`` or ``"stages.0"``.
-        layers: Number of prunable layers.
-        weights: Number of their weights.
-        saliency: Its share of the network's saliency (of the magnitudes, where scores
-            have a sign) with gates open, in [0, 1]; what was pruned before has none.
-        closed: The same with gates as they are.
+        name: Name of the part, e.g. ``"layer1"`` or ``"stages.0"``.
+        layers: Number of prunable layers in the part.
+        weights: Number of weights in these layers.
+        saliency: Share of the network's saliency that the part has with gates open, in
+            [0, 1]. Scores with a sign count by their magnitudes. Weights that were
+            pruned before do not count.
+        closed: Share of the network's saliency that the part has when the gates stay
+            closed, in [0, 1].
     """
 
     name: str
@@ -53,26 +55,30 @@ class StageDiagnosis:
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What pruning will find in a network; ``print`` shows it in 80 columns.
+    """The result of :func:`diagnose`; ``print`` shows it in 80 columns.
 
     Attributes:
-        parameters: Number of the network's parameters.
-        prunable: Number of its prunable weights that get a gradient.
-        method: The method that was asked.
-        stages: The parts of the network, in its order.
-        gates: The closed gates that would be opened while scoring.
-        silent: Layers whose saliency is exactly 0 everywhere with gates open, and why.
-        hidden: Layers whose saliency is exactly 0 everywhere with gates as they are.
+        parameters: Number of values in the network's parameters.
+        prunable: Number of prunable weights that get a gradient.
+        method: Name of the method that scored the network.
+        stages: The parts of the network, in the order of its layers.
+        gates: The closed gates that pruning opens while it scores.
+        silent: Layers whose saliency is exactly 0 everywhere with gates open, each
+            with the reason.
+        hidden: Layers whose saliency is exactly 0 everywhere when the gates stay
+            closed.
         unused: Layers that the loss does not use.
-        emptied: By sparsity, how many layers lose every weight when the weights are
-            ranked once, with gates open and with gates as they are. What was pruned
-            before is lost already.
-        small: Of the layers that lose every weight at any of these sparsities with
-            gates open, those that start with small weights, and their size in units of
-            PyTorch's own initialisation.
-        passed_over: What is not prunable of the model's matrices and kernels, as
-            :class:`force_plugin.SparsityReport` counts it; unused layers are not here.
-        chosen: Whether ``parameters=`` has named what is to be pruned.
+        emptied: For each sparsity, the number of layers that lose every weight when
+            the weights are ranked once. The first number is for gates that are opened,
+            the second for gates that stay closed. Weights that were pruned before
+            count as lost.
+        small: Layers with small initial weights that lose every weight at one of these
+            sparsities with gates open. The value is the size of these weights in units
+            of PyTorch's own initialisation.
+        passed_over: Number of weights in matrices and kernels that are not prunable,
+            as :class:`force_plugin.SparsityReport` counts them. Layers that the loss
+            does not use are left out.
+        chosen: Whether ``parameters=`` named the weights to prune.
     """
 
     parameters: int
@@ -92,7 +98,7 @@ class Diagnosis:
     def coverage(self) -> float:
         """Share of the model's matrix and kernel weights that is prunable, in [0, 1].
 
-        ``passed_over`` has the rest.
+        ``passed_over`` counts all other matrix and kernel weights.
         """
         return Coverage(self.prunable, self.passed_over).share
 
@@ -103,12 +109,12 @@ class Diagnosis:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What the user should know, a sentence each; empty where all is well."""
+        """The findings that the user should know, a sentence each, or none."""
         found: list[str] = []
         if not self.chosen:
             found += Coverage(self.prunable, self.passed_over).doubts()
         found += gates.remarks_on({gate.name: gate for gate in self.gates})
-        # What is silent with open gates too has a line of its own.
+        # A layer that is silent with open gates too has a line of its own.
         if helped := [name for name in self.hidden if name not in self.silent]:
             found.append(
                 f"{name_layers(helped, self.layers)} have no saliency as long as "
@@ -128,7 +134,7 @@ class Diagnosis:
         return tuple(found)
 
     def __str__(self) -> str:
-        """Table of the stages, emptied layers by sparsity, and the findings."""
+        """Return a table of the stages, the emptied layers and the findings."""
         share = 100 * self.prunable / self.parameters
         lines = [
             *_wrap(
@@ -183,7 +189,7 @@ class Diagnosis:
         return [f"{'stage':<{width}}  {first}", rule, *lines, rule, *note]
 
     def to_dict(self) -> dict[str, Any]:
-        """The diagnosis as plain types that :func:`json.dumps` takes."""
+        """Return the diagnosis as plain types that :func:`json.dumps` takes."""
         plain = asdict(self)
         plain["silent"] = dict(self.silent)
         plain["passed_over"] = dict(self.passed_over)
@@ -206,26 +212,29 @@ def diagnose(
     sparsities: Iterable[float] = (0.9, 0.95, 0.99),
     **options: Unpack[PassOptions],
 ) -> Diagnosis:
-    """Say what pruning will find in a network, without pruning it.
+    """Return a diagnosis of a network, without pruning the network.
 
-    The network is scored once as :func:`force_plugin.saliency` scores it and, where
-    gates are closed, once more as it is. It is afterwards bit for bit what it was.
+    The network is scored once as :func:`force_plugin.saliency` scores it. If it has
+    closed gates, it is scored once more with these gates closed. Afterwards the
+    network is bit for bit what it was.
 
     Args:
         model: Any module, pruned before or not.
         loader: Batches, as in :func:`force_plugin.force_prune`.
-        method: A name of ``force_plugin.METHODS``, or a class.
+        method: A name of ``force_plugin.METHODS``, or a subclass of
+            :class:`~force_plugin.SaliencyMethod`.
         parameters: ``[(module, "weight"), ...]``; default as in
             :func:`force_plugin.force_prune`.
-        sparsities: Fractions of all prunable weights removed, 0 ≤ sparsity < 1, for
-            which the layers that would be emptied are counted.
-        options: How batches are passed through, as :func:`force_plugin.force_prune`
-            has it: ``batches`` (default: 1; ``None``: the whole loader), ``loss_fn``,
-            ``forward``, ``open_gates``, ``microbatch``, ``autocast``,
-            ``channels_last`` and ``compile``.
+        sparsities: Fractions of all prunable weights to remove, 0 ≤ sparsity < 1. The
+            diagnosis counts the emptied layers for each fraction.
+        options: How batches are passed through the network, as in
+            :func:`force_plugin.force_prune`: ``batches`` (default: 1; ``None``: the
+            whole loader), ``loss_fn``, ``forward``, ``open_gates``, ``microbatch``,
+            ``autocast``, ``channels_last`` and ``compile``.
 
-    In a distributed job each process looks at batches of its own, and may do so alone;
-    of a sharded model all ranks look at those of all, and every rank must call it.
+    In a distributed job each process measures its own batches, and may call this
+    function alone. If the model is sharded, every rank must call this function, and
+    the measurement covers the batches of all ranks.
 
     Returns:
         The diagnosis.
@@ -233,11 +242,11 @@ def diagnose(
     Raises:
         TypeError, ValueError: An argument is not as expected.
         NothingToPruneError, BatchError, MethodError, NoGradientError, NotFiniteError:
-            As in :func:`force_plugin.force_prune`; the loss may leave some weights out,
-            but not all.
+            As in :func:`force_plugin.force_prune`. But a loss that leaves some weights
+            unused is no error here, unless it leaves all of them unused.
     """
     model = unwrap(model)
-    # The ranks of a sharded model can only look at it together.
+    # The ranks of a sharded model can only measure it together.
     with Ranks(model) if sharded_modules(model) else ALONE as ranks:
         shards = Shards(model, ranks)
         criterion = find_method(method)
@@ -270,7 +279,7 @@ def diagnose(
         closed = score(weights, False)[0] if probe.gates else scores
         hidden = shards.totals.empty(closed)
 
-        # What an earlier pruning removed has no share, and does not come back.
+        # A weight that an earlier pruning removed has no share, and stays removed.
         masks = {
             w.name: shards.local(w.name, w.mask) for w in weights if w.mask is not None
         }
@@ -353,7 +362,7 @@ def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
 
 
 def _emptied(scores: Mapping[str, Tensor], kept: int, shards: Shards) -> list[str]:
-    """Layers that have none of the weights with the largest scores."""
+    """Return the layers that keep no weight when the largest scores are kept."""
     left = shards.totals.size([*scores.values()])
     masks, _ = top_k_masks([*scores.values()], min(kept, left), shards.totals)
     return shards.totals.empty(dict(zip(scores, masks, strict=True)))

@@ -1,4 +1,4 @@
-"""What makes a mask doubtful: collapse, emptied layers, and what emptied them."""
+"""Reasons to doubt a mask: collapse, emptied layers, and what emptied them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,37 @@ from force_plugin.scoring import dead_gradients
 from force_plugin.scoring.probe import Probe
 from force_plugin.selection.top_k import top_k_masks
 
-# Rescaled to this size, the layers of timm's MobileViT and MambaOut are not emptied.
+# The layers of timm's MobileViT and MambaOut are not emptied if their weights are
+# rescaled to this size.
 _SMALL = 0.5
-# That a saliency is 0 by chance, as where it underflows or dropout leaves a unit out,
-# makes no collapse.
+# A saliency may be 0 by chance, because it underflows or because dropout leaves a unit
+# out. This share of zeros is no sign of a collapse.
 _CHANCE = 0.1
-# Without a normalisation, the saliency of a dead channel is no larger than others.
+# Without a normalisation, a dead channel has no larger saliency than other channels.
 _OVERRATED = 10
 
 
 class DeadChannels:
-    """Whether channels without any weight have taken the saliency of emptied layers.
+    """Tells whether channels without any weight have taken most of the saliency.
+
+    These channels are called dead.
 
     Args:
-        steps: How many steps there are.
-        fixed: Whether the method fixes them.
+        steps: Number of steps.
+        fixed: Whether the method fixes the number of steps.
 
     Attributes:
-        said: A sentence about the step at which they had the most; empty: they had no
-            more than half of the saliency.
+        said: A sentence about the step at which the dead channels had the largest
+            share of the saliency. It is empty unless this share is above one half, and
+            the mean saliency of a weight is 10 times larger there than among the kept
+            weights.
     """
 
     def __init__(self, steps: int, fixed: bool) -> None:  # noqa: D107
         self.said = ""
         self._steps = steps
         self._fixed = fixed
-        self._share = 0.5  # of the saliency, the largest so far
+        self._share = 0.5  # the largest share of the saliency so far
 
     def look(
         self,
@@ -52,19 +57,22 @@ class DeadChannels:
         masks: Mapping[str, Tensor],
         rows: Callable[[str, Tensor], Tensor],
     ) -> None:
-        """Look at the scores of a step.
+        """Compare the saliency of dead channels with the saliency of kept weights.
 
         Args:
-            step: Its number, from 1.
-            scores: Of all weights.
-            among: Where there was a weight to choose; empty: everywhere.
-            masks: The masks that the scores were measured with.
-            rows: Gives all of a tensor of a weight's shape, output channels first.
+            step: Number of the step, from 1.
+            scores: Scores of all weights.
+            among: Masks of the weights that could be chosen; empty: all weights.
+            masks: Masks of the network while the scores were measured.
+            rows: Puts the shards of a tensor of a weight's shape together, and returns
+                the tensor with the output channels first.
         """
-        # Saliency and number of the weights in dead channels, of those kept, of all.
+        # Each list holds a sum of saliencies, and the number of weights in the sum:
+        # weights in dead channels, kept weights, all weights.
         dead, kept, every = ([0.0, 0.0] for _ in range(3))
         for name in masks:
-            # One layer at a time: whether a channel is empty is told by all of it.
+            # Only a whole layer shows whether a channel is empty. So the shards of a
+            # layer are put together, one layer at a time.
             chosen = scores[name] * among.get(name, True)
             mask, score = (rows(name, tensor) for tensor in (masks[name], chosen))
             score = score.abs()
@@ -88,17 +96,16 @@ class DeadChannels:
 
 
 class Doubts:
-    """What makes a mask doubtful, noticed on the way.
+    """Collects reasons to doubt a mask while the network is pruned.
 
     Args:
-        kept: How many weights are to be left after each step.
-        on_collapse: ``"raise"`` an error where the network is disconnected, or
-            ``"warn"``.
-        criterion: The method that chooses them.
-        shards: Which shard of scores and masks this process has.
+        kept: Number of weights to keep after each step.
+        on_collapse: ``"raise"`` an error if the network is disconnected, or ``"warn"``.
+        criterion: The method that chooses the weights.
+        shards: The division of scores and masks among the processes.
 
     Attributes:
-        problems: A sentence each.
+        problems: The reasons, a sentence each.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -114,17 +121,19 @@ class Doubts:
         self._raise = on_collapse == "raise"
         self._regrows = criterion.regrows
         self._fixed = criterion.steps is not None
-        self._reads = True  # whether other batches would have a say
+        self._reads = True  # whether the scores depend on the batches
         self._shards = shards
         self._dead = DeadChannels(len(kept), self._fixed)
-        # All that there is to choose from, and what has a saliency at the first step.
+        # Number of weights to choose from, and number of weights with a saliency other
+        # than 0 at the first step.
         self._choice = self._alive_at_first = 0
-        self._causes: list[str] = []  # why nothing has one
+        self._causes: list[str] = []  # why layers have no saliency
         self._gone: set[str] = set()  # layers that an earlier pruning has emptied
         self._collapsed = self._disconnected = False
-        # The step at which a layer lost its last weight, until one comes back.
+        # The step at which a layer lost its last weight. A layer leaves this dictionary
+        # when a weight comes back.
         self._empty: dict[str, int] = {}
-        # The layers that keep a weight if everything is pruned at the first step.
+        # The layers that would keep a weight if all steps were made at once.
         self._kept_at_once: set[str] = set()
         self._layers = 0
         self._weights: Mapping[str, Tensor] = {}
@@ -133,12 +142,12 @@ class Doubts:
     def on_first_scores(
         self, scores: Mapping[str, Tensor], among: Mapping[str, Tensor], probe: Probe
     ) -> None:
-        """Look at what the dense network, or the one as it came, can rank.
+        """Count the weights with a saliency before the first selection.
 
         Args:
-            scores: Of all weights.
-            among: Where there is a weight to choose; empty: everywhere.
-            probe: What has measured them.
+            scores: Scores of all weights.
+            among: Masks of the weights that can be chosen; empty: all weights.
+            probe: The probe that has measured the scores.
         """
         self._weights, self._parameters = probe.weights, probe.parameters
         self._reads = not math.isnan(probe.loss)
@@ -161,7 +170,7 @@ class Doubts:
     def _found(
         scores: Mapping[str, Tensor], among: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Where there is a saliency other than 0 to choose."""
+        """Return masks of the weights to choose from with a saliency other than 0."""
         return {name: (s != 0) & among.get(name, True) for name, s in scores.items()}
 
     def on_selection(
@@ -173,15 +182,18 @@ class Doubts:
         threshold: float,
         before: Mapping[str, Tensor] | None,
     ) -> None:
-        """Look for emptied layers, and for weights of saliency 0 that were taken.
+        """Look for emptied layers, and for kept weights of saliency 0.
 
         Args:
-            step: Its number, from 1.
-            scores: Of all weights.
-            among: Where there was a weight to choose; empty: everywhere.
-            masks: What was chosen.
-            threshold: The least score that was.
-            before: The masks that the scores were measured with, if any.
+            step: Number of the step, from 1.
+            scores: Scores of all weights.
+            among: Masks of the weights that could be chosen; empty: all weights.
+            masks: Masks of the weights that were chosen.
+            threshold: The smallest score that was chosen.
+            before: Masks of the network while the scores were measured, if any.
+
+        Raises:
+            CollapseError: Every saliency is 0, and ``on_collapse`` is ``"raise"``.
         """
         self._layers = len(masks)
         if step == 1 < self._steps:
@@ -197,7 +209,7 @@ class Doubts:
         self._empty = {name: self._empty.get(name, step) for name in empty}
         if emptied and self._regrows and before is not None:
             self._dead.look(step, scores, among, before, self._rows)
-        # Scores below 0 are GraSP's, and mean something.
+        # GraSP has scores below 0, which mean something.
         if self._collapsed or threshold != 0:
             return
         alive = sum(self._shards.totals.count(self._found(scores, among)).values())
@@ -213,9 +225,9 @@ class Doubts:
         choice = (
             sum(self._shards.totals.count(among).values()) if among else self._choice
         )
-        # Weights without saliency in the dense network (the outer taps of a 3x3 kernel
-        # on 1x1 maps, units that a batch leaves asleep) are kept while there is room
-        # for them, and do no harm. With another batch they may be twice as many.
+        # Some weights have no saliency in the dense network: the outer taps of a 3x3
+        # kernel on 1x1 maps, or units that a batch leaves asleep. They are kept while
+        # there is room, and do no harm. With another batch they may be twice as many.
         asleep = 1 - self._alive_at_first / self._choice
         usual = max(
             min(kept, self._alive_at_first) / 2, (1 - 2 * asleep - _CHANCE) * kept
@@ -234,12 +246,16 @@ class Doubts:
     def on_flow(
         self, connected: bool | None, idle: int, broken: Sequence[str] = ()
     ) -> None:
-        """Look at what the last mask lets through.
+        """Note what the outputs of the pruned network depend on.
 
         Args:
-            connected: Whether the outputs depend on the inputs, where that is known.
-            idle: On how many of the weights that stay they do not.
-            broken: Weights of which they depend in a way that is not finite.
+            connected: Whether the outputs depend on the inputs; ``None``: not known.
+            idle: Number of kept weights that the outputs do not depend on.
+            broken: Names of weights whose gradient is NaN or infinite.
+
+        Raises:
+            CollapseError: The network is disconnected, and ``on_collapse`` is
+                ``"raise"``.
         """
         if broken:
             self.problems.append(
@@ -253,7 +269,7 @@ class Doubts:
                 "the pruned network is disconnected: its outputs do not depend on its "
                 "inputs"
             )
-        # Weights that are idle in the dense network, too, are not among them.
+        # Weights that are idle in the dense network too do not count as idle.
         if connected and idle > self._left / 2:
             self.problems.append(
                 f"{idle:,} of the {self._left:,} weights that stay "
@@ -268,7 +284,7 @@ class Doubts:
         if self._alive_at_first:
             problem = [what, *self.emptied()]
             advice = f"take {self._advice()}"
-        else:  # no sparsity is too high for that
+        else:  # nothing has a saliency even before pruning: the sparsity is no reason
             problem = [what, *self._causes]
             advice = "look at the data, the loss and the initialisation"
         if self._raise:
@@ -279,7 +295,7 @@ class Doubts:
         self.problems.append(f"{what}. {advice[0].upper()}{advice[1:]}")
 
     def _advice(self, more_or_fewer: str = "") -> str:
-        """What to take instead, of what this method leaves to the caller."""
+        """Return advice: what to change, among the settings that the method allows."""
         if not more_or_fewer:
             alive_at_once = self._kept_at_once.issuperset(self._empty) and self._empty
             more_or_fewer = "fewer" if self._dead.said or alive_at_once else "more"
@@ -294,11 +310,11 @@ class Doubts:
         return f"{', '.join(others)} or {last}"
 
     def _rows(self, name: str, shard: Tensor) -> Tensor:
-        """All of a tensor of a weight's shape, with the output channels first."""
+        """Return a whole tensor of a weight's shape, with the output channels first."""
         return self._parameters[name].rows(self._shards.whole(name, shard))
 
     def emptied(self) -> list[str]:
-        """What there is to say about layers without any weight, if there are any."""
+        """Return sentences about the layers that lost every weight."""
         if not self._empty:
             return []
         names = sorted(self._empty, key=self._empty.__getitem__)
@@ -318,13 +334,14 @@ class Doubts:
 
 
 def find_small(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """The size of weights that start small, by parameter name.
+    """Return the sizes of weights that start small, by parameter name.
 
-    It is their root mean square in units of that of PyTorch's convolutions and linear
-    layers, which are uniform in ±1/√n for n inputs; less than a half is small.
+    The size of a weight tensor is its root mean square, in units of PyTorch's own
+    initialisation. PyTorch draws convolutions and linear layers uniformly from ±1/√n
+    for n inputs. A size below one half is small.
 
     Args:
-        weights: Parameter names and dense weights, their output channels first.
+        weights: Parameter names and dense weights, with the output channels first.
     """
     found = {}
     for name, weight in weights:
@@ -337,6 +354,6 @@ def find_small(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
 
 
 def sizes(small: Mapping[str, float]) -> str:
-    """The range of sizes in words."""
+    """Return the range of the sizes in words."""
     ends = dict.fromkeys(f"{f(small.values()):.2g}" for f in (min, max))
     return f"{' to '.join(ends)} times the size of PyTorch's own initialisation"

@@ -1,4 +1,4 @@
-"""The loop: score, select, mask, and again; then prune the model."""
+"""The loop that scores, selects and masks at each step, and then prunes the model."""
 
 from __future__ import annotations
 
@@ -52,106 +52,114 @@ def force_prune(
     progress: bool = True,
     **options: Unpack[PassOptions],
 ) -> SparsityReport:
-    """Prune a model in place, before it is trained.
+    """Prune a model in place, before the model is trained.
 
-    Algorithm 1 of de Jorge et al. 2021 (arXiv 2006.09081) for ``"force"`` and
-    ``"iter_snip"``, and its one-step and data-free relatives. Afterwards the model is
-    pruned as :func:`torch.nn.utils.prune.global_unstructured` prunes (``weight_orig``,
-    ``weight_mask`` and a forward pre-hook), and everything else is bit for bit what it
-    was: values, running statistics, gradients, modes, hooks and, except for
-    ``"random"``, the global random state. After an error or Ctrl-C the model is
-    untouched.
+    The methods ``"force"`` and ``"iter_snip"`` are Algorithm 1 of de Jorge et al. 2021
+    (arXiv 2006.09081). The other methods are its one-step and data-free relatives.
+    Afterwards the model is pruned as :func:`torch.nn.utils.prune.global_unstructured`
+    prunes: with ``weight_orig``, ``weight_mask`` and a forward pre-hook. Everything
+    else is bit for bit what it was: values, running statistics, gradients, modes, hooks
+    and, except for ``"random"``, the global random state. After an error or Ctrl-C the
+    model is untouched.
 
-    The network is scored as it stands: in training mode its batch statistics are those
-    of the scoring batches, and dropout is on.
+    Scoring keeps the mode of each module. In training mode, normalisation uses the
+    statistics of the scoring batches, and dropout is on.
 
-    Where :mod:`torch.distributed` is initialised, every rank must call it, with the
-    same model and batches of its own. What is measured is averaged over the ranks, and
-    all of them get the same mask; progress and warnings are rank 0's.
+    If :mod:`torch.distributed` is initialised, every rank must call this function, with
+    the same model and with its own batches. Gradients are averaged over the ranks, and
+    every rank gets the same mask. Only rank 0 shows progress and warnings.
 
     Args:
-        model: Any module. On one that is pruned already, only more is removed. Of
-            :class:`torch.nn.parallel.DistributedDataParallel`, ``torch.compile`` and
-            other wrappers it is the module inside, also in the names. One that
-            ``fully_shard`` has sharded is pruned in its shards: no rank holds it or its
-            scores, and afterwards its weights are 0 where they are pruned, and held
-            there, as :func:`force_plugin.make_permanent` holds them.
+        model: Any module. If the model is pruned already, only more weights are
+            removed. If :class:`torch.nn.parallel.DistributedDataParallel`,
+            ``torch.compile`` or another wrapper is around the model, the module inside
+            is pruned, and names are the names inside. A model that ``fully_shard`` has
+            sharded is pruned in its shards: no rank holds the whole model or all
+            scores. Afterwards its pruned weights are 0, and stay 0 in training, as
+            after :func:`force_plugin.make_permanent`.
         loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
-            Each step takes the next ones, from the beginning again when it ends. Their
-            tensors are moved to the device of the model's first prunable weight.
+            Each step takes the next batches. After the last batch the loader starts
+            again. Tensors are moved to the device of the model's first prunable
+            weight.
         sparsity: Fraction of the prunable weights to remove, 0 ≤ sparsity < 1; exactly
             ⌊(1 − sparsity) · m⌋ of m weights stay.
         method: A name of ``force_plugin.METHODS`` or a subclass of
             :class:`~force_plugin.SaliencyMethod`.
-        steps: T, the number of steps; 60 in the FORCE paper, 100 in SynFlow's. Methods
-            that fix it keep theirs: ``"snip"``, ``"grasp"``, ``"magnitude"`` and
-            ``"random"`` take 1 step, ``"snip_it"`` takes 7.
+        steps: T, the number of steps (default: 60). The FORCE paper takes 60, the
+            SynFlow paper 100. Some methods fix the number: ``"snip"``, ``"grasp"``,
+            ``"magnitude"`` and ``"random"`` take 1 step, ``"snip_it"`` takes 7.
         schedule: Density after each step: ``"exponential"``, ``"linear"``,
-            ``"snip_it"`` or a callable ``(step, steps, density) -> density``.
-            ``"snip_it"`` keeps its own as a method, which the report says.
-        batches: Batches a step, over which the gradient is averaged (default: 1);
-            ``None``: one whole pass of the loader a step.
+            ``"snip_it"`` or a callable ``(step, steps, density) -> density``. The
+            method ``"snip_it"`` always uses its own schedule. If ``schedule`` is not
+            used, the report says so.
+        batches: Number of batches in a step (default: 1), over which the gradient is
+            averaged; ``None``: the whole loader at each step.
         loss_fn: ``loss_fn(model(inputs), targets)``, a scalar; default:
             :func:`torch.nn.functional.cross_entropy`.
         forward: ``forward(model, batch)``, a scalar loss, for batches that are no
             ``(inputs, targets)`` pair; replaces ``loss_fn``.
         parameters: ``[(module, "weight"), ...]`` as in
-            :func:`torch.nn.utils.prune.global_unstructured`; default: the weight of
-            every convolution and linear layer, and of what behaves as a linear layer
-            (transformers' ``Conv1D``, a class of one's own that multiplies by its
-            two-dimensional ``weight``), but for one that an embedding shares. A shared
-            weight counts once.
-        open_gates: Score with closed gates opened: what multiplies a branch by 0 or
-            nearly 0 (``zero_init_last``, LayerScale, ReZero, skip-init gains) and hides
-            its weights from the gradient, and weights that are all (nearly) 0. See
-            :mod:`force_plugin.scoring.gates`. ``False`` gives the papers' scores there.
+            :func:`torch.nn.utils.prune.global_unstructured`. Default: the weight of
+            every convolution and linear layer, and of every module that behaves as a
+            linear layer. Examples are transformers' ``Conv1D``, and a user's class that
+            multiplies by its two-dimensional ``weight``. A weight that an embedding
+            shares is left out. A weight that several modules share counts once.
+        open_gates: Open closed gates while scoring (default: True). A closed gate
+            multiplies a branch by 0 or nearly 0 (``zero_init_last``, LayerScale,
+            ReZero, skip-init gains), and so hides the weights of the branch from the
+            gradient. Weights that are all (nearly) 0 are opened too. See
+            :mod:`force_plugin.scoring.gates`. ``False`` gives the scores of the papers.
             The model keeps its own values.
-        microbatch: Cut each batch into equal microbatches of at most this many samples.
-            Only one microbatch has to fit into memory. ``None`` (the default): each
-            batch passes as a whole. The tensors and arrays of a batch, in
-            tuples, lists, mappings and dataclasses, are split if their first dimension
-            is that of the first of them. So are lists with an item a sample (images of
-            different sizes, a dictionary for each). The rest goes with each microbatch,
-            which has the types of the batch. Its loss counts by its share of the
-            samples. So of a loss that is a mean over samples the gradient is that of
-            the whole batch, but for what looks at several samples: batch normalisation
-            in training mode normalises over a microbatch, and a contrastive loss
-            compares within it.
-            ``"synflow"`` passes one sample anyway.
+        microbatch: Cut each batch into microbatches of about equal size, with at most
+            this many samples. Only one microbatch has to fit into memory. ``None`` (the
+            default): each batch passes as a whole. A microbatch has the types of the
+            batch. Tensors and arrays in tuples, lists, mappings and dataclasses are cut
+            if they are as long as the first tensor or array of the batch. Lists with an
+            item for each sample (images of different sizes, dictionaries) are cut too.
+            Everything else goes with each microbatch. The loss of a microbatch counts
+            by its share of the samples. So the gradient is that of the whole batch, if
+            the loss is a mean over samples. It differs for layers and losses that
+            combine samples: batch normalisation in training mode normalises over a
+            microbatch, and a contrastive loss compares within a microbatch.
+            ``"synflow"`` passes a single sample anyway.
         autocast: ``torch.bfloat16``: run the network and the loss under
-            :func:`torch.autocast`; ``None`` (the default): as the caller does.
-            ``"synflow"``, which needs float64, is left out.
-        channels_last: Hand the network inputs of 4 dimensions (floating point) in
-            ``torch.channels_last``, and of 5 in ``torch.channels_last_3d``, which may
-            be faster (default: False). Weights and masks keep their formats.
-        compile: Run the scoring passes by :func:`torch.compile`, all but the first,
-            which looks for gates; a string is its ``mode``, as ``"reduce-overhead"``.
-            Compiling takes a while, and once more where batches differ in size, and
-            changes roundings and random numbers (dropout). It is for methods that take
-            nothing but gradients, so not for ``"grasp"`` and ``"synflow"``, and for
-            models that are not sharded; what it cannot compile is its own error.
-            Default: False.
-        on_collapse: What to do where the mask disconnects the network, so that its
-            outputs no longer depend on its inputs: ``"raise"`` an error, with the model
-            untouched, or ``"warn"`` and prune it all the same. ``"magnitude"`` and
-            ``"random"`` read no data and do not see it.
-        progress: Show a progress bar with step and density on standard error.
+            :func:`torch.autocast`; ``None`` (the default): keep the autocast state of
+            the caller. ``"synflow"`` needs float64, and runs without autocast.
+        channels_last: Convert floating-point inputs of 4 dimensions to
+            ``torch.channels_last``, and of 5 dimensions to ``torch.channels_last_3d``,
+            which may be faster (default: False). Weights and masks keep their formats.
+        compile: Run the scoring passes by :func:`torch.compile` (default: False). A
+            string is the ``mode``, as ``"reduce-overhead"``. The first pass, which
+            looks for gates, is not compiled. Compiling takes a while, and again for
+            each new size of a batch. It changes roundings and random numbers (dropout).
+            Methods that need more than gradients (``"grasp"``, ``"synflow"``) and
+            sharded models cannot be compiled. If compiling fails, the error is
+            PyTorch's own.
+        on_collapse: What to do if the mask disconnects the network, so that the outputs
+            no longer depend on the inputs. ``"raise"`` (the default) raises an error
+            and leaves the model untouched. ``"warn"`` warns and prunes the model.
+            ``"magnitude"`` and ``"random"`` read no data and cannot tell.
+        progress: Show a progress bar with step and density on standard error (default:
+            True).
 
     Returns:
-        The sparsity of every prunable layer, and what was passed over of the model's
-        matrices and kernels. Its ``warnings`` name gates that were opened, layers that
-        were emptied (and since which step), and what makes the mask doubtful: layers
-        without any saliency, the step at which the network collapsed (far fewer of the
-        weights that stay have a saliency other than 0 than of the dense network's),
-        more idle weights than others, whose channels nothing reaches or nothing leads
-        on from, and less than one half of the matrices and kernels that is prunable.
+        The sparsity of every prunable layer, and the matrices and kernels that were
+        passed over. Its ``warnings`` name the gates that were opened, the layers that
+        were emptied (and since which step), and reasons to doubt the mask:
+
+        - layers without any saliency;
+        - the step at which the network collapsed: far fewer of the kept weights than
+          of the dense network's weights have a saliency other than 0;
+        - more than one half of the kept weights is idle: nothing reaches their
+          channels, or nothing leads on from there;
+        - less than one half of the matrix and kernel weights is prunable.
 
     Raises:
-        TypeError, ValueError: An argument is not as expected. All that follow are
+        TypeError, ValueError: An argument is not as expected. All errors below are
             ValueErrors or RuntimeErrors too, see :class:`force_plugin.PruningError`.
-        NothingToPruneError: The model has no weight that is to be pruned.
+        NothingToPruneError: The model has no weight to prune.
         BatchError: The loader, a batch or the loss is not as expected.
-        MethodError: The ``method`` is one's own, and its scores are not as expected.
+        MethodError: A user's ``method`` returns scores that are not as expected.
         NoGradientError: The loss does not use a weight.
         NotFiniteError: A loss or a score is NaN or infinite.
         CollapseError: The mask disconnects the network.
@@ -159,8 +167,8 @@ def force_prune(
             arguments or weights differ.
 
     Warns:
-        UserWarning: The mask is doubtful, as above, layers lost every weight, or less
-            than one half of the model's matrix and kernel weights is prunable.
+        UserWarning: There are reasons to doubt the mask, as above, or layers lost every
+            weight.
     """
     model = unwrap(model)
     with Ranks(model) as ranks:
@@ -170,7 +178,7 @@ def force_prune(
         weights = find_weights(model, parameters, shards.parameters)
         shards.check(weights)
         check_count("steps", steps)
-        find_schedule(schedule)  # also where the method has its own
+        find_schedule(schedule)  # also if the method has its own
         if on_collapse not in ("raise", "warn"):
             raise ValueError(
                 f'on_collapse: expected "raise" or "warn", got {on_collapse!r}'
@@ -179,7 +187,7 @@ def force_prune(
         kept_after = kept_per_step(
             criterion.schedule or schedule, criterion.steps or steps, sparsity, total
         )
-        # The masks of an earlier pruning, if any: what it removed never comes back.
+        # The masks of an earlier pruning, if any. Removed weights never come back.
         earlier = {
             w.name: torch.ones_like(w.local, dtype=torch.bool)
             if w.mask is None
@@ -235,7 +243,7 @@ def force_prune(
                     f"the masks of step {step}", _REPORT, *masks.values()
                 )
                 doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
-                del scores, selected  # not to be there beside the next step's gradients
+                del scores, selected  # make room for the gradients of the next step
                 probe.prune(masks)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
                 bar.update()
@@ -243,11 +251,11 @@ def force_prune(
                 doubts.on_flow(*probe.flow())
 
         kept_in, emptied = shards.totals.count(masks), doubts.emptied()
-        # Before the model is touched: a filter may make errors of warnings.
+        # Warn before the model is touched, as a filter may turn warnings into errors.
         said = [*doubts.problems, *(["; ".join(emptied)] if emptied else [])]
         _warn(said, ranks)
         remarks = [*gates.remarks_on(probe.gates), *doubts.problems, *emptied]
-    # 60 and "exponential" are what a caller passes who passes nothing.
+    # 60 and "exponential" are the defaults, so the caller may not have chosen them.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
     if schedule not in (criterion.schedule, "exponential") and (
@@ -258,7 +266,7 @@ def force_prune(
             f"schedule={_name(schedule)} was not used: {method_name} has {own}"
         )
     report = report_of(model, shards.parameters, weights, kept_in, remarks, method_name)
-    # Nothing comes after it that could fail.
+    # The model is changed last, as nothing can fail after that.
     pairs = [(weight, masks[weight.name]) for weight in weights]
     if shards.sharded:
         prune_in_place(pairs, shards)
@@ -276,19 +284,20 @@ def saliency(
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
     **options: Unpack[PassOptions],
 ) -> dict[str, Tensor]:
-    """Scores of the prunable weights of a model as it stands, without pruning it.
+    """Return the scores of a model's prunable weights, without pruning the model.
 
     These are the scores of the first step of :func:`force_plugin.force_prune` with the
-    same arguments. The model, its gradients and modes and the global random state are
-    afterwards what they were. In a distributed job every rank must call it, and gets
-    the scores of all batches.
+    same arguments. Afterwards the model, its gradients and modes and the global random
+    state are what they were. In a distributed job every rank must call this function,
+    and every rank gets the scores of all batches.
 
     Args:
-        model: Any module, pruned before or not, wrapped in
-            :class:`torch.nn.parallel.DistributedDataParallel`, ``torch.compile`` and
-            others or not.
+        model: Any module, pruned before or not.
+            :class:`torch.nn.parallel.DistributedDataParallel`, ``torch.compile`` or
+            another wrapper may be around the model.
         loader: Batches, as in :func:`force_plugin.force_prune`.
-        method: A name of ``force_plugin.METHODS``, or a class.
+        method: A name of ``force_plugin.METHODS``, or a subclass of
+            :class:`~force_plugin.SaliencyMethod`.
         batches: Number of batches (default: 1); ``None``: the whole loader.
         loss_fn: ``loss_fn(model(inputs), targets)``, a scalar; default: cross entropy.
         forward: ``forward(model, batch)``, a scalar loss, for batches that are no
@@ -297,17 +306,20 @@ def saliency(
             :func:`force_plugin.force_prune`.
         open_gates: Score with closed gates opened, as in
             :func:`force_plugin.force_prune`.
-        microbatch: The most samples to pass through the network at once, as in
-            :func:`force_plugin.force_prune`; ``None`` (the default): a batch.
-        autocast: ``torch.bfloat16`` to pass them under :func:`torch.autocast`.
-        channels_last: Hand images over in ``torch.channels_last`` (default: False).
-        compile: Run all passes but the first by :func:`torch.compile`; a string is its
+        microbatch: The largest number of samples to pass through the network at once,
+            as in :func:`force_plugin.force_prune`; ``None`` (the default): a batch.
+        autocast: ``torch.bfloat16``: run the network and the loss under
+            :func:`torch.autocast`; ``None`` (the default): keep the autocast state of
+            the caller.
+        channels_last: Convert images to ``torch.channels_last`` (default: False).
+        compile: Run all passes but the first by :func:`torch.compile`; a string is the
             ``mode``. Default: False.
 
     Returns:
-        By parameter name (``"layer1.0.conv1.weight"``), a tensor of the weight's shape
-        on its device, sharded if the weight is; higher = keep. ``float64`` for SynFlow,
-        at least ``float32`` for the methods that need gradients.
+        By parameter name (``"layer1.0.conv1.weight"``), a tensor of scores with the
+        weight's shape and device, sharded if the weight is sharded; higher = keep. The
+        dtype is ``float64`` for SynFlow, and at least ``float32`` for the methods that
+        need gradients.
 
     Warns:
         UserWarning: GraSP's temperature was not used.
@@ -338,7 +350,7 @@ def saliency(
 
 
 def _warn(problems: Iterable[str], ranks: Ranks) -> None:
-    """Say what makes a result doubtful, to whoever has called the function."""
+    """Warn the caller of the public function, on rank 0."""
     for problem in problems if ranks.rank == 0 else ():
         warnings.warn(problem, stacklevel=4)  # past inference_mode
 
@@ -351,7 +363,7 @@ def _name(schedule: str | Schedule) -> str:
 def require_one_start(
     shards: Shards, weights: Sequence[Weight], *settings: object
 ) -> None:
-    """Make sure that the ranks are about to do the same to the same network."""
+    """Raise RankError if the ranks' arguments or their networks differ."""
     shards.ranks.require_same(
         "the arguments, or the model",
         "pass the same method, sparsity, steps, schedule, parameters and open_gates, "

@@ -1,6 +1,7 @@
-"""Measure a network, as it is pruned so far, and leave no trace in it.
+"""Measurements of a partly pruned network that leave no trace in the network.
 
-Imports :mod:`force_plugin.selection` and what that may import, but no method.
+This folder imports :mod:`force_plugin.selection`, and the folders that ``selection``
+may import, but no method.
 """
 
 from force_plugin.scoring.probe import Probe

@@ -1,4 +1,4 @@
-"""Passes that run by :func:`torch.compile`."""
+"""Passes that :func:`torch.compile` runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from force_plugin.parallel.shards import Shards
 
 
 class Compiled:
-    """Compiles the passes of a network, all but the first, which looks for gates.
+    """Compiles the passes of a network, except the first pass, which looks for gates.
 
     Args:
         model: The network.
-        mode: A mode of :func:`torch.compile`, True for its default, False not to.
-        device: Where it is.
-        shards: Its shards; they cannot be compiled.
+        mode: A mode of :func:`torch.compile`; True: its default mode; False: do not
+            compile.
+        device: The device of the network.
+        shards: The division of parameters among the processes. A sharded network
+            cannot be compiled.
 
     Raises:
-        ValueError: It is to be compiled, and sharded.
+        ValueError: The network is to be compiled, and it is sharded.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -38,28 +40,28 @@ class Compiled:
         self._device = device
 
     def begin(self, undo: ExitStack) -> None:
-        """Have the model compiled when it is called, until ``undo`` is closed."""
+        """Compile the model when it is called, until ``undo`` is closed."""
         if self._mode:
             self._model.compile(mode=None if self._mode is True else self._mode)
-            # What was compiled lives as long as the model, with its CUDA graphs.
+            # Compiled code and its CUDA graphs would live as long as the model.
             undo.callback(torch.compiler.reset)
 
     @contextmanager
     def passing(
         self, first: bool, leaves: Mapping[str, nn.Parameter]
     ) -> Iterator[None]:
-        """Compile a pass, unless it is the first.
+        """Compile a pass, unless it is the first pass.
 
         Args:
-            first: Whether it is.
-            leaves: What its gradients are taken with respect to.
+            first: Whether it is the first pass.
+            leaves: The parameters that get gradients in this pass.
         """
         if not self._mode or first:
             yield
             return
         if self._device.type == "cuda":
-            # A CUDA graph writes to the same memory in each pass, so its gradients are
-            # added to tensors of ours.
+            # A CUDA graph reuses its memory in each pass. So its gradients are added to
+            # tensors outside of that memory.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             for leaf in leaves.values():
                 if leaf.grad is None:

@@ -1,4 +1,4 @@
-"""What still leads from a network's inputs to its outputs, and which weights."""
+"""Connectivity: whether a network's outputs depend on its inputs and on its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from force_plugin.model.weights import is_scripted
 
 
 class Flow(NamedTuple):
-    """What the outputs of a model depend on.
+    """The dependence of a model's outputs on its inputs and weights.
 
     Attributes:
-        connected: Whether on its inputs; ``None`` where nothing of this kind enters the
-            model, or nothing leaves it.
-        gradients: Of a weighted sum of the outputs, with respect to each of the weights
-            that were asked for; ``None`` where they do not depend on it.
+        connected: Whether the outputs depend on the inputs; ``None`` if no input or no
+            output was found that a gradient can tell of.
+        gradients: Gradients of a weighted sum of the outputs with respect to each given
+            weight; ``None`` for a weight that the outputs do not depend on.
     """
 
     connected: bool | None
@@ -30,21 +30,21 @@ class Flow(NamedTuple):
 def find_flow(
     model: nn.Module, run: Callable[[], object], weights: Sequence[Tensor] = ()
 ) -> Flow:
-    """What the outputs of a model depend on, when it is called.
+    """Run a model, and return what its outputs depend on.
 
-    On its inputs if a gradient that is not exactly 0 reaches a floating-point tensor
-    among the arguments that the model is called with. Integers have no gradient: what
-    counts for them is the output of modules without children that are called with
-    nothing else, such as :class:`torch.nn.Embedding`, in the columns in which it is not
-    the same for all. Where only modules within the model are called, as by a
-    ``training_step``, the inputs are those of the outermost ones, and the outputs
-    those of the last.
+    The outputs depend on the inputs if a gradient that is not exactly 0 reaches a
+    floating-point tensor among the arguments of the model. Integers have no gradient.
+    Instead the gradient has to reach the output of a module without children that is
+    called with integers alone, such as :class:`torch.nn.Embedding`. Columns in which
+    all rows of this output are equal do not count. If only modules inside the model are
+    called, as by a ``training_step``, the inputs are the arguments of the outermost
+    calls, and the outputs are the result of the last outermost call.
 
     Args:
         model: Any module.
         run: Calls the model, once or several times, in any way. Tensors that it returns
-            (a loss) are outputs, too.
-        weights: Leaves of its graph.
+            (a loss) are outputs too.
+        weights: Leaves of the model's graph.
     """
     watched = _Calls()
     outputs = watched.of([model], run)
@@ -52,7 +52,7 @@ def find_flow(
         outputs = watched.of([*model.modules()], run)
     if not outputs or not watched.entries:
         return Flow(None, [None] * len(weights))
-    # A plain sum would have no gradient behind a softmax or a normalisation.
+    # The gradient of a plain sum would vanish behind a softmax or a normalisation.
     weighted = [
         (o * torch.arange(o.numel(), device=o.device).cos().view_as(o)).sum()
         for o in outputs
@@ -72,19 +72,19 @@ def find_flow(
 
 
 class _Calls:
-    """What enters and leaves modules while something runs.
+    """Records the inputs and outputs of modules during a run.
 
     Attributes:
-        leaves: Zeros that were added to what entered, so that gradients end there, too.
-        zeros: Zeros that were added to what was looked up by integers.
-        looked_up: What these were added to.
+        leaves: Zeros that were added to floating-point inputs, to get their gradients.
+        zeros: Zeros that were added to outputs that were looked up by integers.
+        looked_up: These outputs, without the zeros.
     """
 
     def __init__(self) -> None:
         self.leaves: list[Tensor] = []
         self.zeros: list[Tensor] = []
         self.looked_up: list[Tensor] = []
-        self._integers: set[int] = set()  # where those lie that entered
+        self._integers: set[int] = set()  # memory addresses of integer inputs
 
     @property
     def entries(self) -> list[Tensor]:
@@ -93,7 +93,10 @@ class _Calls:
     def of(
         self, modules: Sequence[nn.Module], run: Callable[[], object]
     ) -> list[Tensor]:
-        """Run, and return the outputs of the last of these that no other one called."""
+        """Run, and return the outputs of the outermost calls of some modules.
+
+        Of several modules, only the last outermost call counts.
+        """
         outputs: list[Tensor] = []
         modules = [module for module in modules if not is_scripted(module)]
         depth = 0
@@ -101,7 +104,7 @@ class _Calls:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
             nonlocal depth
             depth += 1
-            # What takes targets has none: a loss is no entrance.
+            # A loss takes targets, and has no parameters. Its arguments are no inputs.
             entrance = module is modules[0] or any(True for _ in module.parameters())
             if depth > 1 or not entrance:
                 return None
@@ -144,7 +147,7 @@ class _Calls:
             self._integers.add(tensor.untyped_storage().data_ptr())
             return tensor
         if tensor.grad_fn is not None and not first:
-            return tensor  # the output of another one
+            return tensor  # the output of another module
         return _joined_by_zeros(tensor, self.leaves)
 
     def _look_up(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -152,7 +155,8 @@ class _Calls:
         outside = {t.untyped_storage().data_ptr() for t in taken} & self._integers
         if not outside or any(tensor.is_floating_point() for tensor in taken):
             return output
-        # The rows of a frozen embedding need no gradients; a mask has no rows.
+        # A frozen embedding counts too: it has parameters, but its output needs no
+        # gradient. A mask made of integers does not count.
         learnt = next(module.parameters(), None) is not None
         if not isinstance(output, Tensor) or not (learnt or output.requires_grad):
             return output
@@ -163,10 +167,11 @@ class _Calls:
 
 
 def responds(model: nn.Module, run: Callable[[], object]) -> bool:
-    """Whether a model has other outputs where samples have changed their places.
+    """Whether the outputs of a model change if its samples change places.
 
-    For inputs that no gradient tells of: integers that the model makes others of, or
-    that a frozen embedding looks up beside floating-point inputs.
+    This serves for inputs that no gradient tells of. Such inputs are integers from
+    which the model computes other integers, and integers that a frozen embedding looks
+    up beside floating-point inputs.
 
     Args:
         model: Any module, in evaluation mode.
@@ -178,7 +183,8 @@ def responds(model: nn.Module, run: Callable[[], object]) -> bool:
         def move(tensor: Tensor) -> Tensor:
             if not tensor.dim():
                 return tensor
-            return torch.empty_like(tensor).copy_(tensor.roll(shift, 0))  # its strides
+            # empty_like keeps the strides.
+            return torch.empty_like(tensor).copy_(tensor.roll(shift, 0))
 
         return mapped(move, args), mapped(move, kwargs)
 
@@ -199,17 +205,20 @@ def responds(model: nn.Module, run: Callable[[], object]) -> bool:
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """By more than the rounding of sums in another order."""
+    """Whether tensors differ by more than the rounding of sums in another order."""
     if one.shape != other.shape or not one.is_floating_point() or not one.numel():
         return False
-    rounding = min(1000 * torch.finfo(one.dtype).eps, 0.05)  # of bfloat16: 6 steps
+    rounding = min(1000 * torch.finfo(one.dtype).eps, 0.05)  # 0.05: 6 eps of bfloat16
     return bool(((one - other).abs() > rounding * one.abs().max()).any())
 
 
 def _joined_by_zeros(tensor: Tensor, kind: list[Tensor]) -> Tensor:
-    """The same values, also as a function of zeros; a network may write to them."""
+    """Return a copy of a tensor plus new zeros, which are leaves of the copy's graph.
+
+    A network may write to the copy.
+    """
     kind.append(torch.zeros_like(tensor).requires_grad_())
-    return tensor.clone().add_(kind[-1])  # a sum would choose strides of its own
+    return tensor.clone().add_(kind[-1])  # unlike a plain sum, this keeps the strides
 
 
 def _differentiable(value: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Why a layer has no saliency: where its gradient ends on the way from the loss."""
+"""Reasons why a layer has no saliency: where the gradient ends before the layer."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PRUNED = "it was pruned entirely before"
 
 
 def find_ends(output: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, str]:
-    """Where the gradient of a scalar ends that never reaches some leaves of its graph.
+    """Return where the gradient of a scalar ends, for leaves that it does not reach.
 
-    It ends at the operations that still get one other than 0 and from which no path to
-    the leaf crosses another such operation.
+    The gradient reaches an operation if the operation gets a gradient other than 0. It
+    ends at the last operations that it reaches on the paths to a leaf.
 
     Args:
         output: A scalar with its graph.
@@ -36,7 +36,7 @@ def find_ends(output: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, str]:
 
     Returns:
         A cause by parameter name, e.g. ``"the gradient ends at softmax"``, or ``""``
-        where a gradient arrives after all.
+        if a gradient reaches the leaf after all.
     """
     users = _users(output.grad_fn)
     reached: set[Node] = set()
@@ -50,7 +50,7 @@ def find_ends(output: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, str]:
         output,
         list(leaves.values()),
         allow_unused=True,
-        retain_graph=True,  # for what it has saved
+        retain_graph=True,  # _multiplies_zeros reads values that the graph has saved
     )
     for handle in handles:
         handle.remove()
@@ -66,7 +66,7 @@ def _alive(gradient: Tensor | None) -> bool:
 
 
 def _users(root: Node | None) -> dict[Node, list[Node]]:
-    """By operation, leaves included, the operations that take its result."""
+    """Return, by operation or leaf, the operations that take its result."""
     users: dict[Node, list[Node]] = {} if root is None else {root: []}
     stack = list(users)
     while stack:
@@ -88,7 +88,7 @@ def _cause(
 ) -> str:
     if leaf is None:
         return "no gradient reaches it"
-    # The last operations that get a gradient, each with the operand that does not.
+    # The last operations that get a gradient, each with its operand that gets none.
     ends: list[tuple[Node, Node]] = []
     seen, stack = {leaf}, [leaf]
     while stack:
@@ -105,11 +105,11 @@ def _cause(
 
 
 def _multiplies_zeros(node: Node, operand: Node) -> bool:
-    """Whether an operation is a layer with this weight, and its inputs are all 0."""
+    """Whether an operation is a layer, the operand its weight, and its inputs are 0."""
     if not has_weight(node, operand):
         return False
-    # Between a layer and its weight is at most what belongs to the weight alone, such
-    # as a mask; what another layer makes is no weight.
+    # Between a layer and its weight there may be operations on the weight alone, such
+    # as a mask. A result of several operands, or of another layer, is no weight.
     while operands := _operands(operand):
         if len(operands) > 1 or is_layer(operand):
             return False
@@ -118,13 +118,13 @@ def _multiplies_zeros(node: Node, operand: Node) -> bool:
 
 
 def _word(node: Node) -> str:
-    """What an operation is called: "log softmax" for LogSoftmaxBackward0."""
+    """Return an operation in words: "log softmax" for LogSoftmaxBackward0."""
     name = re.sub(r"Backward\d*$", "", operation(node).rpartition("::")[2])
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
 Graph = AbstractContextManager[tuple[Tensor, Mapping[str, Tensor]] | None]
-"""A result and the leaves that it was made of, by parameter name."""
+"""A context with a result and the leaves of its graph, by parameter name."""
 
 
 def explain(
@@ -133,12 +133,12 @@ def explain(
     shards: Shards,
     last_graph: Callable[[], Graph],
 ) -> dict[str, str]:
-    """Why weights have a saliency of exactly 0, by parameter name.
+    """Return the cause why each weight has a saliency of exactly 0, by parameter name.
 
     Args:
         asked: The weights.
-        values: What was scored of them, by name.
-        shards: The processes that have scored them.
+        values: The values with which the weights were scored, by name.
+        shards: The division of parameters among the processes.
         last_graph: Makes the last measurement again.
     """
     masks = {
@@ -163,10 +163,10 @@ def explain(
 
 
 def sentences(causes: Mapping[str, str], total: int) -> list[str]:
-    """One sentence for each cause.
+    """Return a sentence for each cause.
 
     Args:
-        causes: Why a layer has no saliency, by parameter name.
+        causes: The cause why a layer has no saliency, by parameter name.
         total: Number of all layers.
     """
     kept = "; what is kept of them is not a choice of the method"

@@ -1,4 +1,4 @@
-"""The batches of a step: read from a loader, cut into microbatches, put on a device."""
+"""The batches of a step, read from a loader, cut into microbatches, and moved."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from force_plugin.scoring.passes import Loader, Passes
 
 
 class Feed:
-    """Hands out the batches of one step after the other, from a loader that it cycles.
+    """Hands out the batches of each step, and starts the loader again at its end.
 
     Args:
         loader: Iterable of batches. It is not read before the first step.
-        passes: How many batches a step has, and how many samples a microbatch.
-        device: Where they are passed through the network.
-        shards: The processes that read together; those of a sharded network have
-            equally many batches.
-        on_batch: Called after each batch with its number within the step, from 1.
+        passes: Number of batches in a step, number of samples in a microbatch, and
+            memory formats.
+        device: The device of the network.
+        shards: The division of parameters among the processes. The processes of a
+            sharded network must have equally many batches.
+        on_batch: Called after each batch with the number of the batch within the step,
+            from 1.
 
     Attributes:
-        device: As given.
-        last: The batch that was read last, ``None`` before.
+        device: The device of the network.
+        last: The batch that was read last; ``None`` before the first batch.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -52,14 +54,15 @@ class Feed:
         self._iterator = self.last = None
 
     def batches(self, step: int, count: int | None = None) -> Iterator[Any]:
-        """The batches of one step, as they come.
+        """Yield the batches of a step, as the loader gives them.
 
         Args:
-            step: Its number, for a message.
-            count: How many, instead of what the passes say.
+            step: Number of the step, for a message.
+            count: Number of batches. Default: the number in the passes.
 
         Raises:
-            BatchError: There is none, or the loader can be read only once.
+            BatchError: The loader has no batch, or it is at its end and can be read
+                only once.
         """
         wanted = count or self._passes.batches
         number = 0
@@ -85,10 +88,10 @@ class Feed:
             self._on_batch(number)
 
     def split(self, batch: Any) -> Iterator[tuple[Any, float]]:
-        """A batch's microbatches, each with its share of the batch's samples.
+        """Yield the microbatches of a batch, each with its share of the samples.
 
         Raises:
-            BatchError: It is to be cut, and nobody can tell what its samples are.
+            BatchError: The batch is to be cut, and its samples cannot be found.
         """
         most = self._passes.microbatch
         if most is None:
@@ -103,16 +106,16 @@ class Feed:
             )
         count = math.ceil(samples / most)
         self._go_on_together(count, f"microbatches of at most {most} samples")
-        # Of about the same size: a batch norm can do little with what is left over.
+        # Make the sizes about equal, as a batch norm needs more than a small remainder.
         for start, end in pairwise(samples * i // count for i in range(count + 1)):
             yield cut(batch, samples, slice(start, end)), (end - start) / samples
 
     def moved(self, batch: Any) -> Any:
-        """Copies of a batch's tensors on the device, in the formats of the passes."""
+        """Return a copy of a batch on the device, in the passes' memory formats."""
         return to_device(batch, self.device, self._passes.formats)
 
     def _go_on_together(self, more: int, what: str = "batches") -> None:
-        """Make sure that the ranks of a sharded network have equally much to pass."""
+        """Raise BatchError if a sharded network's ranks differ in a count."""
         if self._shards.sharded:
             others = [row[0] for row in self._shards.ranks.gather(more)]
             if min(others) != max(others):
@@ -127,14 +130,14 @@ class Feed:
             return iter(self._loader)
         except TypeError:
             if hasattr(type(self._loader), "__iter__"):
-                raise  # it has its own reason
+                raise  # the error comes from inside the loader
             raise TypeError(
                 "loader: expected an iterable of batches (a DataLoader, a list), got "
                 f"{type(self._loader).__name__}"
             ) from None
 
     def _dry(self, step: int, number: int) -> tuple[str, str]:
-        """Why there is no batch, after so many of a step, and what to do."""
+        """Return why the loader gives no batch, and what to do, for a message."""
         if iter(self._loader) is self._loader:
             return (
                 f"loader: it ran dry at step {step} after {number} batches of the "

@@ -1,14 +1,15 @@
-"""Gates that an initialisation has closed, and what opens them while scoring.
+"""Gates that an initialisation has closed, and their opening while scoring.
 
 Many networks start with branches multiplied by 0 or nearly 0: timm's ``zero_init_last``
 (the last normalisation of a block has weight 0), LayerScale at 1e-6, the gains of
-normaliser-free networks, ReZero. Behind such a gate every gradient is (nearly) 0, and a
-method that ranks by gradients prunes the whole branch without having seen it. Scored is
-therefore the network with these gates open; where none is closed, nothing changes.
+normaliser-free networks, ReZero. The factor is called a closed gate. Behind a closed
+gate every gradient is (nearly) 0. A method that ranks by gradients would prune the
+whole branch without having seen it. Therefore the network is scored with these gates
+open. If no gate is closed, nothing changes.
 
-Gates are found in the graph that autograd records, not by the names of modules: there
-a gate is an operand of a product that is made of parameters alone, and what it
-multiplies leads to weights that no other path leads to.
+Gates are found in the graph that autograd records, not by the names of modules. In the
+graph a gate is an operand of a product, and is made of parameters alone. The other
+operand leads to weights that no other path leads to.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from force_plugin.model.autograd_nodes import products
 from force_plugin.parallel.shards import WHOLE, Shards
 
 CLOSED = 1e-2
-"""A gate is closed where none of its values exceeds this share of an open one's: 1 for
-what multiplies activations, the bound 1 / √fan-in of PyTorch's usual initialisation for
-the weights of a layer."""
+"""A gate is closed if no value exceeds this share of the value of an open gate. A gate
+that multiplies activations is open at 1. The weights of a layer are open at
+1 / √fan-in, the bound of PyTorch's usual initialisation."""
 
 NORMALISATION = "normalisation weights"
 SCALE = "branch scales"
@@ -40,9 +41,9 @@ class Gate:
 
     Attributes:
         name: Name of the parameter.
-        kind: ``NORMALISATION``, ``SCALE`` (anything else that multiplies what passes:
-            LayerScale, the gain of a branch) or ``WEIGHT``.
-        largest: The largest magnitude among its values.
+        kind: ``NORMALISATION``, ``SCALE`` (another factor of activations: LayerScale,
+            the gain of a branch) or ``WEIGHT``.
+        largest: The largest magnitude among the parameter's values.
     """
 
     name: str
@@ -53,12 +54,12 @@ class Gate:
 def closed_weights(
     weights: Mapping[str, torch.Size], small: Mapping[str, float]
 ) -> dict[str, Gate]:
-    """Weights of more than one dimension that are closed, whatever surrounds them.
+    """Return the closed weights of more than one dimension, judged by values alone.
 
     Args:
-        weights: Shapes of the weights of layers, the output channels first, by
+        weights: Shapes of the weights of layers, with the output channels first, by
             parameter name.
-        small: What :func:`small` found.
+        small: The result of :func:`small`.
 
     Returns:
         Gates by parameter name.
@@ -72,16 +73,16 @@ def closed_weights(
 
 
 def small(parameters: Mapping[str, Tensor], shards: Shards = WHOLE) -> dict[str, float]:
-    """The parameters that could be gates: none of their values is above 0.01.
+    """Return the parameters that could be gates: no magnitude is above 0.01.
 
     Most of them are no gates: biases, the tables of position embeddings.
 
     Args:
-        parameters: By name; of those that are sharded, this rank's shards.
-        shards: Who has the other shards.
+        parameters: Parameters by name; of a sharded parameter, this rank's shard.
+        shards: The division of parameters among the processes.
 
     Returns:
-        The largest magnitude among the values of each, by name.
+        The largest magnitude in each of these parameters, by name.
     """
     largest = {
         name: _largest(values) if values.numel() else -1.0
@@ -101,23 +102,24 @@ def closed_gates(
     candidates: Mapping[str, float],
     scored: Collection[str],
 ) -> tuple[dict[str, Gate], bool]:
-    """The closed gates that hide weights from a gradient.
+    """Return the closed gates that hide weights from a gradient.
 
-    A weight is hidden if every path from the output back to it crosses a closed gate;
-    on the way to each hidden weight that crosses the fewest, all gates are reported. A
-    closed gate that hides nothing (the weight of a ConvNeXt V2 response normalisation,
-    beside which the activations pass as they are) is none of them.
+    A weight is hidden if every path from the output to the weight crosses a closed
+    gate. For each hidden weight, the path with the fewest closed gates is found, and
+    all gates on this path are returned. A closed gate that hides no weight is not
+    returned. An example is the weight of a ConvNeXt V2 response normalisation, as the
+    activations also take a path beside it.
 
     Args:
         output: A tensor with its autograd graph, as the loss.
         parameters: The tensors that are the leaves of this graph, by parameter name.
-        candidates: Those that may be gates, as :func:`small` returns them; they must
-            require gradients.
+        candidates: The parameters that may be gates, as :func:`small` returns them.
+            They must require gradients.
         scored: Names of the weights that must not be hidden.
 
     Returns:
-        Gates by parameter name; and whether values were read that autograd had saved,
-        for which a checkpointed part of the network is run again.
+        Gates by parameter name; and whether values were read that autograd had saved.
+        Reading them runs a checkpointed part of the network again.
     """
     names = {id(tensor): name for name, tensor in parameters.items()}
     graph = _Graph(output, names, hidden=set(scored) - set(candidates))
@@ -126,15 +128,15 @@ def closed_gates(
         for kind, leaves in crossed:
             for name in leaves:
                 gates.setdefault(name, Gate(name, kind, candidates[name]))
-    # In the order of the network, not of the search from its end.
+    # Sort by the order of the network; the search began at its end.
     ordered = {name: gates[name] for name in parameters if name in gates}
     return ordered, graph.looked
 
 
 class _Graph:
-    """The part of autograd's graph that matters here.
+    """The graph that autograd recorded, searched for closed gates.
 
-    Nodes are autograd's own; an edge leads from a result to an operand.
+    Nodes are autograd's own. An edge leads from a result to an operand.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class _Graph:
         self.looked = False
         self._names = names
         self._root = output.grad_fn
-        # Nodes in an order in which operands come before results.
+        # Nodes in an order that has operands before results.
         order: list[Node] = []
         seen: set[Node] = set()
         stack = [(self._root, False)]
@@ -157,8 +159,8 @@ class _Graph:
                 seen.add(node)
                 stack.append((node, True))
                 stack += [(operand, False) for operand, _ in node.next_functions]
-        # Whether a result depends on parameters alone, none of them a weight that is
-        # scored (or on data, which the graph does not show).
+        # Whether a result depends on no weight in ``hidden``. It then depends on other
+        # parameters alone, or on data, which the graph does not show.
         self._pure: dict[Node | None, bool] = {None: True}
         for node in order:
             leaf = self._leaf(node)
@@ -167,22 +169,22 @@ class _Graph:
             )
 
     def _leaf(self, node: Node) -> str | None:
-        """The name of the parameter that a node accumulates the gradient of."""
+        """Return the name of the parameter whose gradient a node accumulates."""
         variable = getattr(node, "variable", None)
         return self._names.get(id(variable)) if variable is not None else None
 
     def crossings(
         self, targets: set[str], candidates: set[str]
     ) -> Iterator[list[tuple[str, list[str]]]]:
-        """The closed gates on the way to each target, where they are fewest.
+        """Yield the closed gates on the path to each target that has the fewest gates.
 
-        A breadth-first search in which an edge costs 1 if a closed gate is on it, and
-        nothing otherwise.
+        This is a breadth-first search. An edge costs 1 if a closed gate is on it, and 0
+        otherwise.
         """
         if self._root is None:
             return
         cost = {self._root: 0}
-        # Where a node was reached from, and through which gate.
+        # The node from which a node was reached, and the gate between them.
         origin: dict[Node, tuple[Node, tuple[str, list[str]] | None]] = {}
         queue = deque([(0, self._root)])
         done = set()
@@ -194,7 +196,7 @@ class _Graph:
             if distance and self._leaf(node) in targets:
                 yield list(_gates_on_the_way(node, origin))
             gates = self._gates_of(node, candidates)
-            # A gate that is to be pruned itself has no saliency as long as it is 0.
+            # A gate may be a scored weight itself, without saliency as long as it is 0.
             yield from ([gate] for gate in gates.values() if targets & set(gate[1]))
             for index, (operand, _) in enumerate(node.next_functions):
                 gate = gates.get(index)
@@ -211,7 +213,7 @@ class _Graph:
     def _gates_of(
         self, node: Node, candidates: set[str]
     ) -> dict[int, tuple[str, list[str]]]:
-        """The operands of a product that a closed gate multiplies, and that gate."""
+        """Return the closed gate that multiplies an operand, by the operand's index."""
         found = {}
         for product in products(node):
             if product.factor >= len(node.next_functions):
@@ -259,20 +261,22 @@ def open_values(
     shards: Shards = WHOLE,
     transposed: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """What to score with instead: 1, or for weights a fresh random initialisation.
+    """Return the values of open gates: 1, or for weights a random initialisation.
 
     Weights are drawn as PyTorch initialises its layers
-    (:func:`torch.nn.init.kaiming_uniform_` with a = √5), from a generator of their own
-    with seed 0.
+    (:func:`torch.nn.init.kaiming_uniform_` with a = √5), from a separate generator with
+    seed 0.
 
     Args:
-        gates: By parameter name.
-        parameters: The closed values, by parameter name.
-        shards: Which part of them these are.
-        transposed: The matrices whose output channels are not the rows.
+        gates: The gates by parameter name.
+        parameters: The closed values by parameter name; of a sharded parameter, this
+            rank's shard.
+        shards: The division of parameters among the processes.
+        transposed: Names of the matrices whose columns are the output channels.
 
     Returns:
-        New tensors of the same shapes, dtypes and devices, by parameter name.
+        New tensors by parameter name, with the shapes, dtypes and devices of the closed
+        values.
     """
     generator = torch.Generator().manual_seed(0)
     opened = {}
@@ -295,7 +299,7 @@ def _largest(values: Tensor) -> float:
 
 
 def remarks_on(gates: Mapping[str, Gate]) -> list[str]:
-    """One sentence for each kind of gate that was opened, for the report."""
+    """Return a sentence for each kind of gate that was opened, for the report."""
     sentences = []
     for kind in (NORMALISATION, SCALE, WEIGHT):
         chosen = [gate for gate in gates.values() if gate.kind == kind]

@@ -19,14 +19,15 @@ from force_plugin.scoring.feed import Feed
 from force_plugin.scoring.stand_ins import StandIns
 
 LossOf = Callable[[Any, float], Tensor]
-"""Loss of a microbatch, whose outputs a temperature divides."""
+"""Returns the loss of a microbatch; the second argument is a temperature that divides
+the outputs."""
 
 
 class Sums(dict[str, Tensor]):
-    """Gradients summed over batches, by parameter name; 16-bit ones in float32.
+    """Gradients summed over batches, by parameter name; 16-bit gradients as float32.
 
     Args:
-        leaves: What they are the gradients of, by name.
+        leaves: The leaves that get gradients, by parameter name.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:  # noqa: D107
@@ -38,23 +39,28 @@ class Sums(dict[str, Tensor]):
         outputs: Tensor | Sequence[Tensor],
         vectors: Sequence[Tensor] | None = None,
     ) -> None:
-        """Add the gradients of outputs, as :func:`torch.autograd.backward` has them."""
-        # Not torch.autograd.grad, whose results can share memory (two weights that
-        # are added up have one gradient) and would be overwritten twice by a score.
+        """Add the gradients that :func:`torch.autograd.backward` computes.
+
+        Args:
+            outputs: Tensors to differentiate.
+            vectors: Their gradients; default: 1, for scalars.
+        """
+        # The results of torch.autograd.grad can share memory: two weights that are
+        # added to each other get a single gradient. A score would overwrite it twice.
         torch.autograd.backward(outputs, vectors, inputs=list(self._leaves.values()))
         for name, leaf in self._leaves.items():
             gradient = leaf.grad
             if gradient is None or gradient is self.get(name):
                 continue
-            dense = gradient.to_dense()  # an embedding may ask for sparse ones
+            dense = gradient.to_dense()  # an embedding may have a sparse gradient
             if dense is gradient and dense.itemsize >= 4:
-                self[name] = dense  # the next one is added to it by the backward pass
+                self[name] = dense  # the next backward pass adds its gradient to this
                 continue
             leaf.grad = None
             self.add(name, dense)
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """Add a gradient that is kept if it is the first one."""
+        """Add a gradient. The first gradient of a name is kept without a copy."""
         wide = gradient.float() if gradient.itemsize < 4 else gradient
         if name in self:
             self[name].add_(wide)
@@ -62,9 +68,9 @@ class Sums(dict[str, Tensor]):
             self[name] = wide
 
     def average(self, shards: Shards) -> None:
-        """Average over ranks; what only some of them have is 0 on the others."""
+        """Average over ranks. A gradient that a rank does not have counts as 0."""
         for leaf in self._leaves.values():
-            leaf.grad = None  # or the next sum would begin with this one
+            leaf.grad = None  # otherwise the next sum would begin with this gradient
         rows = shards.ranks.gather(*(name in self for name in self._leaves))
         for (name, leaf), *held in zip(self._leaves.items(), *rows, strict=True):
             if any(held) and name not in self:
@@ -79,16 +85,16 @@ class Sums(dict[str, Tensor]):
         problem: str = "the loss does not use it, or behind a detach or no_grad only",
         advice: str = "leave it out with parameters=, or pass a forward= that uses it",
     ) -> dict[str, Tensor]:
-        """The mean of the ranks' sums, in the order of the leaves.
+        """Return the sums averaged over the ranks, in the order of the leaves.
 
         Args:
-            shards: The ranks.
+            shards: The division of parameters among the ranks.
             step: Number of the step, for a message.
-            problem: What it means that there is none for a leaf.
-            advice: What to do about it.
+            problem: Cause of a missing gradient, for a message.
+            advice: What to do about it, for a message.
 
         Raises:
-            NoGradientError: There is none for some leaf.
+            NoGradientError: A leaf got no gradient.
         """
         self.average(shards)
         missing = [name for name in self._leaves if name not in self]
@@ -105,13 +111,15 @@ class Gradients:
     """Derivatives of the loss with respect to the scored weights of a network.
 
     Args:
-        stand_ins: What they are taken with respect to.
-        feed: The batches.
-        loss_of: Their loss.
-        shards: The processes, over whose batches they are averaged.
+        stand_ins: The stand-ins of the scored weights, with respect to which the loss
+            is differentiated.
+        feed: Reads the batches.
+        loss_of: Returns the loss of a microbatch.
+        shards: The division of parameters among the ranks. Derivatives are averaged
+            over the ranks.
 
     Attributes:
-        loss: Mean loss of the last step, NaN before.
+        loss: Mean loss of the last step; NaN before the first step.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -124,7 +132,7 @@ class Gradients:
         self._shards = shards
 
     def mean(self, step: int) -> dict[str, Tensor]:
-        """Mean of the gradients over the batches of a step.
+        """Return the mean of the gradients over the batches of a step.
 
         Raises:
             NoGradientError: A weight got no gradient from any batch.
@@ -143,10 +151,10 @@ class Gradients:
         return gradients
 
     def hessian_products(self, step: int, temperature: float) -> dict[str, Tensor]:
-        """Hg, with g held constant; g and Hg are summed over the batches of a step.
+        """Return Hg, with g held constant; both are summed over the batches of a step.
 
-        Each microbatch is passed through twice: for what it adds to g, and for the
-        gradient of ⟨g, ∇L_b⟩. For the last microbatch, a single pass serves for both.
+        Each microbatch passes through the network twice: for its part of g, and for the
+        gradient of ⟨g, ∇L_b⟩. The last microbatch needs a single pass for both.
 
         Raises:
             TypeError, ValueError: The temperature is no positive number.
@@ -169,7 +177,7 @@ class Gradients:
         for microbatch, share in earlier:
             g.add_gradients(self._loss_of(microbatch, temperature) * share)
         total, totals = 0.0, Sums(scored)
-        # The fused attention kernels have no second derivative.
+        # Fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
             for piece in (last, *earlier):
                 microbatch, share = piece
@@ -191,7 +199,7 @@ class Gradients:
         return {n: totals.get(n, torch.zeros_like(w)) for n, w in weights.items()}
 
     def _note_loss(self, total: float, batches: int) -> float:
-        """Note the mean loss of the batches of all ranks; their number on a rank."""
+        """Note the mean loss over all ranks, and return the batches per rank."""
         rows = self._shards.ranks.gather(total, batches)
         count = sum(row[1] for row in rows)
         self.loss = sum(row[0] for row in rows) / count
@@ -201,12 +209,13 @@ class Gradients:
 def _add_products(
     totals: Sums, slope: Mapping[str, Tensor], g: Mapping[str, Tensor]
 ) -> None:
-    """Add the gradients of ⟨g, ∇L_b⟩."""
-    # A weight that no gradient depends on has no curvature.
+    """Add the gradients of ⟨g, ∇L_b⟩ to ``totals``."""
+    # A weight whose gradient depends on no weight has no curvature.
     curved = [name for name, s in slope.items() if s.requires_grad]
     if not curved:
         return
-    # The gradient of the sum of their products, which is not needed.
+    # The backward pass of the gradients with these vectors gives the gradient of
+    # ⟨g, ∇L_b⟩. The value of the product is not needed.
     vectors = [g[n].to(slope[n].dtype) for n in curved]
     try:
         totals.add_gradients([slope[n] for n in curved], vectors)
@@ -220,9 +229,10 @@ def _add_products(
 
 
 def refuse_recomputation(output: Tensor) -> None:
-    """Raise NoGradientError if a part of a graph is made anew by a reentrant backward.
+    """Raise NoGradientError if a graph has a part under reentrant checkpointing.
 
-    Only :func:`torch.autograd.backward` without ``inputs`` reaches what is in it.
+    The backward pass computes this part again. Only :func:`torch.autograd.backward`
+    without ``inputs`` reaches the weights in this part.
     """
     ahead: list[Node | None] = [output.grad_fn]
     seen = set()

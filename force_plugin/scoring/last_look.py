@@ -1,6 +1,6 @@
 """The last look at a pruned network: what its outputs depend on.
 
-It measures nothing that is ranked, and a network that cannot be looked at is no error.
+The look does not change the ranking. A network for which the look fails is no error.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class LastLook:
 
     Args:
         model: The network.
-        stand_ins: Its stand-ins, masked.
-        passes: How a batch is passed through.
-        feed: Has the batch, and knows the device.
-        loss_of: The loss of a batch.
-        shards: The processes that look together.
+        stand_ins: The stand-ins of its parameters, masked.
+        passes: Options of the passes of batches through the network.
+        feed: Has the last batch and the device.
+        loss_of: Returns the loss of a batch.
+        shards: The division of parameters among the processes that look together.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -57,24 +57,26 @@ class LastLook:
     def flow(
         self, masks: Mapping[str, Tensor], evaluation: EvaluationMode, loss: float
     ) -> tuple[bool | None, int, list[str]]:
-        """What the outputs of the network, as it is pruned, depend on.
+        """Return what the outputs of the pruned network depend on.
 
-        On its inputs if a gradient that is not exactly 0 reaches those of the last
-        batch that was measured, on any rank, or if in evaluation mode other inputs give
-        other outputs. A few of its samples are tried first, and cost next to nothing.
-        Where no gradient reaches the inputs of the dense network either (the stem is
-        detached), a gradient that reaches any of the kept weights is what counts.
+        The outputs depend on the inputs if a gradient that is not exactly 0 reaches the
+        inputs of the last measured batch, on any rank. They also depend on the inputs
+        if in evaluation mode other inputs give other outputs. A few samples of the
+        batch are tried first, which costs next to nothing. If no gradient reaches the
+        inputs of the dense network either (the stem is detached), a gradient that
+        reaches any kept weight is enough.
 
         Args:
-            masks: As the network is pruned.
+            masks: The masks of the pruned network.
             evaluation: A context with all modules in evaluation mode.
-            loss: Mean loss of the last step; NaN where there is none.
+            loss: Mean loss of the last step; NaN if no loss was measured.
 
         Returns:
-            Whether they do, ``None`` where nothing was measured with data before, or no
-            pass of such a look succeeds; how many of the kept weights no gradient
-            reaches that does so in the dense network, 0 where it is not known; and the
-            names of weights whose gradient is NaN or infinite.
+            Whether the outputs depend on the inputs; ``None`` if no batch was read
+            before, or if no pass of this look succeeds. Then the number of idle
+            weights: kept weights that no gradient reaches, but that a gradient reaches
+            in the dense network; 0 if not known. Then the names of weights whose
+            gradient is NaN or infinite.
         """
         if self._feed.last is None:
             return None, 0, []
@@ -92,10 +94,11 @@ class LastLook:
 
         ranks = self._shards.ranks
         kept = sum(self._shards.totals.count(self._masks).values())
-        # What fails on one rank only would lose the ranks of a sharded network.
+        # If a pass failed on one rank only, the other ranks of a sharded network would
+        # wait for it.
         few_serve = isinstance(inputs, Tensor) and not self._shards.sharded
         if forward is None and few_serve:
-            # Fewer samples may be too few to wake a sparse unit.
+            # With fewer samples, a sparse unit may stay at 0.
             found = self._find_flow(lambda: run(inputs[:8]))
             idle = self._count_idle(found)
             if ranks.any(bool(found.connected)) and 2 * idle <= kept:
@@ -111,7 +114,7 @@ class LastLook:
             return True, self._count_idle(found, dense), broken
         if ranks.any(bool(dense.connected)):
             return self._responds(run), 0, broken
-        if math.isnan(loss):  # SynFlow's, which has none
+        if math.isnan(loss):  # SynFlow measures no loss
             return None, 0, broken
         reached = self._reaches_weights(batch)
         if ranks.any(bool(reached)):
@@ -126,10 +129,10 @@ class LastLook:
             self._stand_ins.mask(self._masks)
 
     def _find_flow(self, run: Callable[[], object]) -> Flow:
-        """The flow, or that none was found: to look at a network must not fail it.
+        """Return the flow, or an empty flow if the passes fail.
 
-        Where a pass fails, as that of a normalisation over a single sample, one in
-        evaluation mode serves.
+        If a pass fails, as a normalisation over a single sample does, a pass in
+        evaluation mode serves. A failure of the look must not fail the pruning.
         """
         weights = list(self._stand_ins.scored.values())
         if self._shards.sharded:
@@ -148,7 +151,7 @@ class LastLook:
         ]
 
     def _reaches_weights(self, batch: Any) -> bool | None:
-        """Whether a gradient of the loss reaches any of the kept weights."""
+        """Whether a gradient of the loss reaches a kept weight; ``None``: it fails."""
         left = self._masks
         with nullcontext() if self._shards.sharded else suppress(*OF_A_CALL):
             sums = Sums(self._stand_ins.scored)
@@ -167,7 +170,11 @@ class LastLook:
         return self._shards.ranks.any(found)
 
     def _count_idle(self, found: Flow, dense: Flow | None = None) -> int:
-        """How many of the kept weights have no gradient, at most, on any rank."""
+        """Return the smallest count of idle kept weights that any rank has.
+
+        Weights that are idle in the dense network too are left out if its flow is
+        given.
+        """
         idle = 0
         able = dense.gradients if dense else [None] * len(found.gradients)
         for name, gradient, alive in zip(

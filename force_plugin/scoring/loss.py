@@ -1,4 +1,4 @@
-"""The loss of a batch: by ``loss_fn`` or ``forward``, and checked."""
+"""The loss of a batch, computed by ``loss_fn`` or ``forward``, and checked."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from force_plugin.scoring.nonfinite import Causes
 from force_plugin.scoring.passes import Forward, Passes
 from force_plugin.scoring.temperature import Dividing, divide
 
-# What a network may raise that is called in another way than it was scored. All else,
-# such as a full disk, arrives as it was.
+# Errors that a network may raise if it is called in a way that it does not expect.
+# Other errors, such as a full disk, are passed on unchanged.
 OF_A_CALL = (
     ArithmeticError,
     AssertionError,
@@ -30,10 +30,10 @@ OF_A_CALL = (
     ValueError,
 )
 
-# What no call in another way would mend, though it is a RuntimeError.
+# RuntimeErrors that are passed on unchanged, as another way to call would not help.
 PASSED_ON = (torch.cuda.OutOfMemoryError, RankError)
 
-# What PyTorch's losses raise of outputs and targets that do not fit.
+# Errors that PyTorch's losses raise if outputs and targets do not fit.
 _OF_A_MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _PASS_FORWARD = "pass forward=, a callable (model, batch) -> loss"
@@ -44,13 +44,13 @@ class Loss:
 
     Args:
         model: The network.
-        passes: Its ``loss_fn`` and ``forward``.
+        passes: Options of the passes, with ``loss_fn`` and ``forward``.
         feed: Puts batches on the device.
-        causes: Says why a loss is not finite.
-        remember: Gives the way back from what a pass changes.
+        causes: Finds the cause of a loss that is not finite.
+        remember: Returns a function that undoes the changes of a pass.
 
     Attributes:
-        problems: What could not be measured as it was asked for, a sentence each.
+        problems: Sentences about options that a measurement could not follow.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -67,7 +67,7 @@ class Loss:
         self._feed = feed
         self._causes = causes
         self._remember = remember
-        # Whose outputs a temperature divides where the loss comes from ``forward``.
+        # Modules whose outputs a temperature divides if ``forward`` gives the loss.
         self._outlets: Sequence[nn.Module] = [model]
 
     def of(
@@ -77,12 +77,12 @@ class Loss:
         masks: Mapping[str, Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
-        """The loss of a batch, a number with a graph.
+        """Return the loss of a batch, a tensor of one number with a graph.
 
         Args:
             batch: The batch.
             step: Number of the step, for a message.
-            masks: As the network is pruned, for a message; empty: not known.
+            masks: Masks of the pruned network, for a message; empty: not known.
             temperature: Divides the model's outputs before the loss.
 
         Raises:
@@ -115,7 +115,7 @@ class Loss:
         return loss.reshape(())
 
     def _of_pair(self, batch: Any, temperature: float) -> Any:
-        """The loss of ``(inputs, targets)``, by ``loss_fn``."""
+        """Return the loss of ``(inputs, targets)``, by ``loss_fn``."""
         if not is_pair(batch):
             raise BatchError(
                 f"loader: expected batches (inputs, targets), got {describe(batch)}",
@@ -148,7 +148,10 @@ class Loss:
             ) from error
 
     def _call(self, inputs: Any) -> Any:
-        """The outputs; an error that a call in another way may mend says so."""
+        """Return the outputs of ``model(inputs)``.
+
+        An error mentions ``forward=``, where another way to call the model may help.
+        """
         try:
             return self._model(inputs)
         except PASSED_ON:
@@ -165,7 +168,8 @@ class Loss:
                     f"{describe(inputs)}: {str(error).rstrip('.')}",
                     f"for a model that is called otherwise {_PASS_FORWARD}",
                 ) from error
-            if sys.version_info >= (3, 11):  # the network's own, with a hint below it
+            # Raise the network's own error, with a hint below it.
+            if sys.version_info >= (3, 11):
                 error.add_note(
                     f"raised by model(inputs) on inputs {describe(inputs)}; for a "
                     f"model that is called otherwise {_PASS_FORWARD}"
@@ -173,7 +177,7 @@ class Loss:
             raise
 
     def _of_forward(self, forward: Forward, batch: Any, temperature: float) -> Any:
-        """The loss of any batch, by ``forward``, with outputs divided on the way."""
+        """Return the loss of a batch by ``forward``, with the outputs divided."""
         if temperature != 1.0 and self._outlets:
             rewind = self._remember()
             inside = [

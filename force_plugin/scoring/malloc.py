@@ -1,4 +1,4 @@
-"""Keep the memory that passes free for the next ones."""
+"""Reuse of the memory that one pass frees in the next pass."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# mallopt's names for them, in malloc.h.
+# Parameters of mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# What glibc's own rules come to in a process that frees large blocks.
+# Values that glibc's own rules reach in a process that frees large blocks.
 _USUAL_MMAP = 32 << 20
 _USUAL_TRIM = 2 * _USUAL_MMAP
 _ALL = 2**31 - 1
@@ -18,13 +18,14 @@ _ALL = 2**31 - 1
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let the C library keep what is freed, as a caching allocator does on a GPU.
+    """Let the C library keep freed memory, as a caching allocator does on a GPU.
 
-    Each pass allocates and frees what the one before has: activations and gradients.
-    glibc gives much of it back to the system, which has to clear every page of it when
-    it is asked for again; that takes up to a tenth of a pass of a ResNet-50 on a CPU.
-    Values do not depend on it. With another C library, and where the user has set
-    malloc's parameters in the environment, nothing is done.
+    Each pass allocates and frees memory for activations and gradients, as much as the
+    pass before. glibc gives much of the freed memory back to the system. When the
+    memory is needed again, the system has to clear every page. That takes up to a tenth
+    of a pass of a ResNet-50 on a CPU. Computed values do not depend on this setting.
+    Nothing is done with another C library, or if the user has set malloc's parameters
+    in the environment.
 
     Source: ``mallopt(3)``, ``M_TRIM_THRESHOLD``.
     """
@@ -33,7 +34,8 @@ def freed_memory_kept() -> Iterator[None]:
     if not hasattr(libc, "gnu_get_libc_version") or any(map(os.environ.get, chosen)):
         yield
         return
-    # Either ends glibc's own adaptation of both; some versions refuse more than usual.
+    # Setting either threshold stops glibc's own adaptation of both. Some versions
+    # refuse values above the usual one.
     for most in (_USUAL_MMAP, _ALL):
         libc.mallopt(_MMAP_THRESHOLD, most)
     libc.mallopt(_TRIM_THRESHOLD, _ALL)

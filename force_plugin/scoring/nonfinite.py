@@ -1,4 +1,4 @@
-"""Why numbers are NaN or infinite, and what to do about it."""
+"""Causes of NaN and infinite numbers, and advice against them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from force_plugin.model.weights import Weight
 
 
 class Causes:
-    """Finds what has made a loss or a score of a network NaN or infinite.
+    """Finds the cause if a loss or a score of a network is NaN or infinite.
 
     Args:
         model: The network.
-        parameters: All of its parameters, by name.
-        autocast: The type that its passes run in, ``None`` as the caller has it.
-        device: Where it is.
+        parameters: All parameters of the network, by name.
+        autocast: The autocast type of the passes; ``None``: the caller's own.
+        device: The device of the network.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -32,7 +32,7 @@ class Causes:
     ) -> None:
         self._model = model
         self._parameters = parameters
-        # The model's own; stand-ins take on what a pass writes.
+        # The model's own buffers. A pass writes to their stand-ins only.
         self._buffers = dict(model.named_buffers())
         self._autocast = autocast
         self._device = device.type
@@ -40,12 +40,12 @@ class Causes:
     def of_loss(
         self, batch: Any, is_nan: bool, masks: Mapping[str, Tensor]
     ) -> tuple[str, str]:
-        """Why the loss of a batch is not finite, and what to do.
+        """Return the cause of a loss that is not finite, and advice.
 
         Args:
             batch: The batch.
-            is_nan: Whether it is NaN, and not infinite.
-            masks: As the network is pruned; empty: not at all. None of shards.
+            is_nan: Whether the loss is NaN, and not infinite.
+            masks: Masks of the pruned network; empty: not pruned, or sharded.
         """
         if broken := self.broken():
             advice = "look at the initialisation, or where these values come from"
@@ -71,10 +71,10 @@ class Causes:
         return cause, advice
 
     def broken(self) -> list[str]:
-        """Parameters that are not finite, and buffers that hold a NaN.
+        """Return names of parameters that are not finite, and of buffers with NaN.
 
-        An inf in a buffer is an attention mask, as a rule. Sparse tensors are left out:
-        PyTorch cannot tell.
+        A buffer with inf is an attention mask as a rule, and is not returned. Sparse
+        tensors are left out, as PyTorch cannot check them.
         """
         infinite = [
             name
@@ -99,7 +99,7 @@ class Causes:
         return str(min(types, key=lambda t: t.itemsize)).removeprefix("torch.")
 
     def wider(self) -> str:
-        """What else to try against an overflow: a wider type, if there is one."""
+        """Return advice against an overflow: a wider type, if there is one."""
         if self._autocast is not None or torch.is_autocast_enabled(self._device):
             return ", or score without autocast"
         if self.precision == "float64" or self._device == "mps":
@@ -110,7 +110,7 @@ class Causes:
 
 
 def _without_norm(masks: Mapping[str, Tensor]) -> list[str]:
-    """Directions of weight_norm of which a mask has left a channel nothing."""
+    """Return names of weight_norm directions that have a channel without any weight."""
     return [
         name
         for name, mask in masks.items()

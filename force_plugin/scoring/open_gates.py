@@ -1,4 +1,4 @@
-"""Closed gates of a network, found and opened before anything is measured."""
+"""Opening of a network's closed gates before the first measurement."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from force_plugin.scoring import gates
 from force_plugin.scoring.stand_ins import StandIns
 
 Measure = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
-"""Makes a result and the leaves of its graph, by parameter name."""
+"""Returns a result and the leaves of its graph, by parameter name."""
 
 
 class Opening:
-    """Opens the gates of a network, and keeps its last measurement to make it again.
+    """Opens the gates of a network, and can make its last measurement again.
 
     Args:
         model: The network.
-        parameters: All of its parameters, by name.
+        parameters: All parameters of the network, by name.
         scored: The weights that are scored.
-        shards: The processes that open the same gates.
+        shards: The division of parameters among the processes, which all open the same
+            gates.
         wanted: Whether gates are to be opened at all.
 
     Attributes:
-        gates: The closed gates that were opened, by parameter name. Weights that are 0
-            are there from the beginning, others from the first measurement on.
-        measure: Makes the last measurement again, in the modes that it was made in;
-            ``None`` before the first.
+        gates: The closed gates that were opened, by parameter name. Closed weights are
+            known from the beginning, other gates from the first measurement on.
+        measure: Makes the last measurement again, with the modules in the modes of that
+            measurement; ``None`` before the first measurement.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -47,7 +48,7 @@ class Opening:
         self._model = model
         self._parameters = parameters
         self._shards = shards
-        # Parameters that may turn out to be gates when a graph is there to look at.
+        # Parameters that may be gates. The first graph decides.
         self._candidates: dict[str, float] = {}
         if wanted:
             shapes = {w.name: w.shape for w in scored}
@@ -59,21 +60,23 @@ class Opening:
             self._candidates = {name: small[name] for name in small if name in neither}
 
     def values(self) -> dict[str, Tensor]:
-        """Values of the gates that are open, by parameter name."""
+        """Return the values of the opened gates, by parameter name."""
         transposed = {n for n in self.gates if self._parameters[n].transposed}
         return gates.open_values(self.gates, self._dense(), self._shards, transposed)
 
     def revealed(
         self, measure: Measure, stand_ins: StandIns
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """A result and the leaves of its graph, once no closed gate hides a weight.
+        """Return a result and the leaves of its graph, with all gates open.
 
-        The first graph that there is shows the gates. If it has none that is closed it
-        serves; if it has, they are opened and it is made again, as if nothing had been.
+        The first graph shows the gates. If no gate is closed, this graph is returned.
+        Otherwise the gates are opened, the effects of the first pass are undone, and
+        the result is made again. It is also made again if the search for gates has
+        touched the graph.
 
         Args:
             measure: Makes the result.
-            stand_ins: What it is made with.
+            stand_ins: The stand-ins of the network's parameters.
         """
         modes = [(module, module.training) for module in self._model.modules()]
 
@@ -86,7 +89,7 @@ class Opening:
         if not self._candidates:
             return measure()
         rewind = stand_ins.remember(self.gates)
-        # A gate that is frozen would not be in the graph.
+        # A frozen gate would not be in the graph.
         frozen = [
             leaf
             for name in self._candidates
@@ -100,7 +103,8 @@ class Opening:
                 result, leaves, candidates=self._candidates, scored=stand_ins.weights
             )
         except RuntimeError:
-            # Networks may write to what is frozen; any other failure comes back below.
+            # A network may write in place to a frozen parameter, which fails if the
+            # parameter requires a gradient. The pass below raises any other failure.
             if not frozen:
                 raise
             found, looked = {}, True
@@ -124,9 +128,10 @@ class Opening:
     def last_graph(
         self, stand_ins: StandIns
     ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]] | None]:
-        """The last measurement, made again; ``None`` where there was none.
+        """Return a context with the last measurement, made again, or ``None``.
 
-        What it does to the model is undone afterwards.
+        ``None`` means that nothing was measured. The context undoes what the
+        measurement does to the model.
         """
         if self.measure is None:
             yield None
@@ -139,7 +144,7 @@ class Opening:
     def _found_by_any(
         self, found: Mapping[str, gates.Gate], stand_ins: StandIns
     ) -> dict[str, gates.Gate]:
-        """The gates that any rank has found: a graph may depend on its batch."""
+        """Return the gates that any rank has found; a graph may depend on a batch."""
         kinds = (None, gates.NORMALISATION, gates.SCALE, gates.WEIGHT)
         names = [name for name in stand_ins.leaves if name in self._candidates]
         codes = {name: kinds.index(gate.kind) for name, gate in found.items()}
@@ -151,5 +156,5 @@ class Opening:
         return agreed
 
     def _dense(self) -> dict[str, Tensor]:
-        """The model's own parameters by name."""
+        """Return the values of the model's own parameters, by name."""
         return {name: weight.local for name, weight in self._parameters.items()}

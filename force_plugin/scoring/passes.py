@@ -1,4 +1,4 @@
-"""How a network is passed through: one value that checks itself."""
+"""Options of the passes through a network, checked and kept in one value."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Forward = Callable[[nn.Module, Any], Tensor]
 
 
 class PassOptions(TypedDict, total=False):
-    """Keywords of every function that passes batches through a network.
+    """Keywords of every public function that passes batches through a network.
 
-    They are those of :func:`force_plugin.force_prune`, which says what each does.
+    :func:`force_plugin.force_prune` describes each of them.
     """
 
     batches: int | None
@@ -37,21 +37,22 @@ class PassOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Passes:
-    """How batches are passed through a network.
+    """Options of the passes of batches through a network.
 
     Attributes:
-        batches: Batches a step, ``None`` for a whole pass of the loader a step.
-        loss_fn: ``loss_fn(model(inputs), targets)``.
+        batches: Number of batches in a step; ``None``: the whole loader at each step.
+        loss_fn: ``loss_fn(model(inputs), targets)``, a loss.
         forward: ``forward(model, batch)``, a loss; replaces ``loss_fn``.
-        open_gates: Measure with closed gates opened.
-        microbatch: The most samples that are passed through the network at once.
+        open_gates: Whether closed gates are opened for the measurement.
+        microbatch: The largest number of samples to pass through the network at once;
+            ``None``: the whole batch.
         autocast: ``torch.bfloat16`` runs the passes under :func:`torch.autocast`.
-        channels_last: Hand inputs of 4 or 5 dimensions over with channels last.
-        compile: Run the passes by :func:`torch.compile`, from the second on; a string
-            is its mode.
+        channels_last: Whether inputs of 4 or 5 dimensions get a channels-last format.
+        compile: Whether :func:`torch.compile` runs the passes, from the second on; a
+            string is the mode.
 
     Raises:
-        TypeError, ValueError: One of them is not as expected.
+        TypeError, ValueError: An option is not as expected.
     """
 
     batches: int | None = 1
@@ -83,14 +84,14 @@ class Passes:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], function: str) -> Self:
-        """Those that a function was given as keywords.
+        """Return the options that a public function got as keywords.
 
         Args:
             options: :class:`PassOptions`.
-            function: Its name, for a message.
+            function: Name of the function, for a message.
 
         Raises:
-            TypeError: It has no such keyword.
+            TypeError: A keyword is none of the options.
         """
         known = {field.name for field in fields(cls)}
         for name in options:
@@ -101,11 +102,11 @@ class Passes:
         return cls(**options)
 
     def opening(self, gates: bool) -> Self:
-        """The same, with gates opened only if that is wanted besides."""
+        """Return a copy that opens gates only if ``gates`` is true too."""
         return replace(self, open_gates=self.open_gates and gates)
 
     def autocasting(self, device: torch.device) -> AbstractContextManager[object]:
-        """The context that a pass runs in."""
+        """Return the autocast context for a pass on a device."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, self.autocast)
@@ -116,7 +117,11 @@ class Passes:
         return CHANNELS_LAST if self.channels_last else {}
 
     def refuse_compile(self, what: str) -> None:
-        """Raise ValueError if the passes are to be compiled, which does not serve."""
+        """Raise ValueError if the passes are to be compiled.
+
+        Args:
+            what: What the method needs and compiled passes lack, for the message.
+        """
         if self.compile:
             raise ValueError(
                 "compile: expected a method that needs nothing but gradients, such as "
@@ -125,7 +130,7 @@ class Passes:
 
 
 def _check_loss(name: str, function: object, arguments: str) -> None:
-    """Make sure that a function can be asked for a loss."""
+    """Raise TypeError if a function cannot be called for a loss."""
     if isinstance(function, type) and issubclass(function, nn.Module):
         kind = function.__name__
         raise TypeError(

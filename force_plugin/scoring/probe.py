@@ -1,4 +1,4 @@
-"""A network, as it is pruned so far, that can be measured and shows no trace of it."""
+"""The probe, which measures a partly pruned network and leaves no trace in it."""
 
 from __future__ import annotations
 
@@ -31,28 +31,30 @@ from force_plugin.scoring.undone_writes import protected
 
 
 class Probe:
-    """Measures a network, as it is pruned so far.
+    """Measures a network with the masks of the last step.
 
-    A context manager: what it has put in the place of the network's weights and
-    buffers is gone when it exits. Nothing is touched, and no batch is read, before the
-    first measurement.
+    The probe is a context manager. While it is open, other tensors stand in for the
+    network's weights and buffers. They are removed when the context exits. Before the
+    first measurement the network is not touched, and no batch is read.
 
     Args:
         model: The network.
-        weights: Its prunable weights.
-        loader: Iterable of batches; it is cycled.
-        passes: How they are passed through the network.
-        on_batch: Called after each batch with its number within the step, from 1.
-        shards: The processes that measure together: what is measured is the mean over
-            their batches, and they open the same gates. If the network is sharded, each
-            has its part of whatever is said here to have a weight's shape.
+        weights: The prunable weights of the network.
+        loader: Iterable of batches. After the last batch it starts again.
+        passes: Options of the passes of batches through the network.
+        on_batch: Called after each batch with the number of the batch within the step,
+            from 1.
+        shards: The division of parameters among the processes that measure together.
+            Gradients are averaged over their batches, and all of them open the same
+            gates. If the network is sharded, each tensor of a weight's shape is this
+            process's shard.
 
     Attributes:
-        shards: As given.
+        shards: The ``shards`` argument.
         weights: The dense weights θ by parameter name, without gradient.
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         parameters: Every parameter of the model, by name.
-        step: The step being measured, from 1.
+        step: Number of the present step, from 1.
 
     Raises:
         ValueError: The passes are to be compiled, and the network is sharded.
@@ -94,13 +96,13 @@ class Probe:
         self._last_look = LastLook(
             model, self._stand_ins, passes, self._feed, self._loss_of, shards
         )
-        # The model's own; the stand-ins take on what a pass writes.
+        # The model's own buffers. A pass writes to their stand-ins only.
         self._buffers = dict(model.named_buffers())
         self._exit = ExitStack()
 
     @property
     def loss(self) -> float:
-        """Mean loss of the last measurement that needed one, else NaN."""
+        """Mean loss of the last measurement that used a loss; NaN before."""
         return self._gradients.loss
 
     @property
@@ -110,7 +112,7 @@ class Probe:
 
     @property
     def problems(self) -> list[str]:
-        """What could not be measured as it was asked for, a sentence each."""
+        """Sentences about options that a measurement could not follow."""
         return self._loss.problems
 
     def __enter__(self) -> Probe:
@@ -129,7 +131,7 @@ class Probe:
         self._exit.close()
 
     def prune(self, masks: Mapping[str, Tensor]) -> None:
-        """Measure the network with these masks from now on, as the next step.
+        """Begin the next step, in which the network is measured with these masks.
 
         Args:
             masks: Bool tensors by parameter name, True = kept.
@@ -139,10 +141,13 @@ class Probe:
         self._stand_ins.mask(masks)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Mean over the step's batches of ∂L/∂θ at θ ⊙ c, pruned weights included.
+        """Return the mean of ∂L/∂θ at θ ⊙ c over the step's batches.
+
+        Pruned weights have a gradient too.
 
         Returns:
-            By parameter name; the caller's to overwrite. 16-bit weights give float32.
+            Gradients by parameter name, which the caller may overwrite. The gradients
+            of 16-bit weights are float32.
 
         Raises:
             NoGradientError: A weight got no gradient from any batch.
@@ -151,17 +156,18 @@ class Probe:
         return self._gradients.mean(self.step)
 
     def hessian_gradients(self, temperature: float = 1.0) -> dict[str, Tensor]:
-        """Hg at θ ⊙ c, with g held constant; g and Hg are summed over the batches.
+        """Return Hg at θ ⊙ c, with g held constant; both are summed over the batches.
 
         Args:
-            temperature: Divides the model's outputs before the loss. Where the loss
-                comes from ``forward``, they are divided where they leave the model, or
-                the one module that ``forward`` calls of it. A loss that is computed
-                within the model, or of several modules, is taken as it is, which
-                :attr:`problems` says.
+            temperature: Divides the model's outputs before the loss. If the loss comes
+                from ``forward``, the outputs are divided when they leave the model. If
+                ``forward`` calls a single module inside the model instead, the outputs
+                of this module are divided. The temperature is not used if the loss is
+                computed inside the model or from several modules; :attr:`problems`
+                then says so.
 
         Returns:
-            By parameter name; the caller's to overwrite.
+            Hg by parameter name, which the caller may overwrite.
 
         Raises:
             TypeError, ValueError: The temperature is no positive number, or the passes
@@ -173,28 +179,32 @@ class Probe:
         return self._gradients.hessian_products(self.step, temperature)
 
     def synflow_gradients(self) -> dict[str, Tensor]:
-        """``|∂R/∂θ|`` at ``|θ ⊙ c|``, in float64 (float32 where there is none).
+        """Return ``|∂R/∂θ|`` at ``|θ ⊙ c|``, in float64, without data.
 
-        R is the sum of the outputs for one input of ones of the shape that the loader
-        gives, with all parameters and buffers replaced by their absolute values, in
-        evaluation mode.
+        R is the sum of the outputs for a single input of ones, whose shape comes from
+        the loader. All parameters and buffers are replaced by their absolute values,
+        and the network is in evaluation mode.
 
         Returns:
-            By parameter name, float64; the caller's to overwrite.
+            Gradients by parameter name, float64 (float32 on MPS, which has no float64).
+            The caller may overwrite them.
 
         Raises:
-            BatchError: The inputs are no floating-point tensor, or no output is one, or
-                the model fails on such an input.
+            BatchError: The inputs are no floating-point tensor, the outputs hold no
+                floating-point tensor, or the model fails on the input of ones.
             ValueError: The passes are to be compiled, or a part of the model is
                 TorchScript.
-            NoGradientError: A weight, or all of them, got no gradient.
+            NoGradientError: A weight, or every weight, got no gradient.
         """
         self._passes.refuse_compile("the network anew at each step")
         self._open()
         return self._synflow.gradients(self.step, self._device)
 
     def explain_zero_saliency(self, names: Sequence[str]) -> dict[str, str]:
-        """Why weights have a saliency of exactly 0, by name, at the cost of a pass."""
+        """Return the cause why each weight has a saliency of exactly 0, by name.
+
+        This may make the last measurement again.
+        """
         return dead_gradients.explain(
             {name: self.parameters[name] for name in names},
             self.weights,
@@ -203,15 +213,17 @@ class Probe:
         )
 
     def flow(self) -> tuple[bool | None, int, list[str]]:
-        """What the outputs depend on now, as :meth:`LastLook.flow` says."""
+        """Return what the outputs depend on, as :meth:`LastLook.flow` does."""
         masks = self.masks or {}
         return self._last_look.flow(masks, self.evaluation_mode, self.loss)
 
     def protected(self, by: str) -> AbstractContextManager[None]:
-        """Take back what someone else writes to the model's own values, or to masks.
+        """Return a context that undoes a method's writes to the model or the masks.
+
+        At its end such writes are a :class:`MethodError`.
 
         Args:
-            by: Who may do so, for the message of the :class:`MethodError`.
+            by: Name of the method's function, for the message.
         """
         self._open()
         return protected(
@@ -224,12 +236,12 @@ class Probe:
         )
 
     def evaluation_mode(self) -> AbstractContextManager[None]:
-        """Every module in evaluation mode for a while, then as it was."""
+        """Return a context in which every module is in evaluation mode."""
         self._open()
         return in_evaluation_mode(self.model)
 
     def broken(self) -> list[str]:
-        """Parameters that are not finite, and buffers that hold a NaN."""
+        """Return names of parameters that are not finite, and of buffers with NaN."""
         return self._causes.broken()
 
     @property
@@ -238,7 +250,7 @@ class Probe:
         return self._causes.precision
 
     def wider(self) -> str:
-        """What else to try against an overflow: a wider type, if there is one."""
+        """Return advice against an overflow: a wider type, if there is one."""
         return self._causes.wider()
 
     def _open(self) -> None:
@@ -253,18 +265,18 @@ class Probe:
         self.shards.detach(self.model)
         self._compiled.begin(self._exit)
         if "torch._dynamo" in sys.modules:
-            # A model that was compiled is measured as it is written: compiling it anew
-            # for stand-ins would cost more, and has no second derivatives.
+            # A compiled model is measured without its compiled code. Compiling it again
+            # for the stand-ins would cost more, and gives no second derivatives.
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         self._stand_ins.put(self._opening.values(), self._exit)
         self._stand_ins.mask(self.masks)
 
     def _remember(self) -> Callable[[], None]:
-        """What a pass may change, and the way back."""
+        """Return a function that undoes what a pass may change."""
         return self._stand_ins.remember(self.gates)
 
     def _loss_of(self, batch: Any, temperature: float) -> Tensor:
-        """The loss of one batch, with gates open."""
+        """Return the loss of a batch, with gates open."""
 
         def measure() -> tuple[Tensor, Mapping[str, Tensor]]:
             masks = {} if self.shards.sharded else self.masks or {}

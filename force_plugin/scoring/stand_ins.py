@@ -1,7 +1,7 @@
-"""Other tensors in the place of a network's weights and buffers, while it is measured.
+"""Tensors that stand in for a network's weights and buffers while it is measured.
 
-Its own are never written to. So afterwards, also when the loader or the loss raises
-half-way, they are bit for bit what they were.
+The network's own tensors are never written to. So afterwards they are bit for bit what
+they were, also if the loader or the loss raises an error half-way.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from force_plugin.parallel.shards import Reader, Shards
 
 
 class StandIns:
-    """The stand-ins of a network.
+    """The stand-ins of a network's parameters and buffers.
 
     Args:
         model: The network.
-        parameters: All of its parameters, by name.
-        weights: Values of those that are scored, by name. It is read anew whenever
-            masks change, so another value there is the stand-in's.
-        shards: If the network is sharded, stand-ins are of this rank's shards.
+        parameters: All parameters of the network, by name.
+        weights: Values of the scored weights, by name. They are read again whenever
+            masks change, so a new value in this mapping reaches the stand-in.
+        shards: The division of parameters among the ranks. In a sharded network, a
+            stand-in holds this rank's shard.
 
     Attributes:
-        weights: As given.
-        leaves: Stand-ins of all parameters, once they are in place.
-        scored: Those of the scored ones, in their order.
-        reader: Puts sharded ones together where a pass reads them.
+        weights: The ``weights`` argument.
+        leaves: Stand-ins of all parameters by name, once they are in place.
+        scored: Stand-ins of the scored weights by name, in the order of the weights.
+        reader: Puts the shards of a parameter together when a pass reads it.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -57,11 +58,11 @@ class StandIns:
     def put(self, values: Mapping[str, Tensor], undo: ExitStack) -> None:
         """Put stand-ins in the place of weights and buffers.
 
-        The attributes of the modules have to be restored by the caller.
+        The caller has to restore the attributes of the modules.
 
         Args:
-            values: What stands in for other values than the parameter's own.
-            undo: Gets what else is to be done afterwards.
+            values: Values of stand-ins that differ from the parameters' own, by name.
+            undo: Collects callbacks that undo everything else.
         """
         copies: dict[int, Tensor] = {}
         for module in self._model.modules():
@@ -69,7 +70,7 @@ class StandIns:
                 if id(buffer) not in copies:
                     copies[id(buffer)] = buffer.detach().clone()
                 setattr(module, key, copies[id(buffer)])
-                if is_scripted(module):  # it holds them elsewhere, in C++
+                if is_scripted(module):  # TorchScript keeps its buffers in C++
                     undo.callback(setattr, module, key, buffer)
         for name, parameter in self._parameters.items():
             leaf = nn.Parameter(
@@ -85,26 +86,26 @@ class StandIns:
         self.scored = {name: self.leaves[name] for name in self.weights}
 
     def mask(self, masks: Mapping[str, Tensor] | None) -> None:
-        """Give the scored ones the values of their weights, with zeros by masks."""
+        """Set scored stand-ins to their weights, with 0 where a mask is False."""
         for name, stand_in in self.scored.items():
             if masks is None:
                 stand_in.data.copy_(self.weights[name])
             else:
-                # On a CPU, bytes become floats several times as fast as bools do, and
-                # to multiply by floats is faster than by bytes.
+                # On a CPU, bytes convert to floats several times as fast as bools.
+                # Multiplying by floats is faster than multiplying by bytes.
                 kept = masks[name].view(torch.uint8)
                 stand_in.data.copy_(kept).mul_(self.weights[name])
-        # Autocast keeps a copy of each weight that it has cast once.
+        # Autocast caches a copy of each weight that it has cast.
         torch.clear_autocast_cache()
 
     def fill(self, opened: Mapping[str, Any]) -> None:
-        """Give those that are not scored the model's values, but for opened gates."""
+        """Set stand-ins to the model's values, but no scored weight or opened gate."""
         for name, leaf in self.leaves.items():
             if name not in self.weights and name not in opened:
                 leaf.data.copy_(self._parameters[name].local)
 
     def remember(self, opened: Mapping[str, Any]) -> Callable[[], None]:
-        """What a forward pass may change, and the way back."""
+        """Return a function that undoes what a forward pass may change."""
         restore = snapshot(self._model.modules())
         randomness = random_states(self._model)
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]

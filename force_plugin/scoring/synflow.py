@@ -1,4 +1,4 @@
-"""SynFlow's measurement: a network of absolute values, and one input of ones."""
+"""SynFlow's measurement of a network of absolute values with an input of ones."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class SynapticFlow:
 
     Args:
         model: The network.
-        stand_ins: Its stand-ins, which twins take the place of meanwhile.
-        opening: Its gates.
-        feed: Tells the shape of an input.
-        shards: The processes.
+        stand_ins: The stand-ins of its parameters. Twins replace them for a pass.
+        opening: Opens the gates of the network.
+        feed: Reads a batch, for the shape of an input.
+        shards: The division of parameters among the processes.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -48,25 +48,25 @@ class SynapticFlow:
         self._feed = feed
         self._shards = shards
         self._input_shape: tuple[int, ...] | None = None
-        # The absolute values of the stand-ins, by their identity.
+        # Parameters with the absolute values of stand-ins, by the stand-in's identity.
         self._twins: dict[int, nn.Parameter] = {}
 
     def close(self) -> None:
-        """Let go of the twins."""
+        """Free the twins."""
         self._twins.clear()
 
     def gradients(self, step: int, device: torch.device) -> dict[str, Tensor]:
-        """``|∂R/∂θ|`` at ``|θ ⊙ c|``, R being the sum of the outputs.
+        """Return ``|∂R/∂θ|`` at ``|θ ⊙ c|``, where R is the sum of the outputs.
 
         Args:
             step: Number of the step, for a message.
-            device: Where the network is.
+            device: The device of the network.
 
         Raises:
-            BatchError: The inputs are no floating-point tensor, or no output is one, or
-                the model fails on such an input.
+            BatchError: The inputs are no floating-point tensor, the outputs hold no
+                floating-point tensor, or the model fails on the input of ones.
             ValueError: A part of the model is TorchScript.
-            NoGradientError: A weight, or all of them, got no gradient.
+            NoGradientError: A weight, or every weight, got no gradient.
         """
         modules = self._model.named_modules()
         if scripted := [name for name, module in modules if is_scripted(module)]:
@@ -96,7 +96,7 @@ class SynapticFlow:
         )
 
     def _read_shape(self, step: int) -> tuple[int, ...]:
-        """The shape of a single input."""
+        """Return the shape of a batch with a single sample."""
         batch = next(self._feed.batches(step, count=1))
         inputs = batch[0] if is_pair(batch) else batch
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
@@ -109,7 +109,7 @@ class SynapticFlow:
         return (1, *inputs.shape[1:])
 
     def _flow(self, ones: Tensor) -> Tensor:
-        """The sum of the outputs."""
+        """Return the sum of the outputs for an input of ones."""
         with torch.autocast(ones.device.type, enabled=False):
             try:
                 outputs = self._model(ones.clone())
@@ -144,7 +144,7 @@ class SynapticFlow:
         return total
 
     def _make_positive(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Absolute values in the place of all parameters and buffers; parameters."""
+        """Put absolute values in all parameters and buffers; return the parameters."""
         buffers: dict[int, Tensor] = {}
         for module in self._model.modules():
             module.training = False
@@ -164,7 +164,7 @@ class SynapticFlow:
             made = nn.Parameter(values, parameter.requires_grad)
             self._twins[id(parameter)] = made
             return made
-        # Made anew at each step, they would be most of its cost.
+        # Twins are reused. Making them at each step would be most of the step's cost.
         kept = self._twins[id(parameter)]
         kept.requires_grad_(parameter.requires_grad)
         kept.data.copy_(parameter)

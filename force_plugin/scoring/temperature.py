@@ -1,4 +1,4 @@
-"""Outputs divided by a temperature, where they leave a network that others call."""
+"""Division of a network's outputs by a temperature, when a user's code calls it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from force_plugin.data.containers import describe, mapped, tensors
 
 
 def divide(outputs: Any, temperature: float) -> tuple[Any, list[Tensor]]:
-    """Divide the outputs of a network, but for a loss among them.
+    """Divide the outputs of a network, except a loss among them.
 
     Args:
         outputs: Tensors, in tuples, lists and mappings.
-        temperature: What to divide those by that depend on weights.
+        temperature: Divides the tensors that depend on weights.
 
     Returns:
-        The outputs, and those among them that were divided.
+        All outputs, and a list of the divided tensors.
     """
     divided: list[Tensor] = []
 
@@ -35,16 +35,16 @@ def divide(outputs: Any, temperature: float) -> tuple[Any, list[Tensor]]:
 
 
 class Dividing:
-    """Divides what leaves modules while something runs, a context manager.
+    """Context manager that divides the outputs of modules.
 
-    Only calls count that no other of these modules has made.
+    Only outermost calls count, that is calls that none of these modules makes.
 
     Args:
-        modules: The network, or parts of it.
-        temperature: What to divide their outputs by.
+        modules: The network, or modules inside the network.
+        temperature: Divides the outputs of the modules.
 
     Attributes:
-        calls: How many of these calls there were.
+        calls: Number of outermost calls.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -71,7 +71,7 @@ class Dividing:
             handle.remove()
 
     def failure(self, loss: object) -> str:
-        """Why this loss is not one of outputs that were divided, or ``""``."""
+        """Return why a loss comes from no divided output, or ``""`` if it does."""
         if not self.calls:
             return "forward= calls no module of the model"
         if len(self._modules) > 1 and self.calls > 1:
@@ -101,7 +101,7 @@ class Dividing:
 
 
 def _depends(results: Iterable[Tensor], tensors: Sequence[Tensor]) -> bool:
-    """Whether any of some results is one of these tensors, or was made of one."""
+    """Whether a result is one of these tensors, or was computed from them."""
     results = list(results)
     memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     if any(result.untyped_storage().data_ptr() in memory for result in results):

@@ -1,4 +1,4 @@
-"""What a method writes to a model that it is to measure, taken back."""
+"""Undoing of a method's writes to a model."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ def protected(
     opened: Mapping[str, object],
     masks: Mapping[str, Tensor] | None,
 ) -> Iterator[None]:
-    """Take back what someone else writes to a model's own values, or to masks.
+    """Undo a method's writes to a model's own values, or to masks.
 
-    Stand-ins are there to be written to, and have their values again afterwards.
+    A method may write to stand-ins. They get their values back without an error.
 
     Args:
-        by: Who may do so, for the message.
+        by: Name of the method's function, for the message.
         parameters: All parameters of the model, by name.
-        buffers: Its own buffers, by name.
-        stand_ins: Their stand-ins, and the values of scored weights.
-        opened: Names of the gates that are open.
-        masks: The masks that it is measured with, if any.
+        buffers: The model's own buffers, by name.
+        stand_ins: The stand-ins of parameters and buffers, and the values of scored
+            weights.
+        opened: Names of the opened gates.
+        masks: The masks of the present measurement, if any.
 
     Raises:
-        MethodError: It was done.
+        MethodError: The method has written to a value or to a mask.
     """
     kept = _kept(parameters, buffers, stand_ins, opened, masks)
     flags = {
@@ -75,7 +76,7 @@ def _kept(
     opened: Mapping[str, object],
     masks: Mapping[str, Tensor] | None,
 ) -> dict[str, Kept]:
-    """Copies of all that a method may get hold of, by names for the message."""
+    """Return copies of all tensors that a method may reach, by names for a message."""
     found: dict[str, Tensor | None] = {
         name: local_values(weight.dense) for name, weight in parameters.items()
     }
