@@ -47,7 +47,7 @@ SHARES = {"k = 1": 0.0, "1 %": 0.01, "10 %": 0.1, "50 %": 0.5, "k = m - 1": 1.0}
 
 
 def by_ours(scores: list[Tensor], k: int) -> float:
-    return top_k_masks(scores, k)[1]
+    return top_k_masks({str(n): s for n, s in enumerate(scores)}, k)[1]
 
 
 def by_topk(scores: list[Tensor], k: int) -> float:

@@ -214,7 +214,8 @@ class SaliencyMethod(Reparametrisation):
         scores = scores if scores.is_floating_point() else scores.double()
         if scores.isnan().any():
             raise ValueError("importance_scores: expected numbers, got NaN")
-        return top_k_masks([scores], kept, among=[eligible])[0][0]
+        masks, _ = top_k_masks({"": scores}, kept, among={"": eligible})
+        return masks[""]
 
     @classmethod
     def apply(  # type: ignore[override]

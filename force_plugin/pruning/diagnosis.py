@@ -364,8 +364,8 @@ def _fractions(sparsities: Iterable[float]) -> tuple[float, ...]:
 def _emptied(scores: Mapping[str, Tensor], kept: int, shards: Shards) -> list[str]:
     """Return the layers that keep no weight when the largest scores are kept."""
     left = shards.totals.size([*scores.values()])
-    masks, _ = top_k_masks([*scores.values()], min(kept, left), shards.totals)
-    return shards.totals.empty(dict(zip(scores, masks, strict=True)))
+    masks, _ = top_k_masks(scores, min(kept, left), shards.totals)
+    return shards.totals.empty(masks)
 
 
 def _wrap(line: str) -> list[str]:

@@ -197,10 +197,8 @@ class Doubts:
         """
         self._layers = len(masks)
         if step == 1 < self._steps:
-            at_once, _ = top_k_masks(
-                [*scores.values()], self._left, self._shards.totals, [*among.values()]
-            )
-            none = self._shards.totals.empty(dict(zip(scores, at_once, strict=True)))
+            at_once, _ = top_k_masks(scores, self._left, self._shards.totals, among)
+            none = self._shards.totals.empty(at_once)
             self._kept_at_once = scores.keys() - none
         empty = [
             name for name in self._shards.totals.empty(masks) if name not in self._gone

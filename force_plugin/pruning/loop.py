@@ -232,18 +232,14 @@ def force_prune(
                 if step == 1:
                     doubts.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
-                selected, threshold = top_k_masks(
-                    [*scores.values()],
-                    min(kept, available),
-                    shards.totals,
-                    [*among.values()],
+                masks, threshold = top_k_masks(
+                    scores, min(kept, available), shards.totals, among
                 )
-                masks = dict(zip(scores, selected, strict=True))
                 shards.require_same(
                     f"the masks of step {step}", _REPORT, *masks.values()
                 )
                 doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
-                del scores, selected  # make room for the gradients of the next step
+                del scores  # make room for the gradients of the next step
                 probe.prune(masks)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
                 bar.update()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +29,11 @@ _BLOCK = 1 << 19
 
 
 def top_k_masks(
-    scores: Sequence[Tensor],
+    scores: Mapping[str, Tensor],
     k: int,
     totals: Totals = ALL_HERE,
-    among: Sequence[Tensor] = (),
-) -> tuple[list[Tensor], float]:
+    among: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[dict[str, Tensor], float]:
     """Return masks that mark the k largest scores, and the k-th largest score.
 
     A sample brackets the k-th largest score. One pass marks the scores above the
@@ -47,17 +48,17 @@ def top_k_masks(
     the score at the lower index in row-major order. ``-inf`` is the lowest score.
 
     Args:
-        scores: Tensors of any shapes and devices and one floating-point dtype, without
-            NaN.
+        scores: Tensors by name, of any shapes and devices and one floating-point
+            dtype, without NaN.
         k: Number of scores to mark, from 0 to the number of scores that may be marked.
         totals: Sums over the processes that each hold a shard of the tensors. The
             processes exchange a small sample of the scores, and the number of scores
             above a threshold. Default: this process holds all scores.
-        among: Bool tensors of the scores' shapes and devices, True where a score may be
-            marked. Default: empty, every score may be marked.
+        among: Bool tensors by name, of the scores' shapes and devices, True where a
+            score may be marked. Default: empty, every score may be marked.
 
     Returns:
-        A bool mask for each tensor, of the tensor's shape and on its device. Exactly k
+        A bool mask for each name, of the tensor's shape and on its device. Exactly k
         values are True in all masks together. The second value is the k-th largest
         score (``inf`` for k = 0).
 
@@ -65,16 +66,19 @@ def top_k_masks(
         ValueError: k is negative, or larger than the number of scores that may be
             marked.
     """
-    total = _count_kept(among, totals) if among else totals.size(scores)
+    tensors = [*scores.values()]
+    eligible = [among[name] for name in scores] if among else []
+    total = _count_kept(eligible, totals) if among else totals.size(tensors)
     if not 0 <= k <= total:
         raise ValueError(f"k: expected 0 <= k <= {total} scores, got {k}")
     if k == 0:
-        return [torch.zeros_like(score, dtype=torch.bool) for score in scores], math.inf
+        nothing = {n: torch.zeros_like(s, dtype=torch.bool) for n, s in scores.items()}
+        return nothing, math.inf
     flat = _Choice(
-        [_flat(score.detach(), score) for score in scores],
-        list(map(_flat, among, scores if among else ())),
+        [_flat(score.detach(), score) for score in tensors],
+        list(map(_flat, eligible, tensors if among else ())),
     )
-    tied: Sequence[int] = range(len(scores))
+    tied: Sequence[int] = range(len(tensors))
     few = None if among or totals.divided else _partitioned(flat.scores, k)
     if few is not None:
         threshold = few
@@ -93,14 +97,14 @@ def top_k_masks(
             masks = [*found.masks()]
         else:
             masks = [*flat.where(operator.ge, threshold)]
-    masks = list(map(_unflat, masks, scores))
+    masks = list(map(_unflat, masks, tensors))
     for number in reversed(tied):
         if not surplus:
             break
-        score, mask = scores[number], masks[number]
+        score, mask = tensors[number], masks[number]
         ties = _marks(score.detach(), operator.eq, threshold)
         if among:
-            ties &= among[number]
+            ties &= eligible[number]
         ties = ties.flatten()  # row-major order, maybe not the memory order
         numbers, mine = totals.each(_number(ties))
         # The later shards clear their ties first; this shard clears the rest.
@@ -109,7 +113,7 @@ def top_k_masks(
             _keep_last(ties, own)
         mask ^= ties.view(mask.shape)
         surplus -= min(surplus, int(sum(numbers)))
-    return masks, threshold
+    return dict(zip(scores, masks, strict=True)), threshold
 
 
 def _keep_last(marks: Tensor, count: int) -> None:

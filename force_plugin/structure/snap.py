@@ -408,9 +408,9 @@ def _channels_to_cut(
             f"sparsity: expected a lower one, as {kept} channels would be left, and "
             f"{needed} must stay, so that each layer keeps one"
         )
-    stay, _ = top_k_masks([*ranked.values()], kept)
+    stay, _ = top_k_masks(ranked, kept)
     removed = {}
-    for (name, one), units in zip(sets.items(), stay, strict=True):
+    for name, one in sets.items():
         removed[name] = torch.zeros(one.size, dtype=torch.bool)
-        removed[name][one.choices[~units].flatten()] = True
+        removed[name][one.choices[~stay[name]].flatten()] = True
     return removed

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from selecting import top_k_of
 from state import same
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from force_plugin import (
     save_masks,
 )
 from force_plugin.selection.schedules import SCHEDULES, kept_per_step
-from force_plugin.selection.top_k import top_k_masks
 
 # The same examples in every run: a failure is one of the code, not of the day.
 thorough = settings(max_examples=100, deadline=None, derandomize=True)
@@ -63,7 +63,7 @@ def test_the_first_k_of_a_stable_sort_are_kept_however_the_scores_are_cut(
     descending = np.argsort(-scores.double().numpy(), kind="stable")
     expected = torch.zeros(len(values), dtype=torch.bool)
     expected[descending[:k].copy()] = True
-    masks, threshold = top_k_masks(list(scores.tensor_split(cuts)), k)
+    masks, threshold = top_k_of(list(scores.tensor_split(cuts)), k)
     assert torch.equal(torch.cat(masks), expected)
     assert threshold == (scores[descending[k - 1]] if k else math.inf)
 
@@ -75,7 +75,7 @@ def test_what_is_among_the_first_k_is_among_the_first_k_plus_one(
 ) -> None:
     rng = np.random.default_rng(seed)
     score = torch.from_numpy(rng.integers(0, levels, size).astype(float))
-    masks = [top_k_masks([score], k)[0][0] for k in range(size + 1)]
+    masks = [top_k_of([score], k)[0][0] for k in range(size + 1)]
     for smaller, larger in pairwise(masks):
         assert (smaller <= larger).all()
 

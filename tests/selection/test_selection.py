@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from selecting import top_k_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from force_plugin.selection import top_k as selection
-from force_plugin.selection.top_k import top_k_masks
 
 INF = math.inf
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -52,7 +52,7 @@ def as_list(masks: Sequence[Tensor]) -> list[bool]:
 def assert_as_naive(
     scores: Sequence[Tensor], k: int, among: Sequence[Tensor] = ()
 ) -> None:
-    masks, threshold = top_k_masks(scores, k, among=among)
+    masks, threshold = top_k_of(scores, k, among=among)
     expected, value = naive_top_k(scores, k, among)
     assert [mask.shape for mask in masks] == [score.shape for score in scores]
     assert {mask.dtype for mask in masks} == {torch.bool}
@@ -136,19 +136,19 @@ def test_a_tie_goes_to_the_earlier_tensor_then_to_the_lower_index(
         7: ([[1, 1], [1, 1]], [1, 1, 1]),
     }
     for k, expected in kept.items():
-        masks, threshold = top_k_masks([first, second], k)
+        masks, threshold = top_k_of([first, second], k)
         assert tuple(mask.int().tolist() for mask in masks) == expected
         assert threshold == {2: 3, 7: 1}.get(k, 2)
 
 
 def test_zeros_of_both_signs_are_one_value() -> None:
-    (mask,), threshold = top_k_masks([torch.tensor([-0.0, 0.0, -0.0, -1.0])], 2)
+    (mask,), threshold = top_k_of([torch.tensor([-0.0, 0.0, -0.0, -1.0])], 2)
     assert mask.tolist() == [True, True, False, False]
     assert threshold == 0
 
 
 def test_minus_infinity_is_taken_last_but_is_taken() -> None:
-    (mask,), threshold = top_k_masks([torch.tensor([-INF, -3e38, -INF, INF])], 3)
+    (mask,), threshold = top_k_of([torch.tensor([-INF, -3e38, -INF, INF])], 3)
     assert mask.tolist() == [True, True, False, True]
     assert threshold == -INF
 
@@ -182,7 +182,7 @@ def test_ties_are_resolved_in_row_major_order_however_a_tensor_lies_in_memory(
 def test_the_scores_are_left_as_they_were() -> None:
     score = torch.tensor([3.0, 1.0, 3.0, 2.0])
     before = score.clone()
-    top_k_masks([score], 1)
+    top_k_of([score], 1)
     assert torch.equal(score, before)
 
 
@@ -190,7 +190,7 @@ def test_masks_are_those_of_pytorchs_global_magnitude_pruning() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(9, 50))
     weights = [module.weight.detach().abs() for module in model]
-    masks, _ = top_k_masks(weights, 123)
+    masks, _ = top_k_of(weights, 123)
     total = sum(weight.numel() for weight in weights)
     prune.global_unstructured(
         [(module, "weight") for module in model],
@@ -205,29 +205,29 @@ def test_masks_are_those_of_pytorchs_global_magnitude_pruning() -> None:
 
 
 def test_none_of_the_scores_is_above_an_infinite_threshold() -> None:
-    masks, threshold = top_k_masks([torch.full((2, 3), INF), torch.ones(())], 0)
+    masks, threshold = top_k_of([torch.full((2, 3), INF), torch.ones(())], 0)
     assert [mask.shape for mask in masks] == [(2, 3), ()]
     assert not any(as_list(masks))
     assert threshold == INF
-    assert top_k_masks([], 0) == ([], INF)
+    assert top_k_of([], 0) == ([], INF)
 
 
 @pytest.mark.parametrize("k", [-1, 7, 10**9])
 def test_a_k_that_does_not_fit_is_named_with_the_number_of_scores(k: int) -> None:
     scores = [torch.ones(2, 2), torch.ones(2)]
     with pytest.raises(ValueError, match=rf"k: expected 0 <= k <= 6 .*got {k}$"):
-        top_k_masks(scores, k)
+        top_k_of(scores, k)
     with pytest.raises(ValueError, match=r"0 <= k <= 0 scores, got 1"):
-        top_k_masks([], 1)
+        top_k_of([], 1)
     among = [torch.eye(2).bool(), torch.zeros(2).bool()]
     with pytest.raises(ValueError, match=r"0 <= k <= 2 scores, got 3"):
-        top_k_masks(scores, 3, among=among)
+        top_k_of(scores, 3, among=among)
 
 
 def test_nothing_is_chosen_that_may_not_be_whatever_its_score() -> None:
     scores = [torch.tensor([9.0, -INF, 9.0]), torch.tensor([[1.0, INF]])]
     among = [torch.tensor([0, 1, 1]).bool(), torch.tensor([[1, 0]]).bool()]
-    masks, threshold = top_k_masks(scores, 3, among=among)
+    masks, threshold = top_k_of(scores, 3, among=among)
     assert as_list(masks) == as_list(among)
     assert threshold == -INF
 
@@ -295,7 +295,7 @@ def assert_as_sorted(
     if allowed is not None:
         order = order[allowed[order]]
         among = torch.from_numpy(allowed).split(SIZES)
-    masks, threshold = top_k_masks(scores, k, among=among)
+    masks, threshold = top_k_of(scores, k, among=among)
     found = torch.cat([mask.flatten() for mask in masks]).numpy()
     expected = np.zeros(len(values), dtype=bool)
     expected[order[:k]] = True
@@ -349,7 +349,7 @@ def test_hard_scores_take_two_rounds_at_most(
     values = HARD[name]()
     for k in ranks(values):
         rounds.clear()
-        top_k_masks(split(values), k)
+        top_k_of(split(values), k)
         assert 1 <= len(rounds) <= 2, k
 
 
@@ -413,7 +413,7 @@ def test_every_rank_of_the_threshold_is_the_value_of_that_rank() -> None:
     descending = np.sort(values)[::-1]
     scores = split(values)
     for k in _rng().integers(1, TOTAL + 1, 25):
-        masks, threshold = top_k_masks(scores, int(k))
+        masks, threshold = top_k_of(scores, int(k))
         assert threshold == descending[k - 1]
         assert sum(int(mask.sum()) for mask in masks) == k
 
@@ -433,7 +433,7 @@ def test_no_more_than_a_block_is_ever_put_together() -> None:
 def test_each_mask_has_memory_of_its_own() -> None:
     # They become buffers of a network, which may be saved one by one.
     scores = [torch.rand(3, 4), torch.rand(7), torch.rand(70_000)]
-    masks, _ = top_k_masks(scores, 10)
+    masks, _ = top_k_of(scores, 10)
     assert [m.untyped_storage().nbytes() for m in masks] == [12, 7, 70_000]
 
 
@@ -448,7 +448,7 @@ def test_no_random_state_is_consumed_and_none_is_needed() -> None:
         np.random.seed(seed)
         random.seed(seed)
         before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
-        results.append(as_list(top_k_masks(scores, 12_345)[0]))
+        results.append(as_list(top_k_of(scores, 12_345)[0]))
         assert torch.equal(torch.get_rng_state(), before[0])
         assert str(np.random.get_state()) == before[1]
         assert random.getstate() == before[2]

@@ -35,6 +35,7 @@ from force_plugin import (
 from force_plugin.methods.base import SaliencyMethod
 
 Batch = tuple[Tensor, Tensor]
+Masks = dict[str, Tensor]
 STEPS = {"steps": 4, "progress": False, "on_collapse": "warn"}
 
 
@@ -333,9 +334,10 @@ def run(rank: int) -> dict[str, Any]:
     if rank == 1:
         select = force_plugin.pruning.loop.top_k_masks
 
-        def other(scores: list[Tensor], *rest: Any) -> tuple[list[Tensor], float]:
+        def other(scores: Masks, *rest: Any) -> tuple[Masks, float]:
             masks, threshold = select(scores, *rest)
-            return [masks[0].roll(1), *masks[1:]], threshold
+            first = next(iter(masks))
+            return masks | {first: masks[first].roll(1)}, threshold
 
         force_plugin.pruning.loop.top_k_masks = other
     model = Network()

@@ -15,6 +15,7 @@ from distributed_worker import (
     STEPS,
     Batch,
     FirstColumns,
+    Masks,
     Network,
     Routed,
     chain,
@@ -27,6 +28,7 @@ from distributed_worker import (
 )
 from networks import batches
 from processes import take_part
+from selecting import top_k_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -55,7 +57,6 @@ from force_plugin.methods.base import SaliencyMethod
 from force_plugin.parallel.ranks import Ranks
 from force_plugin.parallel.shards import Shards
 from force_plugin.selection import top_k as selection
-from force_plugin.selection.top_k import top_k_masks
 
 
 class Gated(nn.Module):
@@ -190,9 +191,9 @@ def selections(rank: int) -> list[str]:
             tensors = scores.to(dtype).split([140_000, 9_999, 1])
             tensors = (tensors[0].view(700, 4, 50), *tensors[1:])
             for k in (0, 1, 100, 10_001, 75_000, 149_999, 150_000):
-                expected, threshold = top_k_masks(tensors, k)
+                expected, threshold = top_k_of(tensors, k)
                 own = [t.tensor_split(2)[rank] for t in tensors]
-                masks, found = top_k_masks(own, k, shards.totals)
+                masks, found = top_k_of(own, k, shards.totals)
                 pairs = zip(masks, expected, strict=True)
                 if found != threshold or not all(
                     torch.equal(mask, e.tensor_split(2)[rank]) for mask, e in pairs
@@ -302,9 +303,9 @@ def run(rank: int) -> dict[str, Any]:
     # All methods, and how much of the scores a rank ever sees.
     select, largest = force_plugin.pruning.loop.top_k_masks, [0]
 
-    def watched(scores: list[Tensor], *rest: Any) -> tuple[list[Tensor], float]:
-        assert not any(isinstance(score, DTensor) for score in scores)
-        largest[0] = max(largest[0], sum(score.numel() for score in scores))
+    def watched(scores: Masks, *rest: Any) -> tuple[Masks, float]:
+        assert not any(isinstance(score, DTensor) for score in scores.values())
+        largest[0] = max(largest[0], sum(score.numel() for score in scores.values()))
         return select(scores, *rest)
 
     force_plugin.pruning.loop.top_k_masks = watched
