@@ -94,7 +94,7 @@ def outcomes(function: Row, masks: Masks, batch: Batch) -> list[str]:
 def run_rank(
     rank: int, function: Row, masks: Masks, batch: Batch, folder: Path
 ) -> None:
-    """Run rows in one of two processes."""
+    """Run a row in one of two processes; the first writes the outcomes to a file."""
     prepare()
     dist.init_process_group(
         "gloo",
