@@ -13,7 +13,7 @@ In exact arithmetic, the masked and the compacted network compute equal outputs 
 first. Training may give a constant to a channel that was cut off from the inputs (the
 bias of its normalisation). The outputs differ once this constant reaches the outputs.
 
-Data and training are those of benchmarks/open_gates.py: the first ``--images`` training
+Data and training are as in benchmarks/open_gates.py: the first ``--images`` training
 images and all test images of Fashion-MNIST.
 """
 
