@@ -1,25 +1,26 @@
-"""Time, memory and masks of the methods' own authors' code, beside ours.
+"""Compare the authors' own code of the methods with ours: time, memory and masks.
 
     python benchmarks/authors.py --force-repo PATH --grasp-repo PATH
 
 The paths are checkouts of https://github.com/naver/force (FORCE, Iter SNIP, GraSP-It)
-and of https://github.com/alecwangcq/GraSP; either may be left out. Both sides get the
-same weights and the same batch of noise, are called as the authors' scripts call
-theirs, and prune the network at the end (GraSP's authors stop at the masks). They
-differ from those scripts in two things:
+and of https://github.com/alecwangcq/GraSP. Either path may be left out. Both sides get
+equal weights and an equal batch of noise, and are called as in the authors' scripts.
+Both sides prune the network at the end, except GraSP's authors' code, which stops at
+the masks. Two points differ from the authors' scripts:
 
-- FORCE's code takes ``nll_loss`` of what the network returns. Theirs returns logits,
-  the paper's loss is the cross entropy: a log-softmax at the end of the network makes
-  it that, for both sides.
-- GraSP's code draws the last layer anew before it scores; it has an option not to, and
-  that is taken here. It picks samples of each class, as many as its authors do if the
-  batch has them, and ours gets the same ones in the same two halves.
+- FORCE's code takes ``nll_loss`` of the network's outputs. The authors' networks return
+  logits, but the loss of the paper is the cross entropy. A log-softmax at the end of
+  the network turns ``nll_loss`` into the cross entropy, for both sides.
+- GraSP's code draws new weights for the last layer before it scores. An option turns
+  this off, and is used here. GraSP's code picks samples of each class: as many as its
+  authors do, if the batch has enough. Our code gets these samples in the two halves
+  that GraSP's code uses.
 
-Bare steps (forward and backward of as many samples, in one batch), theirs and ours
-alternate in one process, the first round warms up, and a ratio is that of the medians.
-Peaks of memory are those of processes of their own, less that of one which takes the
-bare steps; on the CPU they need Linux. FORCE is ill-conditioned: compare masks with
-``--dtype float64``.
+A bare step is the forward and backward pass of an equal number of samples, in one
+batch. Bare steps, the authors' code and our code alternate in one process. The first
+round is a warm-up. A ratio is the ratio of medians. Peaks of memory are measured in
+separate processes, minus the peak of a process that takes the bare steps. On the CPU,
+peaks need Linux. FORCE is ill-conditioned: compare masks with ``--dtype float64``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from force_plugin import force_prune, get_masks
 
 CLASSES = 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Methods of the FORCE authors' code, by the number they have there.
+# Methods in the FORCE authors' code, with their numbers there.
 NUMBERS = {"force": 3, "iter_snip": 1, "grasp_it": 2}
 REPOSITORIES = {
     "naver/force": "pruning/pruning_algos.py",
@@ -61,13 +62,13 @@ REPOSITORIES = {
 }
 
 Batch = tuple[Tensor, Tensor]
-# Their masks, in the order of the modules, and the same of a network that ours pruned.
+# Theirs returns the masks in the order of the modules. Ours prunes the network.
 Theirs = Callable[[nn.Module], Iterable[Tensor]]
 Ours = Callable[[nn.Module], object]
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """What both of their codes prune, in their order."""
+    """Return the layers that both authors' codes prune, in their order."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -76,7 +77,7 @@ def prunable(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
 
 
 def named(model: nn.Module, masks: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Masks by parameter name; theirs have none."""
+    """Return the authors' masks by parameter name; the masks come without names."""
     by_name = {}
     for (name, module), mask in zip(prunable(model).items(), masks, strict=True):
         if mask.shape != module.weight.shape:
@@ -89,7 +90,7 @@ def named(model: nn.Module, masks: Iterable[Tensor]) -> dict[str, Tensor]:
 
 
 def load(repo: str, name: str) -> Any:
-    """A module of their checkout, which nothing is written to."""
+    """Import a module of a checkout, without writing to the checkout."""
     sys.dont_write_bytecode = True
     if repo not in sys.path:
         sys.path.insert(0, repo)
@@ -100,12 +101,12 @@ def load(repo: str, name: str) -> Any:
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Batch]:
-    """The network without closed gates, and a batch of all classes."""
+    """Return the network without closed gates, and a batch of all classes."""
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     model = timm.create_model(args.model, num_classes=CLASSES)
-    # Ours would open them while it scores, theirs would not: a ResNet here is what
-    # zero_init_last=False gives.
+    # Our code would open closed gates while scoring, the authors' code would not. A
+    # ResNet becomes equal to a ResNet made with zero_init_last=False.
     for name, parameter in model.named_parameters():
         scales = parameter.ndim == 1 and not name.endswith("bias")
         if scales and parameter.abs().max() <= 0.01:
@@ -115,7 +116,7 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Batch]:
 
 
 def of_force(args: argparse.Namespace, batch: Batch) -> tuple[Theirs, Ours, Batch]:
-    """Theirs and ours of a method of T steps, and the batch of a step."""
+    """Return the authors' and our method of T steps, and the batch of a step."""
     algorithms = load(args.repo, "pruning.pruning_algos")
     networks = load(args.repo, "pruning.mask_networks")
 
@@ -123,7 +124,7 @@ def of_force(args: argparse.Namespace, batch: Batch) -> tuple[Theirs, Ours, Batc
         model = nn.Sequential(model, nn.LogSoftmax(dim=1))
         masks: list[Tensor] = algorithms.iterative_pruning(
             model,
-            [batch],  # every step begins at the beginning
+            [batch],  # every step reads the loader from its start
             DEVICE,
             1 - args.sparsity,
             prune_method=NUMBERS[args.method],
@@ -139,10 +140,10 @@ def of_force(args: argparse.Namespace, batch: Batch) -> tuple[Theirs, Ours, Batc
 
 
 def of_grasp(args: argparse.Namespace, batch: Batch) -> tuple[Theirs, Ours, Batch]:
-    """Theirs and ours of GraSP, and all the samples that it takes as one batch."""
+    """Return the authors' and our GraSP, and all samples of GraSP as one batch."""
     code = load(args.repo, "pruner.GraSP")
-    # It stops once it has met one sample more of each class than it takes, so that the
-    # batch comes twice. Its authors take 10 on CIFAR-10.
+    # The authors' code stops after a further sample of each class, so the loader has
+    # the batch twice. The authors take 10 samples of each class on CIFAR-10.
     loader = [batch, batch]
     each = min(10, args.batch_size // CLASSES)
     inputs, targets = code.GraSP_fetch_data(loader, CLASSES, each)
@@ -176,7 +177,7 @@ def prune(
         args.sparsity,
         method=args.method,
         parameters=[(module, "weight") for module in prunable(model).values()],
-        on_collapse="warn",  # what is kept of noise does not matter here
+        on_collapse="warn",  # the masks of noise do not matter here
         progress=False,
         **kwargs,
     )
@@ -190,7 +191,7 @@ def take_bare_steps(model: nn.Module, batch: Batch, steps: int) -> None:
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    """What a process of its own does: times and masks, or the peak of one side."""
+    """Return times and masks, or the peak of one side; it runs in its own process."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
     model, batch = build(args)
     prepare = of_grasp if args.method == "grasp" else of_force
@@ -200,7 +201,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         return {"peak": peak(DEVICE) / 2**20}
     if args.side != "times":
         run = theirs if args.side == "theirs" else ours
-        result = run(model)  # held until the peak was looked at
+        result = run(model)  # keep the result until the peak is read
         return {"peak": peak(DEVICE) / 2**20, "result": type(result).__name__}
 
     times: dict[str, list[float]] = {"bare": [], "theirs": [], "ours": []}
@@ -210,7 +211,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         bare, _ = timed(partial(take_bare_steps, model, bare_batch, args.steps))
         by_them, masks = timed(partial(theirs, networks[0]))
         by_us, _ = timed(partial(ours, networks[1]))
-        if run_number:  # the first warms up
+        if run_number:  # the first run is a warm-up
             times["bare"].append(bare / args.steps)
             times["theirs"].append(by_them / per_call)
             times["ours"].append(by_us / per_call)
@@ -237,7 +238,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ask(task: dict[str, Any]) -> dict[str, Any]:
-    """What a fresh process answers: the names in the two checkouts clash."""
+    """Return the answer of a new process, as names in the two checkouts clash."""
     with nullcontext() if task["side"] == "times" else freed_at_once():
         process = subprocess.run(
             [sys.executable, __file__, "--worker", json.dumps(task)],
@@ -266,15 +267,15 @@ def compare(
     dtype: str = "float32",
     threads: int | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each method of the checkouts that are given, ready for JSON.
+    """Return a row for each method of the given checkouts, ready for JSON.
 
-    Times are seconds a step, or of a whole scoring (``per``), and those of a bare step
-    of as many ``samples``. ``memory`` is in MiB: the peak of the bare steps, and what
-    the peaks of theirs and ours are over it.
+    Times are seconds for a step or for a whole scoring (``per``), and seconds for a
+    bare step of an equal number of ``samples``. ``memory`` is in MiB: the peak of the
+    bare steps, and the excess of the authors' peak and of our peak.
 
     Raises:
-        ValueError: A path is not such a checkout, or GraSP lacks samples.
-        RuntimeError: A process failed; the message has what it said.
+        ValueError: A path is no checkout of a known repository, or GraSP lacks samples.
+        RuntimeError: A process failed; the message contains its output.
     """
     setting = {"model": model, "size": size, "batch_size": batch_size}
     setting |= {"steps": steps, "runs": runs, "sparsity": sparsity, "dtype": dtype}
@@ -301,7 +302,7 @@ def compare(
             f"{CLASSES}, got {batch_size}"
         )
     rows = []
-    bare: dict[int, float] = {}  # the same for all methods with as many samples
+    bare: dict[int, float] = {}  # shared by methods with equal sample numbers
     for task in tasks:
         row = ask({**task, "side": "times"})
         if row["samples"] not in bare:
@@ -313,7 +314,7 @@ def compare(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people, in 80 columns."""
+    """Return the rows as a table of 80 columns."""
     sides = ("bare", "theirs", "ours")
     lines = [
         f"{'':10}{'seconds':>24}{'over bare':>16}{'peak MiB, + over bare':>28}",
@@ -365,9 +366,9 @@ def main() -> None:
 
     if args.worker:
         warnings.simplefilter("ignore")
-        # As the scripts of FORCE's authors have it.
+        # The scripts of FORCE's authors set this too.
         torch.backends.cudnn.deterministic = True
-        with redirect_stdout(io.StringIO()):  # theirs tell of every step
+        with redirect_stdout(io.StringIO()):  # the authors' code prints every step
             answer = work(argparse.Namespace(**json.loads(args.worker)))
         print(json.dumps(answer))
         return

@@ -1,18 +1,18 @@
-"""Every family of timm through compact: is it smaller, and does it compute the same.
+"""Compact a model of every timm family, and check its size and its outputs.
 
     python benchmarks/compact_families.py             # all, resumes where it stopped
     python benchmarks/compact_families.py --models resnet50 convnext_tiny
     python benchmarks/compact_families.py --table docs/compact-table.md
 
-The models of ``benchmarks/families.py``, at timm's own initialisation, pruned by FORCE
-at 90, 99 and 99.5 % in 10 steps on scikit-learn's digits. What ``compact`` makes of
-each is compared with it on other images, in float64 and evaluation mode, as it is and
-with its closed gates opened, behind which nothing else would show. Then it takes a
-training step, goes through a file, and is compared once more. Each model is a line of
-JSON in ``--out``; one that cannot be compacted has the error there, and must be bit for
-bit what it was.
+FORCE prunes the models of ``benchmarks/families.py`` at timm's own initialisation, at
+90, 99 and 99.5 % in 10 steps on scikit-learn's digits. Each compacted model is compared
+with its pruned model on other images, in float64 and evaluation mode. A second
+comparison opens the closed gates, because closed gates hide differences. Then the
+compacted model takes a training step, goes through a file, and is compared again. Each
+model is a line of JSON in ``--out``. If a model cannot be compacted, its line has the
+error, and the model must be unchanged bit for bit.
 
-The whole run takes two hours on one core. Processes can share it as those of
+The whole run takes two hours on one core. Processes can share the run, as with
 ``families.py``.
 """
 
@@ -55,7 +55,7 @@ SPARSITIES = (0.9, 0.99, 0.995)
 
 
 def opened(model: nn.Module) -> nn.Module:
-    """A copy in which no parameter of one dimension closes anything."""
+    """Return a copy with all closed gates of at most one dimension opened."""
     copy = deepcopy(model)
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
@@ -66,18 +66,18 @@ def opened(model: nn.Module) -> nn.Module:
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The outputs in evaluation mode and float64."""
+    """Return the outputs of a model in evaluation mode and float64."""
     with torch.no_grad():
         outputs = deepcopy(model).double().eval()(images.double())
     return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
 def distance(one: nn.Module, other: nn.Module, images: Tensor) -> float:
-    """The largest difference of their outputs, as a share of the largest output."""
+    """Return the largest difference of outputs, as a share of the largest output."""
     shares = [0.0]
     for a, b in zip(outputs_of(one, images), outputs_of(other, images), strict=True):
         difference, largest = float((a - b).abs().max()), float(b.abs().max())
-        if difference != 0:  # in evaluation mode outputs of 1e-20 are not rare
+        if difference != 0:  # outputs of 1e-20 are common in evaluation mode
             share = difference / largest if largest else float("inf")
             shares.append(share if share >= 0 else float("inf"))  # not a number
     return max(shares)
@@ -90,7 +90,7 @@ def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything for one model."""
+    """Prune and compact one model, and return all measurements."""
     start = time.perf_counter()
     model, loader, size = prepare(name, args)
     result: dict[str, Any] = {
@@ -153,14 +153,14 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def short(text: str) -> str:
-    """The reason within an error or a warning of compact."""
+    """Return the reason within an error or a warning of compact."""
     found = re.search(r"(?:taken out|for one\)|trace [^:]*|float64): (.*)", text)
     reason = found[1] if found else text
     return reason.removesuffix(". The model is as it was")[:160]
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results in Markdown: a row for each model, and what stays as it is."""
+    """Return the results in Markdown: a row for each model, and what stays uncut."""
     titles = ["model (family)", "size"]
     for sparsity in SPARSITIES:
         titles += [f"{sparsity:.1%}".replace(".0%", "%"), "outputs"]
@@ -218,7 +218,7 @@ def main() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result = run(name, args)
-        except Exception as error:  # the others are to be tried all the same
+        except Exception as error:  # go on with the other models
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
         facts = {

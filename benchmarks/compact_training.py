@@ -1,18 +1,20 @@
-"""Does a compacted network learn what the masked one learns? Trained, side by side.
+"""Train a compacted, a masked and a dense network side by side, and compare them.
 
     python benchmarks/compact_training.py              # resumes where it stopped
     python benchmarks/compact_training.py --data digits --seeds 0
     python benchmarks/compact_training.py --from benchmarks/compact_training.json
 
-FORCE prunes a network, ``compact`` takes out what the masks have cut off, and the
-dense, the masked and the compacted network are trained: the same initial weights, the
-same masks, the same batches in the same order, the same schedule. They take turns, a
-step each, so that the times of a step are of the same minutes. In exact arithmetic the
-compacted network is the masked one until a constant that training gives to a channel
-that was cut off from the inputs (the bias of its normalisation) reaches the outputs.
+FORCE prunes a network, and ``compact`` removes the channels that the masks cut off. The
+dense, the masked and the compacted network are then trained. They share initial
+weights, masks, the order of batches and the schedule. The networks take turns, a step
+each, so that all step times are measured within the same minutes.
 
-Data and training are those of benchmarks/open_gates.py: Fashion-MNIST, the
-first ``--images`` of the training and all of the test images.
+In exact arithmetic, the masked and the compacted network compute equal outputs at
+first. Training may give a constant to a channel that was cut off from the inputs (the
+bias of its normalisation). The outputs differ once this constant reaches the outputs.
+
+Data and training are as in benchmarks/open_gates.py: the first ``--images`` training
+images and all test images of Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ SIDES = ("dense", "masked", "compacted")
 
 
 def train(models: dict[str, nn.Module], data: Data, run: Run) -> dict[str, list[float]]:
-    """Train all of them on the same batches; seconds of each step."""
+    """Train all models on the same batches, and return the seconds of each step."""
     batches = run.loader(data[0])
     total = run.epochs * len(batches)
     trained = []
@@ -62,7 +64,7 @@ def train(models: dict[str, nn.Module], data: Data, run: Run) -> dict[str, list[
         trained.append((side, model, optimizer, one_cycle(optimizer, total)))
     times: dict[str, list[float]] = {side: [] for side in models}
     order = random.Random(0)
-    # disable=None: no bar where nobody looks.
+    # disable=None: no bar if the output is no terminal.
     with tqdm(total=total, desc=f"seed {run.seed}", leave=False, disable=None) as bar:
         for _ in range(run.epochs):
             for batch in batches:
@@ -107,7 +109,7 @@ def execute(run: Run, data: Data) -> Row:
 
 
 def show(rows: list[Row]) -> None:
-    """Machine and commands, then a block for each setting."""
+    """Print machine and commands, then a block for each setting."""
     show_machines(rows)
     blocks: dict[str, list[Row]] = {}
     for row in rows:

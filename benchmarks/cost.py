@@ -1,4 +1,4 @@
-"""What scoring costs over the gradients it needs: ours and bare, side by side.
+"""Measure the cost of scoring over the gradients that scoring needs.
 
     python benchmarks/cost.py                              # about an hour on two cores
     python benchmarks/cost.py --only step memory --store cost.json
@@ -6,25 +6,26 @@
     python benchmarks/cost.py --from cost.json --plot docs # measures nothing
     python benchmarks/cost.py --only step --noise 1 --store noisy.json
 
-A line is a pair: ours, with everything that ``force_prune`` does, and bare, the forward
-and backward passes alone. Both take turns in one process, within a call where it is
-long: its loader stops our clock, takes as many bare steps, and goes on. A ratio is that
-of the medians, its spread that of the pairs. The sections, chosen with ``--only``:
+A line compares a pair. "Ours" is a whole ``force_prune``; "bare" is the forward and
+backward passes alone. Both take turns in one process. Within a long call, the loader
+stops our clock, takes an equal number of bare steps, and continues. A ratio is the
+ratio of medians; its spread comes from the pairs. The sections, chosen with ``--only``:
 
 step       ResNet-50 at 32x32, batch 128, as in the FORCE paper's CIFAR experiments
 large      224x224, ten batches a step
 synflow    over the passes of a positive float64 network that was converted once
-grasp      over one bare step of as many samples
-memory     peak over that of a bare step, in fresh processes, bytes a prunable weight
+grasp      over one bare step of an equal number of samples
+memory     peak over a bare step's peak, in new processes, in bytes a prunable weight
 selection  the k largest scores over the fastest of three others; about 10 GB at 1e9
-below      options that make a step cheaper than bare, and what they cost in exactness
+below      options that make a step cheaper than bare, and their cost in exactness
 authors    the authors' code; needs --force-repo and --grasp-repo
 profile    milliseconds of each part of a step
 
-``--store`` keeps what the file has of other sections from the same machine.
+``--store`` keeps the file's rows of other sections, if measured on the same machine.
 
-Where a section takes few steps, what a call does once (stand-ins, the search for gates,
-the last look at the mask, pruning the model) counts as in a call of 60 steps.
+Some work is done once in a call: stand-ins, the search for gates, the last look at the
+mask, and pruning the model. In sections with few steps, this work counts as in a call
+of 60 steps.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ SECTIONS: dict[str, ModuleType] = {
 
 @contextmanager
 def noise(processes: int) -> Iterator[None]:
-    """Processes that do nothing as busily as they can."""
+    """Run busy processes beside the measurement."""
     busy = [sys.executable, "-c", "while True: pass"]
     started = [subprocess.Popen(busy) for _ in range(processes)]
     try:
@@ -106,7 +107,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.runs = args.runs or 1
-    # To compile takes a minute.
+    # Compilation takes a minute.
     quick = [option for option in options if option != "compile"]
     args.options = args.options or (quick if args.quick else list(options))
     repos = args.force_repo or args.grasp_repo or args.source
@@ -118,7 +119,7 @@ def arguments() -> argparse.Namespace:
 
 
 def keep_others(args: argparse.Namespace, record: Row) -> list[Row]:
-    """What a file has of other sections, measured on the same machine."""
+    """Return a file's rows of other sections, if measured on the same machine."""
     if args.source or not args.store or not args.store.exists():
         return []
     earlier = json.loads(args.store.read_text("utf-8"))
@@ -164,7 +165,7 @@ def main() -> None:
                 rows = SECTIONS[section].measure(args)
                 told[section] = f"{record['date']}: {record['command']}"
             done += show(rows, stored, getattr(SECTIONS[section], "show", None))
-            if args.store:  # after each section: the next may be interrupted
+            if args.store:  # the next section may be interrupted
                 write_json(args.store, record | {"rows": others + done})
     if args.plot:
         from cost_sections.plots import plot

@@ -1,4 +1,4 @@
-"""The study: what pruning at initialisation is worth, trained.
+"""The study: train networks that were pruned at initialisation, and test them.
 
     python benchmarks/evidence.py                   # resumes where it stopped
     python benchmarks/evidence.py --questions methods --seeds 3 4 --sparsities 0 0.99
@@ -8,27 +8,29 @@
     python benchmarks/evidence_plots.py             # tables and plots of the results
 
 Each run makes a network, prunes it, trains it and tests it. A seed fixes the initial
-weights, the batches that are scored and the order of those that are trained on, the
-same for all methods. The questions:
+weights, the scored batches and the order of the training batches, for all methods
+alike. The questions:
 
 methods  Accuracy against sparsity, by method.
 steps    FORCE and Iter SNIP in few and many steps T, on both schedules.
 batches  SNIP and GraSP, which score once, with more batches.
-sanity   The same masks shuffled within each layer, and the same masks with new initial
-         values (Frankle et al. 2021, arXiv 2009.08576).
+sanity   Masks shuffled within each layer, and masks with new initial values (Frankle
+         et al. 2021, arXiv 2009.08576).
 
-Each run also measures what FORCE maximises, the foresight connection sensitivity of de
-Jorge et al. 2021 (arXiv 2006.09081, equation 4): the sum of |weight * gradient| over
-the weights that stay, at the network that is left, here on ten batches; and how many
-of these weights are live, that is, have a saliency other than 0.
+Each run also measures the objective of FORCE, the foresight connection sensitivity of
+de Jorge et al. 2021 (arXiv 2006.09081, equation 4). It is the sum of
+|weight * gradient| over the kept weights, in the pruned network, here on ten batches.
+Each run counts the live weights too: kept weights with a saliency other than 0.
 
 The data are all of Fashion-MNIST: ``apt-get install dataset-fashion-mnist`` on Debian,
 or torchvision's folder given as ``--data``. The preset ``cpu`` trains small networks
-for an epoch, 576 runs of half a minute, so that two cores do it in two to three hours;
-``long`` asks of six methods whether ten epochs tell another story, in an hour;
-``digits`` takes scikit-learn's and is a trial. A finished run is a line of JSON in
-``--out``, known by the preset's name and the options of the run, and is not done again:
-a preset that is changed takes another name. Ctrl-C loses the current runs only.
+for an epoch: 576 runs of half a minute, two to three hours on two cores. ``long``
+trains six methods for ten epochs, to see whether the results change; it takes an hour.
+``digits`` uses scikit-learn's digits and is a trial.
+
+A finished run is a line of JSON in ``--out`` and is not run again. A run is identified
+by the preset's name and its own options, so a changed preset needs a new name. Ctrl-C
+loses the current runs only.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ from force_plugin import (
 
 Result = dict[str, Any]
 
-# What the papers and their authors' code take; SNIP-MB and GraSP-MB see as many batches
-# in their one step as FORCE does in its 60.
+# Settings of the papers and of their authors' code. SNIP-MB and GraSP-MB see as many
+# batches in a single step as FORCE in 60 steps.
 METHODS: dict[str, dict[str, Any]] = {
     "force": {"method": "force", "steps": 60},
     "iter_snip": {"method": "iter_snip", "steps": 60},
@@ -87,7 +89,7 @@ QUESTIONS = ("methods", "steps", "batches", "sanity")
 
 @dataclass(frozen=True)
 class Run:
-    """All that decides the result of one training."""
+    """The options that determine the result of a training."""
 
     preset: str
     network: str
@@ -97,7 +99,7 @@ class Run:
     steps: int = 1
     schedule: str = "exponential"
     batches: int = 1
-    mask: str = "own"  # or "shuffled", or "reinitialised": the values, under the mask
+    mask: str = "own"  # or "shuffled"; or "reinitialised": new values, own mask
 
     def __str__(self) -> str:
         parts = [self.network, f"seed {self.seed}", self.method]
@@ -109,7 +111,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Preset:
-    """How networks are trained, by SGD with momentum on a single cycle."""
+    """A setting of the study: data, networks, and SGD with momentum on one cycle."""
 
     data: str
     networks: tuple[str, ...]
@@ -138,10 +140,10 @@ PRESETS = {
 
 
 def measured(model: nn.Module, batches: Batches) -> Result:
-    """What FORCE maximises, and how many of the weights that stay have a part in it."""
+    """Return the objective of FORCE, and the number of live weights."""
     masks = get_masks(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers whose saliency is 0
+        warnings.simplefilter("ignore")  # warnings of layers whose saliency is 0
         scores = saliency(model, batches, "force", batches=min(10, len(batches)))
     kept = [scores[name][mask] for name, mask in masks.items()]
     return {
@@ -151,7 +153,7 @@ def measured(model: nn.Module, batches: Batches) -> Result:
 
 
 def pruned(run: Run) -> tuple[nn.Module, Result]:
-    """A network before it is trained, and what there is to say about its mask."""
+    """Return a pruned network before training, and measurements of its mask."""
     preset, device = PRESETS[run.preset], _shared["device"]
     model = make(run.network, run.seed)
     model = model.to(device, memory_format=torch.channels_last)
@@ -174,7 +176,7 @@ def pruned(run: Run) -> tuple[nn.Module, Result]:
         apply_masks(model.to(device, memory_format=torch.channels_last), masks)
     elif run.mask == "reinitialised":
         reinitialise(model, make(run.network, 1000 + run.seed))
-    kept = [layer.kept for layer in report.layers]  # as in layers_of
+    kept = [layer.kept for layer in report.layers]  # in the order of layers_of
     others = Batches(*_shared["train"], preset.batch, 10 * run.seed + 2)
     return model, {"kept": kept, **measured(model, others)}
 
@@ -199,7 +201,7 @@ def execute(run: Run) -> Result:
 def plan(
     preset: str, seeds: list[int], questions: list[str], names: list[str]
 ) -> list[Run]:
-    """All runs of these methods, a seed at a time, each once."""
+    """Return all runs of these methods, seed by seed, without duplicates."""
     runs: list[Run] = []
     for seed in seeds:
         for network in PRESETS[preset].networks:
@@ -213,7 +215,7 @@ def plan(
                     for run in methods.values()
                 ]
             if network != PRESETS[preset].networks[0]:
-                continue  # the others are asked of one network
+                continue  # the other questions use one network
             if "steps" in questions:
                 runs += [
                     replace(
@@ -244,9 +246,9 @@ _shared: dict[str, Any] = {}
 
 
 def prepare(data: str, folder: Path, device: str, threads: int) -> None:
-    """What a process holds for all its runs."""
+    """Load the data that a process holds for all its runs."""
     torch.set_num_threads(threads)
-    warnings.simplefilter("ignore", UserWarning)  # what matters of them is stored
+    warnings.simplefilter("ignore", UserWarning)  # the results store what matters
     _shared.update(load(data, folder, device), device=device)
 
 
@@ -293,7 +295,7 @@ def main() -> None:
         bar = tqdm(as_completed(futures), "runs", len(todo), disable=None)
         for future in bar:
             run = futures[future]
-            if error := future.exception():  # the others go on
+            if error := future.exception():  # the other runs go on
                 failed.append(run)
                 bar.write(f"{run}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue

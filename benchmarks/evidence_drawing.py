@@ -1,4 +1,4 @@
-"""How the plots of benchmarks/evidence_plots.py are drawn."""
+"""Draw the plots of benchmarks/evidence_plots.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def panels(names: list[str], **options: Any) -> tuple[Any, list[Any]]:
 
 
 def accuracy_axis(axis: Any) -> None:
-    """Accuracies, apart by the logarithm of the error where some are at chance."""
+    """Set the axis of accuracies, with the error's logarithm for a wide range."""
     axis.set_ylabel("test accuracy (%)")
     low, high = axis.dataLim.intervaly
     if high - low < 20:
@@ -53,7 +53,7 @@ def accuracy_axis(axis: Any) -> None:
 
 
 def finished(figure: Any, axis: Any, path: Path) -> None:
-    """One legend for all panels, beside them, and the file."""
+    """Add a legend beside the panels, and write the file."""
     figure.tight_layout()
     figure.legend(
         *axis.get_legend_handles_labels(),
@@ -89,7 +89,7 @@ def line(axis: Any, xs: Iterable[Any], found: list[Results], **options: Any) -> 
 def differences(
     axis: Any, drawn: dict[str, dict[str, list[float]]], label: str
 ) -> None:
-    """Means and 95 % intervals, a row for each name, beside each other by kind."""
+    """Draw means and 95 % intervals, a row for each name, the kinds side by side."""
     axis.set_xscale("symlog", linthresh=2)
     axis.axvline(0, color="black", lw=1)
     for number, (kind, rows) in enumerate(drawn.items()):

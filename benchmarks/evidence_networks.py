@@ -15,12 +15,12 @@ from force_plugin.zoo import digits
 
 
 def make(network: str, seed: int) -> nn.Module:
-    """A network for grey images of 28x28 and 10 classes, without closed gates."""
+    """Return a network for grey 28x28 images of 10 classes, without closed gates."""
     torch.manual_seed(seed)
     if network == "resnet18":
         return resnet(layers=(2, 2, 2, 2), channels=(64, 128, 256, 512))
     if network == "resnet_small":
-        stem = {"stem_type": "deep_tiered", "stem_width": 8}  # that of timm's resnet10t
+        stem = {"stem_type": "deep_tiered", "stem_width": 8}  # as in timm's resnet10t
         return resnet(layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), **stem)
     if network == "vgg16":
         return vgg(64, 64, 0, 128, 128, 0, *(256,) * 3, 0, *(512,) * 3, 0, *(512,) * 3)
@@ -34,7 +34,10 @@ def resnet(**widths: Any) -> nn.Module:
 
 
 def vgg(*widths: int) -> nn.Module:
-    """Convolutions with batch normalisation, 0 for a pooling, and a linear layer."""
+    """Return convolutions with batch normalisation, then a linear layer.
+
+    A width of 0 stands for a pooling.
+    """
     layers: list[nn.Module] = []
     channels = 1
     for width in widths:
@@ -50,14 +53,14 @@ def vgg(*widths: int) -> nn.Module:
 
 
 def layers_of(network: str) -> dict[str, int]:
-    """Names of the layers that are pruned, and how many weights each has."""
+    """Return the number of weights of each pruned layer, by name."""
     modules = make(network, seed=0).named_modules()
     kinds = (nn.Conv2d, nn.Linear)
     return {f"{n}.weight": m.weight.numel() for n, m in modules if isinstance(m, kinds)}
 
 
 class Batches:
-    """Shuffled batches of tensors, in another order each time, whole ones only."""
+    """Shuffled whole batches of tensors, in a new order for each iteration."""
 
     def __init__(self, images: Tensor, targets: Tensor, size: int, seed: int) -> None:
         self.data, self.size = (images, targets), size
@@ -75,7 +78,7 @@ class Batches:
 
 
 def load(data: str, folder: Path, device: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Normalised grey images of 28x28 and their classes, to train on and to test."""
+    """Return normalised grey 28x28 images and their classes, for training and test."""
     parts = {}
     if data == "digits":
         for name, part in zip(("train", "test"), digits(28, channels=1), strict=True):

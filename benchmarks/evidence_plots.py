@@ -1,12 +1,12 @@
-"""Tables and plots of what benchmarks/evidence.py has measured.
+"""Write tables and plots of the results of benchmarks/evidence.py.
 
     python benchmarks/evidence_plots.py                      # to docs/evidence
     python benchmarks/evidence_plots.py --preset gpu --to /tmp/gpu
 
-Each question has a plot and a table of the same numbers: mean and standard deviation
-over seeds. Comparisons are of the same network and seed, pair by pair, with a 95 %
-interval of the mean difference by Student's t; over several networks, of the mean of
-each seed's differences.
+Each question has a plot and a table of its numbers: mean and standard deviation over
+seeds. Comparisons pair runs of equal network and seed, with a 95 % interval of the mean
+difference by Student's t. Over several networks, the differences of each seed are
+averaged first.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from harness.tables import aligned, percent, spread
 
 
 def where(results: Results, **wanted: Any) -> Results:
-    """Runs that have these values, and all others as METHODS and Run have them."""
+    """Return the runs that have these values in their options."""
     return {
         run: result
         for run, result in results.items()
@@ -52,7 +52,7 @@ def where(results: Results, **wanted: Any) -> Results:
 
 
 def usual(results: Results) -> dict[str, Results]:
-    """Runs of each method as the papers have it, by its name here."""
+    """Return the runs of each method with the settings of METHODS, by its name."""
     return {
         name: where(
             results,
@@ -64,7 +64,7 @@ def usual(results: Results) -> dict[str, Results]:
 
 
 def live_shares(results: Results) -> list[float]:
-    """Of the weights that stay, those that the outputs depend on, in %."""
+    """Return the share of kept weights that the outputs depend on, in %."""
     return [100 * r["live"] / sum(r["kept"]) for r in results.values()]
 
 
@@ -77,7 +77,7 @@ def methods(results: Results, networks: list[str], to: Path) -> str:
         ours = where(results, network=network)
         dense = where(ours, method="dense")
         found = []
-        for sparsity in sparsities:  # there may be more seeds at some than at others
+        for sparsity in sparsities:  # the number of seeds may differ
             seeds = {run.seed for run in where(ours, sparsity=sparsity)}
             found.append({run: r for run, r in dense.items() if run.seed in seeds})
         line(axis, range(len(found)), found, label="dense", color="black", ls="--")
@@ -94,7 +94,7 @@ def methods(results: Results, networks: list[str], to: Path) -> str:
 
 
 def pairs(one: Results, other: Results, key: Callable[[Run], Any]) -> list[float]:
-    """Differences of accuracy, in points, of runs that only differ in one thing."""
+    """Return differences of accuracy, in points, of runs with equal keys."""
     others = {key(run): result["accuracy"] for run, result in other.items()}
     return [
         100 * (result["accuracy"] - others[key(run)])
@@ -104,12 +104,12 @@ def pairs(one: Results, other: Results, key: Callable[[Run], Any]) -> list[float
 
 
 def same(run: Run) -> tuple[str, int]:
-    """What runs of different methods have in common."""
+    """Return network and seed, the key to pair runs of different methods."""
     return run.network, run.seed
 
 
 def by_seed(one: Results, other: Results) -> list[float]:
-    """Differences of runs of each seed, the mean of all networks."""
+    """Return the difference of each seed, the mean over all networks."""
     seeds = sorted({run.seed for run in one})
     found = (pairs(where(one, seed=s), where(other, seed=s), same) for s in seeds)
     return [mean(values) for values in found if values]
@@ -140,7 +140,7 @@ def claims(results: Results, networks: list[str], to: Path) -> str:
                     name: pairs(some[mine], some[other], same)
                     for name, some in found.items()
                 }
-                # Two networks are not two draws of one: a seed's difference is one.
+                # Two networks are not two draws: each seed counts as a single draw.
                 seeds = by_seed(found["all"][mine], found["all"][other])
                 drawn[mine][other] = seeds
                 intervals = map(interval, [*list(points.values())[:-1], seeds])
@@ -315,7 +315,7 @@ QUESTIONS = (methods, claims, steps, batches, live, layers, objective, sanity)
 
 
 def made(results: Results) -> str:
-    """Of what, where and when."""
+    """Return a line on the runs, the machine and the date."""
     last = max(results.values(), key=lambda result: result["date"])
     return (
         f"{len(results)} runs, seeds {sorted({run.seed for run in results})}, "
@@ -342,7 +342,7 @@ def main() -> None:
         name for name in PRESETS[args.preset].networks if where(results, network=name)
     ]
     asked = dict.fromkeys(QUESTIONS, results)
-    # Seeds that were added for one question are not half a row of another.
+    # Seeds that were added for one question would give incomplete rows of another.
     seeds = PRESETS[args.preset].seeds
     usual_seeds = {run: result for run, result in stored.items() if run.seed in seeds}
     planned = where(usual_seeds, preset=args.preset)

@@ -1,19 +1,21 @@
-"""Every family of timm through FORCE: what is emptied, and does it train.
+"""Prune models of every timm family by FORCE: empty layers, and two training steps.
 
     python benchmarks/families.py                 # all, resumes where it stopped
     python benchmarks/families.py --models resnet50 convnext_tiny
     python benchmarks/families.py --table docs/families-table.md
 
-The smallest model of every module of timm (where that is one of timm's test models,
-the smallest of the others too) and some larger classics, at timm's own initialisation,
-on scikit-learn's digits. Each goes through FORCE at 90 % in 60 steps and at 99 % in 10;
-the pruned model takes two training steps; its masks are saved, loaded and applied; its
-pruning is made permanent, and the outputs must stay what they were. SNIP, one step with
-the gates as they are and one with closed gates opened, shows what the gates alone do.
-Each model is a line of JSON in ``--out``.
+The models are the smallest of every timm module, and some larger classics, at timm's
+own initialisation. If the smallest is one of timm's test models, the smallest other
+model is added. The data are scikit-learn's digits.
 
-The whole run takes some hours on two cores. Processes can share it: ``--share 0/2`` and
-``--share 1/2``, small models first, write to the same file.
+FORCE prunes each model at 90 % in 60 steps and at 99 % in 10. The pruned model takes
+two training steps. Its masks are saved, loaded and applied. Its pruning is made
+permanent, and the outputs must not change. SNIP takes one step with closed gates and
+one step with opened gates, to show the effect of the gates alone. Each model is a line
+of JSON in ``--out``.
+
+The whole run takes some hours on two cores. Processes can share the run and its file:
+``--share 0/2`` and ``--share 1/2``. Small models come first.
 """
 
 from __future__ import annotations
@@ -66,7 +68,10 @@ HERE = Path(__file__).parent
 
 
 def models_to_run(path: Path) -> dict[str, str]:
-    """Family of each model by its name, small ones first; kept in a file."""
+    """Return the family of each model by name, small models first.
+
+    The result is stored in a file, and read from the file if timm has not changed.
+    """
     if path.exists():
         known = json.loads(path.read_text())
         if known["timm"] == timm.__version__:
@@ -90,7 +95,7 @@ def models_to_run(path: Path) -> dict[str, str]:
 
 
 def image_size(name: str, smallest: int) -> int:
-    """Height and width to run at: the model's own where it is fixed."""
+    """Return the height and width to run at; a fixed-size model keeps its own."""
     cfg = timm.get_pretrained_cfg(name)
     own = cfg.input_size[-1]
     if cfg.fixed_input_size or own < smallest:
@@ -99,12 +104,12 @@ def image_size(name: str, smallest: int) -> int:
 
 
 def prepare(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any, int]:
-    """A model at its own initialisation, and batches of digits in its size."""
+    """Return a model at its own initialisation, digits in its size, and the size."""
     size = image_size(name, args.size)
     try:
         load_model(name, num_classes=10, image_size=size)
     except ValueError:
-        # Some take no other size than their own, and do not say so.
+        # Some models take only their own size, but their config does not say so.
         size = timm.get_pretrained_cfg(name).input_size[-1]
     torch.manual_seed(0)
     model = load_model(name, num_classes=10)
@@ -114,10 +119,10 @@ def prepare(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any, int]:
 
 
 def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
-    """Cross entropy, of each head where there are several.
+    """Return the cross entropy, summed over all heads.
 
-    An encoder without a classifier (Gemma's) has tokens for outputs; the first channels
-    of their mean serve as its classes.
+    An encoder without a classifier (Gemma's) returns tokens. The first channels of the
+    mean token then serve as classes.
     """
     heads = outputs if isinstance(outputs, tuple | list) else [outputs]
     logits = [head.mean(1) if head.dim() == 3 else head for head in heads]
@@ -125,14 +130,14 @@ def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
 
 
 def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The outputs in evaluation mode, of the first head where there are several."""
+    """Return the outputs of the first head in evaluation mode."""
     with torch.no_grad():
         outputs = model.eval()(inputs)
     return outputs[0] if isinstance(outputs, tuple | list) else outputs
 
 
 def try_out(model: nn.Module, loader: Any) -> None:
-    """Train a pruned model, and take its masks through a file and into the weights."""
+    """Train a pruned model, store and load its masks, and make pruning permanent."""
     masks = get_masks(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     batches = iter(loader)
@@ -163,7 +168,7 @@ def try_out(model: nn.Module, loader: Any) -> None:
 
 
 def summary(report: SparsityReport) -> dict[str, Any]:
-    """What is kept of a report."""
+    """Return the stored part of a report."""
     return {
         "layers": len(report.layers),
         "weights": report.total,
@@ -174,7 +179,7 @@ def summary(report: SparsityReport) -> dict[str, Any]:
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything for one model."""
+    """Prune and try out one model, and return all measurements."""
     start = time.perf_counter()
     model, loader, size = prepare(name, args)
     options: dict[str, Any] = {"loss_fn": loss_fn, "progress": False}
@@ -197,14 +202,14 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         result["force"][str(sparsity)] = report | {"steps": steps}
         try_out(pruned, loader)
     if 2 * len(result["force"]["0.9"]["empty"]) >= result["force"]["0.9"]["layers"]:
-        # Is it FORCE, which lets pruned weights return, or would any method do it?
+        # To see whether FORCE, which lets pruned weights return, is the cause.
         more = {"method": "iter_snip", "steps": 60}
         result["iter_snip"] = prune(deepcopy(model), 0.9, **more)
     return result | {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def why(warnings: list[str]) -> str:
-    """What the report says of the layers that lost every weight, in short."""
+    """Return, in short, the report's warning on layers that lost every weight."""
     patterns = {
         r"(\d+) of \d+ layers .* of exactly 0 .*: (.*);": "no saliency ({}): {}",
         r"in (\d+) of them: (.*) times": "small weights ({}): {}",
@@ -220,7 +225,7 @@ def why(warnings: list[str]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results in Markdown: how many lose half, and a row for each model."""
+    """Return the results in Markdown: how many models lose half, and all rows."""
     columns = {
         "SNIP, gates closed": lambda r: r["snip_closed"],
         "SNIP": lambda r: r["snip_open"],
@@ -285,7 +290,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def families_to_run(args: argparse.Namespace) -> dict[str, str]:
-    """Family by name of the models asked for that have no result yet."""
+    """Return the families of the selected models without a result, by name."""
     if args.models:
         modules = [timm.models.model_entrypoint(m).__module__ for m in args.models]
         families = {
@@ -301,7 +306,7 @@ def families_to_run(args: argparse.Namespace) -> dict[str, str]:
 
 
 def add_sweep(parser: argparse.ArgumentParser, out: Path) -> None:
-    """Add the options of a sweep whose results are in a file."""
+    """Add the options of a sweep that stores its results in a file."""
     add = parser.add_argument
     add("--models", nargs="+", help="only these (default: all)")
     add("--batch", type=int, default=8, help="half of it from 192x192")
@@ -313,7 +318,7 @@ def add_sweep(parser: argparse.ArgumentParser, out: Path) -> None:
 
 
 def sparsity_and_steps(text: str) -> tuple[float, int]:
-    """Of "0.9:60"."""
+    """Return the sparsity and the steps of a text such as "0.9:60"."""
     sparsity, _, steps = text.partition(":")
     return float(sparsity), int(steps)
 

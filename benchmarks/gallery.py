@@ -1,13 +1,14 @@
-"""Which layers stay: FORCE and SNIP on ten well-known networks of timm.
+"""Measure which layers FORCE and SNIP keep in ten well-known networks of timm.
 
     python benchmarks/gallery.py                     # resumes where it stopped
     python benchmarks/gallery.py --models resnet50
 
-Each network, at timm's own initialisation, is pruned to 99 % by FORCE in 60 steps and
-by SNIP in one, on the training images of Fashion-MNIST, enlarged to the size that the
-network gets: 64x64 in batches of 64, or 224x224 in batches of 16 where its weights
-depend on it. ``docs/gallery.md`` draws what stays of each layer from the lines of JSON
-in ``--out``, one a network. The whole takes three quarters of an hour on one core.
+Each network starts at timm's own initialisation and is pruned to 99 %, by FORCE in 60
+steps and by SNIP in a single step. The data are the training images of Fashion-MNIST,
+enlarged to 64x64 in batches of 64. Networks whose weights depend on the image size get
+224x224 in batches of 16. Each network is a line of JSON in ``--out``. From these lines,
+``docs/gallery.md`` draws the density of each layer. The whole run takes three quarters
+of an hour on one core.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ STEPS = {"force": 60, "snip": 1}
 
 
 def prune(name: str, method: str, folder: Path) -> dict[str, Any]:
-    """What one method keeps of one network."""
+    """Return the weights that a method keeps in each layer of a network."""
     size, batch = (224, 16) if name in LARGE else (64, 64)
     loader = batches_of(load(FASHION, folder, 60_000)[0], batch, seed=0)
 
@@ -56,7 +57,7 @@ def prune(name: str, method: str, folder: Path) -> dict[str, Any]:
     model = timm.create_model(name, num_classes=10)
     start = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # they are in the report
+        warnings.simplefilter("ignore", UserWarning)  # the report has the warnings
         report = force_prune(
             model,
             loader,

@@ -1,9 +1,9 @@
-"""How long ``import force_plugin`` takes, beside ``import torch``.
+"""Measure the time of ``import force_plugin``, beside ``import torch``.
 
     python benchmarks/import_time.py [--turns 15]
 
-Each import is a process of its own. The two take turns, after one of each that fills
-the disk's cache, and the medians are compared.
+Each import runs in its own process. The two imports take turns, after a first import of
+each that fills the disk's cache. The medians are compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ print(time.perf_counter() - start)
 
 
 def seconds(module: str) -> float:
-    """How long the import of a module takes in a new process."""
+    """Return the seconds that the import of a module takes in a new process."""
     command = [sys.executable, "-c", TIMED.format(module)]
     return float(subprocess.run(command, check=True, capture_output=True).stdout)
 

@@ -1,26 +1,28 @@
-"""Is a network better pruned with its closed gates open? Trained, both ways.
+"""Train networks that were pruned with open and with closed gates, and compare them.
 
     python benchmarks/open_gates.py                    # all, resumes where it stopped
     python benchmarks/open_gates.py --models resnet50 --seeds 0
     python benchmarks/open_gates.py --table docs/open-gates-table.md
     python benchmarks/open_gates.py --models test_vit2 --epochs 8  # a table of its own
 
-timm's ResNets start with every residual branch multiplied by 0, its ConvNeXts by 1e-6.
-FORCE prunes each at timm's own initialisation, once with these gates opened while
-scoring (``open_gates=True``) and once as the papers' scores have it
-(``open_gates=False``); the same plain loop trains both and the dense network. A seed
-fixes the initial weights and the order of the batches, the same for all three. What
-is at stake is what the branches do: the shortcuts of a ``resnet18`` skip three of four
-pixels at each stride, and without its branches it sees one corner of a 32x32 image;
-those of a ``resnet18d`` take the mean of all four, those of a ConvNeXt see them all.
+timm multiplies every residual branch by 0 at the start of a ResNet, and by 1e-6 at the
+start of a ConvNeXt. FORCE prunes each network at timm's own initialisation, in two
+ways. ``open_gates=True`` opens the gates while scoring. ``open_gates=False`` scores as
+in the papers. One plain loop trains both pruned networks and the dense network. A seed
+fixes the initial weights and the order of batches for all three.
 
-The data are Fashion-MNIST, all 10,000 test images and the first ``--images`` of the
-training images: ``apt-get install dataset-fashion-mnist`` on Debian, or the four idx
-files (gzipped or not, torchvision's folders will do) anywhere below ``--data``. Without
-them, scikit-learn's digits take their place.
+The question is what the branches contribute. The shortcuts of a ``resnet18`` skip three
+of four pixels at each stride. Without its branches, a ``resnet18`` sees one corner of a
+32x32 image. The shortcuts of a ``resnet18d`` take the mean of all four pixels, and the
+shortcuts of a ConvNeXt see all pixels.
 
-A finished run is a line of JSON in ``--out`` and is not run again; Ctrl-C loses the
-current one only. All runs take about two hours on one core. Processes with other
+The data are Fashion-MNIST: all 10,000 test images and the first ``--images`` of the
+training images. Install them by ``apt-get install dataset-fashion-mnist`` on Debian, or
+put the four idx files anywhere below ``--data`` (gzipped or not; torchvision's folders
+work). Without these files, scikit-learn's digits are used.
+
+A finished run is a line of JSON in ``--out`` and is not run again. Ctrl-C loses the
+current run only. All runs take about two hours on one core. Processes with other
 ``--seeds`` or ``--models`` can share the work and the file.
 """
 
@@ -51,7 +53,7 @@ from torch.utils.data import DataLoader
 from force_plugin import SparsityReport, force_prune
 from force_plugin.files import write_whole
 
-# A ViT takes no other size than it is made for; 16 patches of these images.
+# A ViT takes only the size that it is made for; 16 patches of these images.
 OPTIONS = {"test_vit2": {"img_size": 32, "patch_size": 8}}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,7 +61,7 @@ Result = dict[str, Any]
 
 
 def describe(report: SparsityReport) -> Result:
-    """What is on record of a pruning."""
+    """Return the stored facts of a pruning."""
     return {
         "layers": len(report.layers),
         "emptied": len(report.empty_layers),
@@ -103,7 +105,7 @@ def execute(run: Run, data: Data) -> Result:
 
 
 def table(results: dict[Run, Result]) -> list[list[str]]:
-    """Titles, and a row for each network and sparsity."""
+    """Return the titles, and a row for each network and sparsity."""
 
     def accuracies(found: list[Result]) -> str:
         return spread([100 * result["accuracy"] for result in found], digits=1)
@@ -129,7 +131,7 @@ def table(results: dict[Run, Result]) -> list[list[str]]:
 
 
 def caption(results: dict[Run, Result], planned: int) -> str:
-    """What the table shows, and where and when it was measured."""
+    """Return a caption that explains the table, with machine and date."""
     run = next(iter(results))
     seeds = ", ".join(map(str, sorted({run.seed for run in results})))
     steps = max(run.steps for run in results)
@@ -145,7 +147,7 @@ def caption(results: dict[Run, Result], planned: int) -> str:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """All runs, a seed at a time."""
+    """Return all runs, seed by seed."""
     base = shared_run(args)
     runs = []
     for seed in args.seeds:
@@ -178,7 +180,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     use_threads(args)
-    warnings.simplefilter("ignore", UserWarning)  # they are in the reports
+    warnings.simplefilter("ignore", UserWarning)  # the reports have them
     runs, known = plan(args), read_runs(args.out, Run)
     results = {run: known[run] for run in runs if run in known}
     if args.table:

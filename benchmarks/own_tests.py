@@ -1,24 +1,29 @@
-"""Other projects' own tests, with our classes in the place of theirs.
+"""Run other projects' own tests with our classes in place of the projects' classes.
 
     python benchmarks/own_tests.py --pytorch DIR --lightning DIR --timm DIR
     python benchmarks/own_tests.py --timm DIR --models 'resnet*'  # or '*', for hours
 
 The folders are checkouts of https://github.com/pytorch/pytorch,
 https://github.com/Lightning-AI/pytorch-lightning and
-https://github.com/huggingface/pytorch-image-models, best of the versions that are
-installed; the installed packages are what is tested. PyTorch's tests need
+https://github.com/huggingface/pytorch-image-models. Their versions should match the
+installed packages, because the installed packages are tested. PyTorch's tests need
 ``pip install expecttest``.
 
-- PyTorch's ``test/nn/test_pruning.py``: the functions and classes of
-  ``torch.nn.utils.prune`` are ours where there is one of ours.
-- Lightning's ``callbacks/test_pruning.py``: ``ModelPruning`` is ``SaliencyPruning``.
-- timm's ``tests/test_models.py``: half of the weights of each model are pruned and
-  permanent.
+- PyTorch's ``test/nn/test_pruning.py``: our functions and classes replace their
+  counterparts in ``torch.nn.utils.prune``.
+- Lightning's ``callbacks/test_pruning.py``: ``SaliencyPruning`` replaces
+  ``ModelPruning``.
+- timm's ``tests/test_models.py``: half of the weights of each model are pruned, and
+  pruning is permanent.
 
-``own_tests_plugins/`` has what replaces what. A line a test: *passed*, *failed*,
-*differs by design* with the reason, *fails without ours*, as a failure does that is
-also one when nothing is replaced, and *skipped* as the project itself has it here. The
-exit status is 1 if any failed.
+``own_tests_plugins/`` makes the replacements. Each test is a line with its outcome:
+
+- *passed* or *failed*,
+- *differs by design*, with the reason,
+- *fails without ours*: the test also fails when nothing is replaced,
+- *skipped* by the project itself.
+
+The exit status is 1 if any test failed.
 """
 
 from __future__ import annotations
@@ -49,12 +54,12 @@ class Suite:
     """A test file of another project.
 
     Attributes:
-        package: Its name where it is installed.
-        file: Path within a checkout.
-        path: Folder within a checkout that its imports start from.
-        options: What pytest is given.
-        not_ours: By pattern of the tests' names, why none of our classes is in them.
-        differs: By pattern, why a test fails that has one.
+        package: Name of the installed package.
+        file: Path of the test file within a checkout.
+        path: Folder within a checkout where the test file's imports start.
+        options: Options for pytest.
+        not_ours: Why tests do not use our classes, by pattern of the tests' names.
+        differs: Why tests that use our classes fail, by pattern of the tests' names.
     """
 
     package: str
@@ -91,7 +96,7 @@ SUITES = {
     "timm": Suite(
         "timm",
         "tests/test_models.py",
-        path="tests",  # beside it, the checkout's own timm would be what is tested
+        path="tests",  # the folder above would import the checkout's own timm
         not_ours={
             "test_model_inference*": "compares the outputs with those of the dense "
             "weights, which it downloads",
@@ -103,24 +108,24 @@ SUITES = {
 def run_pytest(
     suite: Suite, checkout: Path, *arguments: str, names: Iterable[str] = ()
 ) -> dict[str, tuple[str, str]]:
-    """Run tests of a checkout.
+    """Run tests of a checkout, and return their outcomes.
 
     Args:
-        suite: The file.
+        suite: The test file.
         checkout: Folder of the project.
-        arguments: More of them for pytest.
-        names: Tests to run, as this function returns them; none: all of them.
+        arguments: Further arguments for pytest.
+        names: Names of tests to run, as in the result. Default: all tests.
 
     Returns:
-        By ``Class::test[parameters]``, the outcome and what pytest says about it.
+        The outcome and pytest's message, by ``Class::test[parameters]``.
 
     Raises:
-        SystemExit: pytest came to no end.
+        SystemExit: pytest wrote no report.
     """
     file = checkout.resolve() / suite.file
     paths = [checkout.resolve() / suite.path, HERE]
     environment = {
-        "HF_HUB_OFFLINE": "1",  # unless it is 0 already
+        "HF_HUB_OFFLINE": "1",  # unless the variable is set
         **os.environ,
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": os.pathsep.join(
@@ -128,7 +133,7 @@ def run_pytest(
         ),
     }
     with tempfile.TemporaryDirectory() as folder:
-        # Elsewhere, as the checkout would hide the packages that are installed.
+        # Another folder, as the checkout would hide the installed packages.
         report, settings = Path(folder, "report.xml"), Path(folder, "pytest.ini")
         settings.write_text("[pytest]\n")
         done = subprocess.run(
@@ -151,7 +156,7 @@ def run_pytest(
 
 
 def outcomes(report: str, module: str) -> dict[str, tuple[str, str]]:
-    """What a JUnit report says of each test of a module, the worst of its parts."""
+    """Return the outcome of each test in a JUnit report; a failure counts most."""
     found: dict[str, tuple[str, str]] = {}
     for case in ET.fromstring(report).iter("testcase"):
         *_, owner = f".{case.get('classname', '')}".split(f".{module}")
@@ -169,7 +174,7 @@ def outcomes(report: str, module: str) -> dict[str, tuple[str, str]]:
 
 
 def reason(name: str, patterns: Mapping[str, str]) -> str | None:
-    """Of the first pattern that fits a test, with or without its class."""
+    """Return the reason of the first pattern that fits a test's name, or ``None``."""
     own = re.sub(r"^\w+::", "", name)
     matching = (why for key, why in patterns.items() if fnmatchcase(own, key))
     return next(matching, None)
@@ -180,12 +185,12 @@ def judged(
     with_ours: Mapping[str, tuple[str, str]],
     without: Mapping[str, tuple[str, str]],
 ) -> dict[str, tuple[str, str]]:
-    """Outcome of each test, and why.
+    """Return the final outcome of each test, with the reason.
 
     Args:
-        suite: Has the reasons.
-        with_ours: What came of each test.
-        without: What came of those that have failed, when nothing was replaced.
+        suite: The test file, with reasons.
+        with_ours: Outcomes with our classes.
+        without: Outcomes of the failed tests when nothing is replaced.
     """
     verdicts = {}
     for name, (outcome, text) in with_ours.items():
@@ -201,7 +206,7 @@ def judged(
 
 
 def lines(verdicts: Mapping[str, tuple[str, str]]) -> list[str]:
-    """A line a test."""
+    """Return a line for each test."""
     return [
         f"{outcome:20}{name}" + (f": {text[:200]}" if text else "")
         for name, (outcome, text) in verdicts.items()
@@ -209,7 +214,7 @@ def lines(verdicts: Mapping[str, tuple[str, str]]) -> list[str]:
 
 
 def sums(found: Mapping[str, Mapping[str, tuple[str, str]]]) -> list[str]:
-    """How many tests of each suite came to what, and the reasons for differences."""
+    """Return the counts of outcomes for each suite, and reasons for differences."""
     width = max(map(len, found))
     rows = [" " * width + "".join(f"{outcome:>20}" for outcome in OUTCOMES)]
     for name, verdicts in found.items():

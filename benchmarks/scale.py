@@ -1,23 +1,23 @@
-"""Time and memory of scoring over weights, batches, steps and ranks, and beyond.
+"""Measure and predict time and memory of scoring by weights, batches, steps and ranks.
 
     python benchmarks/scale.py --store scale.json       # ten minutes on two cores
     python benchmarks/scale.py --from scale.json --plot docs        # measures nothing
     python benchmarks/scale.py --from scale.json --predict weights=7e9 --gpu h100
 
-FORCE, on networks of 1e6 to 3e8 weights with small inputs, so that what is not the
-gradients shows. Fitted are
+FORCE prunes networks of 1e6 to 3e8 weights with small inputs, so that the work beyond
+the gradients shows. Two formulas are fitted:
 
     seconds = once(m) + steps x (batches x gradients + beyond(m))
-    bytes   = those of a bare step + c x m
+    bytes   = bytes of a bare step + c x m
 
-where m is the number of prunable weights, ``gradients`` the time of a bare forward and
-backward pass of a batch, and ``once`` and ``beyond`` are of the form a + b x m. They
-are then held against networks, steps and batches that were not fitted. Over ranks
-(gloo, on the CPU), whole and sharded networks are those of sharded_memory.py.
+Here, m is the number of prunable weights. ``gradients`` is the time of a bare forward
+and backward pass of a batch. ``once`` and ``beyond`` have the form a + b x m. The fit
+is then compared with networks, steps and batches that were not fitted. Over ranks
+(gloo, on the CPU), whole and sharded networks are measured as in sharded_memory.py.
 
-``--predict`` computes from it what a transformer, sharded over GPUs, would take:
-weights=, ranks=, and of each rank batches= and steps=, and tokens= of what passes at
-once. It depends on numbers that are assumed; each is printed, and marked.
+``--predict`` computes time and memory for a transformer that is sharded over GPUs. It
+takes weights= and ranks=, batches= and steps= of each rank, and tokens= that pass at
+once. The prediction uses assumed numbers; each is printed and marked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from harness.turns import take_turns
 from scale_model import GPUS, Row, fit, predict
 from scale_tables import plot, show, show_prediction
 
-SIZE = 32  # of the images: five tokens of a ViT
+SIZE = 32  # height and width of the images: five tokens of a ViT
 
 
 def tell(what: str) -> None:
@@ -51,11 +51,11 @@ def tell(what: str) -> None:
 def measure_time(
     name: str, samples: int, steps: int, batches: int, args: argparse.Namespace
 ) -> Row:
-    """Seconds of a call and of its parts, medians over runs."""
+    """Return the seconds of a call and of its parts, medians over runs."""
     tell(f"{name}, {steps} steps of {batches}")
     dense = make_model(name, SIZE, args.device)
     batch = make_batch(samples, SIZE, args.device)
-    take_turns(dense, batch, 2, batches=batches)  # warms up
+    take_turns(dense, batch, 2, batches=batches)  # warm-up
     turns = [take_turns(dense, batch, steps, 1, batches) for _ in range(args.runs)]
 
     def middle(values: Iterator[float]) -> float:
@@ -76,7 +76,7 @@ def measure_time(
 
 
 def measure_memory(name: str, samples: int, args: argparse.Namespace) -> Row:
-    """Peaks in bytes, over that of a process that has made nothing yet."""
+    """Return peaks in bytes, minus the memory of a process before it has a model."""
     tell(f"{name}, memory")
     with torch.device("meta"):
         weights = prunable(make_model(name, SIZE, "meta"))
@@ -87,7 +87,7 @@ def measure_memory(name: str, samples: int, args: argparse.Namespace) -> Row:
 
 
 def measure_microbatch(args: argparse.Namespace) -> list[Row]:
-    """Peaks in bytes of whole batches, and of a large one in parts."""
+    """Return peaks in bytes of whole batches, and of a large batch in microbatches."""
     name, size, large, small = "resnet50", 224, 128, 8
     if args.quick:
         name, size, large, small = "test_resnet", 32, 64, 4
@@ -105,7 +105,7 @@ def measure_microbatch(args: argparse.Namespace) -> list[Row]:
 
 
 def measure_ranks(model: str, image: int, ranks: Sequence[int]) -> list[Row]:
-    """Bytes a weight and seconds a step of each rank, whole and sharded."""
+    """Return bytes per weight and seconds per step of a rank, whole and sharded."""
     settings = argparse.Namespace(model=model, image=image, batch_size=1, steps=3)
     with torch.device("meta"):
         made = timm.create_model(model, img_size=image)
@@ -122,7 +122,7 @@ def measure_ranks(model: str, image: int, ranks: Sequence[int]) -> list[Row]:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of copies that no cache holds."""
+    """Return bytes per second, read and written, of copies too large for a cache."""
     source = torch.zeros(1 << 26, device=device)
     target = torch.ones_like(source)
     times = [seconds(partial(target.copy_, source)) for _ in range(7)]
@@ -130,8 +130,8 @@ def copy_bandwidth(device: str) -> float:
 
 
 def measure(args: argparse.Namespace) -> Row:
-    """Everything that is fitted, and what it is held against."""
-    # Networks and samples in a batch.
+    """Return all measurements for the fit, and others to compare the fit with."""
+    # Networks, and the number of samples in a batch.
     models = {
         "test_vit": 2,
         "vit_tiny_patch16_224": 2,
@@ -165,7 +165,7 @@ def measure(args: argparse.Namespace) -> Row:
         if not args.quick or name == "resnet18"
     ]
     record["microbatch"] = measure_microbatch(args)
-    # In a process whose children give back what they free.
+    # The process's children return freed memory to the system at once.
     record["ranks"] = fresh(measure_ranks, rank_model, image, args.ranks)
     return record
 

@@ -1,4 +1,4 @@
-"""The model of ``scale.py``: its numbers, and what follows from them elsewhere."""
+"""Fit the cost model of ``scale.py``, and predict costs on other machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Fit = dict[str, Any]
 
 @dataclass(frozen=True)
 class Gpu:
-    """What its data sheet says, a second, and its memory in bytes."""
+    """Rates of a GPU per second, from its data sheet, and its memory in bytes."""
 
     flops: float  # dense bfloat16
     bandwidth: float
@@ -27,12 +27,12 @@ GPUS = {
     "h100": Gpu(989e12, 3.35e12, 450e9, 80e9),
     "h200": Gpu(989e12, 4.80e12, 450e9, 141e9),
 }
-# What of a data sheet's numbers is reached.
+# The assumed share of a data sheet's rates that is reached.
 UTILISATION = {"flops": 0.4, "bandwidth": 0.8, "link": 0.7}
 
 
 def line_through(x: Sequence[float], y: Sequence[float], scale: Sequence[float]) -> Fit:
-    """Least squares of (a + b x − y) / scale."""
+    """Return a and b by least squares of (a + b x − y) / scale."""
     slope, start = np.polyfit(x, y, 1, w=1 / np.array(scale))
     return {"a": float(start), "b": float(slope)}
 
@@ -42,10 +42,10 @@ def value_of(line: Fit, weights: float) -> float:
 
 
 def fit(record: Row) -> Fit:
-    """The numbers of the model, from what was measured."""
+    """Return the numbers of the cost model, fitted to measurements."""
     times, memory, ranks = record["times"], record["memory"], record["ranks"]
     weights = [row["weights"] for row in times]
-    # What counts is the error in terms of the whole, not of its part.
+    # The error is weighted by the time of the whole step, not of the part.
     scale = [row["step"] for row in times]
     found: Fit = {
         part: line_through(weights, [row[part] for row in times], scale)
@@ -69,7 +69,7 @@ def fit(record: Row) -> Fit:
 
 
 def call(fitted: Fit, row: Row) -> float:
-    """Seconds of a call, from the time of the gradients of one batch."""
+    """Return the seconds of a call, from the time of the gradients of a batch."""
     step = row["batches"] * row["gradients"] + value_of(
         fitted["beyond"], row["weights"]
     )
@@ -77,7 +77,7 @@ def call(fitted: Fit, row: Row) -> float:
 
 
 def predict(record: Row, fitted: Fit, given: dict[str, float], name: str) -> list[Row]:
-    """Time and memory of scoring a sharded transformer on GPUs, line by line."""
+    """Return time and memory to score a sharded transformer on GPUs, in lines."""
     gpu = GPUS[name]
     m, ranks = given["weights"], given["ranks"]
     speed = {key: rate * getattr(gpu, key) for key, rate in UTILISATION.items()}
@@ -100,7 +100,7 @@ def predict(record: Row, fitted: Fit, given: dict[str, float], name: str) -> lis
     work = 6 * m * given["tokens"] * given["batches"]
     say("FLOPs of a step", work, "a rank", "6 x weights x tokens x batches")
     gradients = say("gradients", work / speed["flops"], "s a step", "computed")
-    # The weights twice, forward and backward, and their gradients.
+    # Weights are sent twice (forward and backward), and gradients once.
     sent = 3 * 4 * m * (ranks - 1) / ranks * given["batches"]
     say("exchanged", sent, "bytes a rank", "float32: 2 gathers, 1 reduction")
     exchange = say("exchange", sent / speed["link"], "s a step", "computed, no overlap")

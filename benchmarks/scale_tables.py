@@ -1,4 +1,4 @@
-"""What ``scale.py`` shows."""
+"""Print and plot the results of ``scale.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scale_model import Fit, Row, call, value_of
 
 
 def show(record: Row, fitted: Fit) -> None:
-    """What was measured, the model, and its residuals."""
+    """Print the measurements, the model and its residuals."""
     beyond, once = fitted["beyond"], fitted["once"]
     print("\nseconds, FORCE; beyond: a step less its bare gradients\n")
     print(
@@ -90,7 +90,7 @@ def show_prediction(rows: Sequence[Row], given: dict[str, float], name: str) -> 
 
 
 def plot(record: Row, fitted: Fit, folder: Path) -> None:
-    """Draw time and memory beyond the bare step over weights."""
+    """Draw time and memory beyond the bare step, against the number of weights."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

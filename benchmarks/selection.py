@@ -1,16 +1,17 @@
-"""The k largest of many scores: ours beside PyTorch's and NumPy's.
+"""Time the selection of the k largest scores: ours, PyTorch's and NumPy's.
 
     python benchmarks/selection.py
     python benchmarks/selection.py --sizes 1e6 1e7 1e8 1e9 --store selection.json
 
-The scores are in tensors of the sizes of ResNet-50's layers, again and again, as a
-network has them, and what is wanted is a mask for each. ``torch.topk``,
-``torch.kthvalue`` and ``numpy.partition`` take one tensor, so that to concatenate is a
-part of what they do, and mark with ``>=``, which of equal scores takes too many: only
-ours marks exactly k. All of them are called in turns, and the k-th largest score that
-they find must be the same. What would need more than four fifths of the memory is left
-out: ``topk`` sorts pairs of 16 bytes, ``kthvalue`` keeps an index of 8 beside a copy.
-A time is the least of the runs: other processes only ever add to it.
+The scores lie in tensors, as in a network: the sizes of ResNet-50's layers, repeated.
+Each tensor gets a mask. ``torch.topk``, ``torch.kthvalue`` and ``numpy.partition`` take
+a single tensor, so their time includes the concatenation. They mark scores by ``>=``,
+which marks too many of equal scores; only our code marks exactly k.
+
+All methods take turns, and must find equal k-th largest scores. A method that would
+need more than four fifths of the memory is left out: ``topk`` sorts pairs of 16 bytes,
+``kthvalue`` keeps an index of 8 bytes beside a copy. A time is the least of all runs,
+because other processes can only add time.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "denormal": lambda x: x.abs_().mul_(1e-40),
     "heavy tails": lambda x: x.pow_(9).abs_(),
 }
-# Shares of the scores that are at least the one to be found.
+# Shares k / m of the scores to select.
 SHARES = {"k = 1": 0.0, "1 %": 0.01, "10 %": 0.1, "50 %": 0.5, "k = m - 1": 1.0}
 
 
@@ -61,7 +62,7 @@ def by_kthvalue(scores: list[Tensor], k: int) -> float:
 
 def by_partition(scores: list[Tensor], k: int) -> float:
     merged = torch.cat(scores).numpy()
-    merged.partition(len(merged) - k)  # where it is, without another copy
+    merged.partition(len(merged) - k)  # in place, without another copy
     return marked(scores, torch.tensor(merged[len(merged) - k]))
 
 
@@ -71,7 +72,7 @@ def marked(scores: list[Tensor], threshold: Tensor) -> float:
 
 
 def make_scores(size: int, kind: str, device: str) -> list[Tensor]:
-    """Of ResNet-50's layers, until there are enough."""
+    """Return ``size`` scores in tensors of the sizes of ResNet-50's layers."""
     model = timm.create_model("resnet50", num_classes=10)
     layers = cycle([p.numel() for p in model.parameters() if p.ndim > 1])
     generator = torch.Generator(device).manual_seed(0)
@@ -85,8 +86,8 @@ def make_scores(size: int, kind: str, device: str) -> list[Tensor]:
 
 
 def methods(size: int, device: str) -> dict[str, Method]:
-    """What takes turns, by name."""
-    # With the bytes a score that each needs, over those of the scores and the masks.
+    """Return the methods that fit into memory, by name."""
+    # Each with the bytes per score that it needs beside the scores and the masks.
     every: dict[str, tuple[Method, int]] = {
         "ours": (by_ours, 0),
         "topk": (by_topk, 4 + 16),
@@ -109,7 +110,7 @@ def rows(
     runs: int = 5,
     device: str = "cpu",
 ) -> Iterator[dict[str, Any]]:
-    """Milliseconds of each run of each method, a row for each number asked for."""
+    """Yield the milliseconds of all runs of all methods, a row for each case."""
     for size, kind in product(sizes, kinds):
         found = methods(size, device)
         scores = make_scores(size, kind, device)

@@ -1,12 +1,12 @@
-"""Memory of scoring a model that is sharded over ranks, over that of a whole one.
+"""Measure the memory of scoring a sharded model, over the memory for a whole model.
 
     python benchmarks/sharded_memory.py
 
-Each number of ranks has processes of its own (gloo, on the CPU), which hold the model
-whole or sharded by ``fully_shard``, one unit a block, and prune it by FORCE. Told is
-the largest peak of any rank, in bytes a weight: of the whole process, less what one has
-that made no model. What is freed goes back to the system at once, so that a peak is
-what was in use.
+Each number of ranks has its own processes (gloo, on the CPU). The processes hold the
+model whole, or sharded by ``fully_shard`` with a unit for each block, and prune it by
+FORCE. The result is the largest peak of any rank, in bytes per weight: the peak of the
+process, minus the peak of a process without a model. Freed memory returns to the system
+at once, so a peak is memory in use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from force_plugin import force_prune
 def work(
     rank: int, size: int, form: str, args: argparse.Namespace, folder: str
 ) -> None:
-    """Prune, and write down the peak of this rank and how long a step took."""
+    """Prune, and write the peak of this rank and the seconds per step to a file."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
@@ -48,7 +48,7 @@ def work(
         with torch.device("meta" if form == "sharded" else "cpu"):
             model = timm.create_model(args.model, img_size=args.image)
         if form == "sharded":
-            # The whole model is never there.
+            # The whole model never exists in memory.
             for block in model.blocks:
                 fully_shard(block)
             fully_shard(model)
@@ -65,7 +65,7 @@ def work(
 
 
 def measure(size: int, form: str, args: argparse.Namespace) -> tuple[float, float]:
-    """The largest peak of any rank in bytes, and seconds a step."""
+    """Return the largest peak of any rank in bytes, and the seconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (size, form, args, folder), nprocs=size)
         rows = [Path(folder, str(r)).read_text("utf-8").split() for r in range(size)]
@@ -74,7 +74,7 @@ def measure(size: int, form: str, args: argparse.Namespace) -> tuple[float, floa
 
 
 def tell(args: argparse.Namespace, weights: int) -> None:
-    """A line for each number of ranks and form of the model."""
+    """Print a line for each number of ranks and form of the model."""
     for size in args.ranks:
         nothing, _ = measure(size, "nothing", args)
         base = 0.0

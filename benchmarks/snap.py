@@ -1,15 +1,16 @@
-"""Channels taken out before training, by SNAP-it and at random: what is learned.
+"""Train networks after SNAP-it or a random choice removed channels, and compare them.
 
     python benchmarks/snap.py                     # resumes where it stopped
     python benchmarks/snap.py --data digits --seeds 0 --sparsities 0.93
     python benchmarks/snap.py --from benchmarks/snap.json --plot docs
 
 timm's VGG-16 with batch normalisation loses a share of its channels before training,
-once by ``snap_prune`` and once at random, and both are trained on the same batches by
-the loop of ``benchmarks/open_gates.py``, with its data: Fashion-MNIST, the first
-``--images`` of the training and all of the test images. The paper's network and
-sparsity (Verdenius et al. 2020, arXiv 2006.00896: VGG-16, 93 % of the channels), other
-data, and a shorter training. Test accuracy after each epoch.
+once by ``snap_prune`` and once at random. The loop of ``benchmarks/open_gates.py``
+trains both networks on equal batches. The data are the first ``--images`` training
+images and all test images of Fashion-MNIST. Test accuracy is measured after each epoch.
+
+Network and sparsity are the paper's (Verdenius et al. 2020, arXiv 2006.00896: VGG-16,
+93 % of the channels). The data differ, and the training is shorter.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ METHODS: tuple[Method, ...] = ("snap", "random")
 
 
 def execute(run: Run, method: Method, data: Data) -> Row:
-    """Take channels out of one network and train it."""
+    """Remove channels from a network, and train it."""
     torch.manual_seed(run.seed)
     dense = timm.create_model(run.model, num_classes=10)
     example = data[0][0][0][None]
@@ -81,7 +82,7 @@ def execute(run: Run, method: Method, data: Data) -> Row:
 
 
 def groups(rows: list[Row]) -> dict[tuple[float, str], list[Row]]:
-    """Rows that differ in their seeds only, by sparsity and method."""
+    """Return the rows of all seeds, grouped by sparsity and method."""
     found: dict[tuple[float, str], list[Row]] = {}
     for row in sorted(
         rows, key=lambda row: (row["run"]["sparsity"], row["run"]["seed"])
@@ -91,7 +92,7 @@ def groups(rows: list[Row]) -> dict[tuple[float, str], list[Row]]:
 
 
 def show(rows: list[Row]) -> None:
-    """Machine and commands, then a row for each sparsity and method."""
+    """Print machine and commands, then a row for each sparsity and method."""
     show_machines(rows)
     run = Run(**rows[0]["run"])
     print(
@@ -117,7 +118,7 @@ def show(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], folder: Path) -> None:
-    """Test accuracy after each epoch, a panel a sparsity."""
+    """Draw test accuracy after each epoch, a panel for each sparsity."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a pruned model costs: dense, masked, permanent, compacted, and by channels.
+"""Measure time and memory of a model: dense, masked, permanent, compacted, by channels.
 
     python benchmarks/speed.py                            # resumes where it stopped
     python benchmarks/speed.py --models resnet50:32:64 --sparsities 0.99 --no-snap
@@ -7,21 +7,21 @@
 
 FORCE prunes each model on scikit-learn's digits. Forward passes (evaluation mode,
 ``torch.inference_mode``) and training steps (forward, backward, SGD with momentum) of
-one batch are timed of
+one batch are timed for these forms of the model:
 
-dense         the model that was pruned
-masked        as ``force_prune`` leaves it
+dense         before pruning
+masked        after ``force_prune``
 permanent     after ``make_permanent``
-compact       after ``compact``, with the masks that remain
+compact       after ``compact``, with the remaining masks
 compact 16    after ``compact`` with ``round_to=16`` and ``make_permanent``
-snap          ``snap_prune`` at the multiplications of the compacted, as near as six
-              trials come; not where the masks disconnect the network
+snap          after ``snap_prune``, with about the multiplications of the compacted
+              model (six trials); not if the masks disconnect the network
 
-A round lets each of them run for ``--seconds`` twice, in an order of its own. Times are
-medians over rounds; a ratio is to the dense model in the same round, its median with
-the least and the largest beside it. Memory is the peak of two training steps, in a
-fresh process, over what the process takes before it has the model (Linux only).
-Multiplications are a share of the dense model's.
+In a round, each form runs for ``--seconds`` twice, in a new order. Times are medians
+over rounds. A ratio compares a form with the dense model in one round; its median,
+least and largest value are shown. Memory is the peak of two training steps in a new
+process, minus the memory of the process before it has the model (Linux only).
+Multiplications are a share of the dense model's multiplications.
 
 A model at a sparsity is stored as soon as it is measured, and not measured again.
 """
@@ -63,7 +63,7 @@ FULL = {"models": MODELS.split(), "sparsities": [0.9, 0.95, 0.98, 0.99, 0.995]}
 FULL |= {"steps": 20, "rounds": 5, "seconds": 0.5}
 QUICK = {"models": ["test_resnet:32:8"], "sparsities": [0.9]}
 QUICK |= {"steps": 3, "rounds": 2, "seconds": 0.01}
-SAMPLES = 32  # at least, in a step of scoring
+SAMPLES = 32  # the least number of samples in a step of scoring
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -71,16 +71,16 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def peaks(paths: list[Path]) -> list[int]:
-    """Bytes that stored models and two training steps of each need."""
+    """Return the bytes that each stored model and its two training steps need."""
     warnings.simplefilter("ignore")
     found = []
-    for path in (paths[0], *paths):  # the first once more: what is made only once
+    for path in (paths[0], *paths):  # the first run pays all one-time costs
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS now
         before = of_process("VmRSS")
         model, batch = torch.load(path, weights_only=False)
         optimizer = make_optimizer(model.train())
-        for _ in range(2):  # the momentum comes with the first
+        for _ in range(2):  # the first step makes the momentum
             step(model, optimizer, batch)
         found.append(of_process("VmHWM") - before)
         del model, batch, optimizer
@@ -96,7 +96,7 @@ def memory(models: dict[str, nn.Module], batch: Batch) -> dict[str, int]:
 
 
 def seconds_of(run: Callable[[], object], at_least: float) -> float:
-    """The mean time of calls that take so long in all."""
+    """Return the mean seconds of calls that take at least ``at_least`` in total."""
     start, number, taken = time.perf_counter(), 0, -1.0
     while taken < at_least:
         run()
@@ -112,7 +112,7 @@ def forward(model: nn.Module, inputs: Tensor) -> None:
 def take_turns(
     models: dict[str, nn.Module], batch: Batch, args: argparse.Namespace
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a forward pass and of a training step of each side in each round."""
+    """Return the seconds of a forward pass and a training step, by side and round."""
     optimizers = {side: make_optimizer(model) for side, model in models.items()}
     times: dict[str, dict[str, list[float]]] = {
         side: {"forward": [], "step": []} for side in models
@@ -126,7 +126,7 @@ def take_turns(
             }
             for what, run in runs.items():
                 model.train(what == "step")
-                # The first round warms up.
+                # The first round is a warm-up.
                 taken = seconds_of(run, args.seconds if number else 0)
                 if number:
                     times[side][what].append(round(taken, 7))
@@ -141,12 +141,12 @@ def snapped(
     target: int,
     batches: int,
 ) -> tuple[float, nn.Module]:
-    """The model without channels whose multiplications are nearest to a number."""
+    """Return the model by ``snap_prune`` with multiplications nearest to a number."""
     from force_plugin import snap_prune
 
     wanted = log(target / multiplications(dense, example))
-    # Multiplications go about with the square of the channels that are left. From
-    # there on secants, of the logarithms: (channels, multiplications, their slope).
+    # Multiplications grow about with the square of the remaining channels. Then the
+    # secant method is used on logarithms: (channels, multiplications, slope).
     at, seen, slope = 0.0, 0.0, 2.0
     best: tuple[float, float, nn.Module] | None = None
     for _ in range(6):
@@ -201,7 +201,7 @@ def measure(
     )
     for side in ("permanent", "compact 16"):
         make_permanent(models[side])
-    if not (args.no_snap or facts["disconnected"]):  # next to nothing is left then
+    if not (args.no_snap or facts["disconnected"]):  # a cut network is nearly empty
         tell("snap_prune")
         target = multiplications(models["compact"], example)
         facts["snap_sparsity"], models["snap"] = snapped(

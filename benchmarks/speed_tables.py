@@ -1,4 +1,4 @@
-"""What ``speed.py`` shows."""
+"""Print and plot the results of ``speed.py``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def ratios(row: Row, side: str, what: str) -> list[float]:
-    """Of a side's times to the dense model's, round by round."""
+    """Return the ratio of a side's time to the dense model's time in each round."""
     dense = row["sides"]["dense"][what]
     return [a / b for a, b in zip(row["sides"][side][what], dense, strict=True)]
 
@@ -66,10 +66,10 @@ def show(rows: Iterable[Row]) -> None:
 
 
 def plot(rows: list[Row], folder: Path) -> None:
-    """Draw speed-ups where there are several sparsities.
+    """Draw speed-ups against sparsity, for models with several sparsities.
 
-    Not of networks that are disconnected, whose outputs are fixed. Dashed: what the
-    multiplications would promise.
+    Disconnected networks are left out, because their outputs are constant. Dashed lines
+    show the speed-up that the multiplications alone would give.
     """
     mpl.use("Agg")
     from matplotlib import pyplot as plt

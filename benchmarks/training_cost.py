@@ -1,13 +1,13 @@
-"""Cost of a training step of a pruned model over the dense model's.
+"""Measure the cost of a pruned model's training step over the dense model's step.
 
     python benchmarks/training_cost.py
 
-A step is forward, backward and the optimizer's. Four processes, one a form, hold the
-same model: dense, pruned by plain ``torch.nn.utils.prune``, pruned by ours, and by ours
-after ``make_permanent``. They take turns, one step each, while the others wait, and the
-ratios are those of the medians. Four others, one after the other, tell the peaks of
-memory: there, what is freed goes back to the system at once, so that the peak is what
-was in use.
+A step is forward, backward and the optimizer's step. Four processes hold four forms of
+one model: dense, pruned by plain ``torch.nn.utils.prune``, pruned by force_plugin, and
+pruned by force_plugin after ``make_permanent``. The processes take turns, a step each,
+while the others wait. Ratios are ratios of medians. Four further processes, one after
+the other, measure the peaks of memory. In these processes, freed memory returns to the
+system at once, so a peak is memory in use.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMS = ("dense", "torch.nn.utils.prune", "ours", "ours, permanent")
 
 
 def build(form: str, args: argparse.Namespace) -> nn.Module:
-    """The model, pruned at random: what costs is the masks, not where they are."""
+    """Return the model, pruned at random; the cost does not depend on the masks."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(args.model, num_classes=1000)
     masks = {
@@ -54,7 +54,7 @@ def build(form: str, args: argparse.Namespace) -> nn.Module:
 
 
 def work(form: str, args: argparse.Namespace, turns: Connection) -> None:
-    """Take a step whenever asked, and say how long it took."""
+    """Take a step for each request, and send back its seconds."""
     use_threads(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(form, args).to(device)
@@ -100,7 +100,7 @@ def main() -> None:
     for number in range(args.steps + 2):
         for form, end in ends.items():
             spent = one_step(end)
-            if number > 1:  # the first two warm up
+            if number > 1:  # the first two are a warm-up
                 times[form].append(spent)
     for end in ends.values():
         finish(end)

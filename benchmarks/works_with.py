@@ -1,14 +1,16 @@
-"""What people do with a model: does it still work when the model is pruned?
+"""Check that common uses of a model still work when the model is pruned.
 
     python benchmarks/works_with.py                              # print the table
     python benchmarks/works_with.py --table docs/works-with-table.md
 
-Each row is run with a dense model, with the same model pruned by plain
-``torch.nn.utils.prune``, with ours as ``force_prune`` leaves it, and with ours after
-``make_permanent``. It works if nothing is raised, every loss is that of a dense model
-whose weights are multiplied by the masks by hand (``atol`` below), and what is pruned
-is 0 whenever it is used. What needs several processes has two, with half of the batch
-each. A row of a package that is not installed says so.
+Each row runs with four forms of a model: dense, pruned by plain
+``torch.nn.utils.prune``, after ``force_prune``, and after ``make_permanent``. A row
+works if three conditions hold. Nothing is raised. Every loss equals the loss of a dense
+model whose weights are multiplied by the masks by hand (``atol`` below). Pruned weights
+are 0 whenever they are used.
+
+Rows that need several processes have two, with half of the batch each. A row of a
+package that is not installed says so.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from works_with_rows.cases import (
 
 from force_plugin.files import write_whole
 
-# In the order of the table.
+# Sections in the order of the table.
 SECTIONS = (optimizers, copies, passes, training, further, processes, trainers)
 ROWS = {
     label: function
@@ -66,7 +68,7 @@ ROWS = {
 
 
 def outcome(function: Row, case: Case) -> str:
-    """``works``, ``not installed``, or the error in one line."""
+    """Return ``works``, ``not installed``, or the error in one line."""
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
@@ -80,7 +82,7 @@ def outcome(function: Row, case: Case) -> str:
 
 
 def outcomes(function: Row, masks: Masks, batch: Batch) -> list[str]:
-    """Of each form of the model."""
+    """Return the outcome of a row for each form of the model."""
     if function.__name__ not in ON_TWO_RANKS or dist.is_initialized():
         return [outcome(function, case) for case in forms(masks, batch).values()]
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +94,7 @@ def outcomes(function: Row, masks: Masks, batch: Batch) -> list[str]:
 def run_rank(
     rank: int, function: Row, masks: Masks, batch: Batch, folder: Path
 ) -> None:
-    """What each of two processes does."""
+    """Run a row in one of two processes; the first writes the outcomes to a file."""
     prepare()
     dist.init_process_group(
         "gloo",
@@ -110,9 +112,9 @@ def run_rank(
 
 
 def prepare() -> None:
-    # The fused kernels have no second derivative, which some optimizers want.
+    # Some optimizers need a second derivative, which fused kernels do not have.
     timm.layers.set_fused_attn(False)
-    # Trainers tell what hardware they find.
+    # Trainers would log the hardware that they find.
     logging.disable(logging.WARNING)
 
 

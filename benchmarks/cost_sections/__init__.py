@@ -1,1 +1,1 @@
-"""The sections of ``cost.py``, a file each: ``measure``, and ``show`` where needed."""
+"""The sections of ``cost.py``, a file each: ``measure``, and ``show`` if needed."""

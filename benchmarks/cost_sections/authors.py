@@ -1,4 +1,4 @@
-"""The authors' code beside ours."""
+"""Measure the authors' code beside ours."""
 
 from __future__ import annotations
 

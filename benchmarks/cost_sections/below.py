@@ -1,4 +1,4 @@
-"""Options that make a step cheaper than bare, and what they cost in exactness."""
+"""Measure options that make a step cheaper than bare, and their cost in exactness."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cost_sections.rows import Row, row_of_few, step_case
 from force_plugin import get_masks
 from force_plugin.zoo import digits
 
-# Keyword arguments of force_prune, and two that are not: the number of samples in a
-# batch, and what the weights are multiplied by.
+# Keyword arguments of force_prune, and two others: ``batch_size`` (number of samples
+# in a batch) and ``scale`` (a factor of the weights).
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rounding": {"scale": 1 + 1e-7},
@@ -42,23 +42,25 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     quality = qualities(args)
     for option in args.options:
         settings = dict(OPTIONS[option])
-        settings.pop("scale", None)  # takes no time
+        settings.pop("scale", None)  # a factor takes no time
         samples = settings.pop("batch_size", len(inputs))
         loaded = (inputs[:samples], targets[:samples])
         take = partial(take_turns, case.dense, case.batch, loaded=loaded)
-        take(steps=3, **settings)  # warms up
+        take(steps=3, **settings)  # warm-up
         turns = [take(steps=8, **settings) for _ in range(args.runs or 3)]
         setting = f"{case.setting}, force"
         yield row_of_few("below", setting, option, turns, quality=quality[option])
 
 
 def qualities(args: argparse.Namespace) -> dict[str, Row]:
-    """What an option does to the masks of a small network on real images.
+    """Return the effect of options on the masks of a small network on real images.
 
-    By option, a value for each seed: the ``overlap`` of its mask with the plain one
-    (intersection over union), the ``signal`` that its mask keeps of gradients of
-    images that were not scored (what FORCE maximises, over the plain one's), and the
-    test ``accuracy`` in % after a short training.
+    Each option has three measures, with a value for each seed:
+
+    - ``overlap``: intersection over union of its mask and the plain mask,
+    - ``signal``: the objective of FORCE on images that were not scored, as a share of
+      the objective with the plain mask,
+    - ``accuracy``: test accuracy in % after a short training.
     """
     seeds, steps, epochs = (1, 3, 1) if args.quick else (3, STEPS, 8)
     train_set: Dataset[Batch]
@@ -114,19 +116,19 @@ def overlap(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
 
 
 def signal(dense: nn.Module, masks: Mapping[str, Tensor], batch: Batch) -> float:
-    """The sum of |θ ⊙ g(θ ⊙ c)| over the weights that are kept, in float32."""
+    """Return the sum of |θ ⊙ g(θ ⊙ c)| over the kept weights, in float32."""
     model = copy.deepcopy(dense)
     kept = [parameter for name, parameter in model.named_parameters() if name in masks]
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
     gradients = torch.autograd.grad(forward(model, batch), kept)
-    # What is pruned is 0 in the weights.
+    # Pruned weights are 0, and add nothing.
     return sum(float((w * g).abs().sum()) for w, g in zip(kept, gradients, strict=True))
 
 
 def show(rows: Sequence[Row]) -> None:
-    """What each option costs in exactness."""
+    """Print the cost in exactness of each option."""
     times = {row["case"]: row["ratio"]["median"] for row in rows}
     print(
         "\nbelow: resnet18 on digits, 99 %, mean ± standard deviation over seeds; the "

@@ -1,4 +1,4 @@
-"""GraSP over one bare step of as many samples."""
+"""Measure GraSP over a bare step of an equal number of samples."""
 
 from __future__ import annotations
 

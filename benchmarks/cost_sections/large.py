@@ -1,4 +1,4 @@
-"""Images of 224x224, ten batches a step."""
+"""Measure steps of ten batches with images of 224x224."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cost_sections.rows import Row, row_of_few
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    # Batches such that a step's ten take some four seconds on two cores.
+    # Batch sizes for which a step of ten batches takes about four seconds on two cores.
     models = {
         "resnet18": 8,
         "resnet50": 4,
@@ -25,7 +25,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for name, samples in models.items():
         dense = make_model(name, size, args.device)
         data = make_batch(samples, size, args.device)
-        bare(dense, data, 2)  # warms up
+        bare(dense, data, 2)  # warm-up
         turns = [
             take_turns(dense, data, 4, batches=batches) for _ in range(args.runs or 3)
         ]

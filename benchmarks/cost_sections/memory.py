@@ -1,4 +1,7 @@
-"""The peak over that of a bare step, in fresh processes, in bytes a prunable weight."""
+"""Measure the peak over a bare step's peak, in bytes per prunable weight.
+
+Each peak is measured in a new process.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,13 @@ def peak_of(
     device: str,
     microbatch: int | None = None,
 ) -> int:
-    """Bytes that a model and a few steps of it need; an empty method: bare ones."""
+    """Return the bytes that a model and a few steps need.
+
+    With an empty method, the steps are bare.
+    """
     warnings.simplefilter("ignore")
     one = make_batch(2, 8, "cpu")
-    prune(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), [one])  # what it imports
+    prune(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), [one])  # imports come first
     before = of_process("VmRSS")
     model, data = make_model(name, size, device), make_batch(samples, size, device)
     if device == "cuda":

@@ -1,4 +1,4 @@
-"""Plots of all sections."""
+"""Draw the plots of all sections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ mpl.use("Agg")
 
 
 def plot(rows: Sequence[Row], folder: Path) -> None:
-    """Draw what there is of ratios, times of selection, and the authors' code."""
+    """Draw ratios, times of selection and the authors' code, if measured."""
     folder.mkdir(parents=True, exist_ok=True)
     draw_ratios(rows, folder / "ratios.png")
     draw_selection(rows, folder / "selection.png")
@@ -23,7 +23,7 @@ def plot(rows: Sequence[Row], folder: Path) -> None:
 
 
 def draw_ratios(rows: Sequence[Row], file: Path) -> None:
-    """Ratios with their bounds, a panel a section."""
+    """Draw ratios with their bounds, a panel for each section."""
     bounded = [
         [row for row in rows if row["section"] == section and row.get("bound")]
         for section in ("step", "large", "synflow", "grasp", "memory")
@@ -55,7 +55,7 @@ def draw_ratios(rows: Sequence[Row], file: Path) -> None:
 
 
 def draw_selection(rows: Sequence[Row], file: Path) -> None:
-    """Times over sizes, of ours and each of the others."""
+    """Draw times of selection over sizes, for ours and each other method."""
     chosen = [
         row
         for row in rows
@@ -76,7 +76,7 @@ def draw_selection(rows: Sequence[Row], file: Path) -> None:
 
 
 def draw_authors(rows: Sequence[Row], file: Path) -> None:
-    """The authors' code and ours over the bare gradients."""
+    """Draw the times of the authors' code and ours over the bare gradients."""
     theirs = [row["measured"] for row in rows if row["section"] == "authors"]
     if not theirs:
         return

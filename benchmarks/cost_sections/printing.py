@@ -1,4 +1,4 @@
-"""How pairs of ours and bare are shown."""
+"""Print pairs of ours and bare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def heading(row: Row) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits and more, in six columns."""
+    """Return a number in six columns, with three digits or more."""
     size = abs(value)
     return f"{value:6.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
 
@@ -52,12 +52,12 @@ def show(
     stored: Mapping[Any, Row],
     table: Callable[[Sequence[Row]], None] | None = None,
 ) -> list[Row]:
-    """Print rows as they come, and after each pair what was stored of it.
+    """Print rows as they come, and a stored row after each pair. Return all rows.
 
     Args:
-        rows: Of a section.
-        stored: Those of a file by their identity.
-        table: Prints what the section has more to show than pairs, or instead.
+        rows: Rows of a section.
+        stored: Rows of a file, by their identity.
+        table: Prints a further table of the section, after the pairs or instead.
     """
     seen: list[Row] = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Milliseconds of each part of a step."""
+"""Measure the milliseconds of each part of a step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from force_plugin.selection.top_k import top_k_masks
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     case = step_case(args)
-    take_turns(case.dense, case.batch, 2)  # warms up
+    take_turns(case.dense, case.batch, 2)  # warm-up
     with cProfile.Profile() as profile:
         turns = take_turns(case.dense, case.batch, case.steps, case.turn)
     entries = {entry.code: entry for entry in profile.getstats()}
 
     def spent(function: Any, caller: Any) -> float:
-        """Milliseconds a step of a function, called by another."""
+        """Return the milliseconds per step of a function that ``caller`` calls."""
         inner, outer = (inspect.unwrap(f).__code__ for f in (function, caller))
         calls = (outer in entries and entries[outer].calls) or []
         for call in calls:

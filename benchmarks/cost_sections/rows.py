@@ -1,4 +1,4 @@
-"""Lines of tables, and the case that several sections are about."""
+"""Make lines of tables, and the case that several sections share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def make_row(
     difference: bool = False,
     **more: Any,
 ) -> Row:
-    """A line of a table: both sides, and the ratio (or difference) of their medians."""
+    """Return a line of a table: both sides, and the ratio of their medians.
+
+    With ``difference``, it is the difference of the medians.
+    """
 
     def compared(ours: float, theirs: float) -> float:
         return ours - theirs if difference else ours / theirs
@@ -36,7 +39,7 @@ def make_row(
         return {"median": middle, "min": min(values), "max": max(values)}
 
     ours, theirs = (spread(side) for side in zip(*pairs, strict=True))
-    # Of the medians; what pairs tell is how much it may be off.
+    # The ratio is the ratio of medians; the pairs give its spread.
     over = spread([compared(*pair) for pair in pairs])
     over["median"] = compared(ours["median"], theirs["median"])
     row: Row = {"section": section, "setting": setting, "case": case, "unit": unit}
@@ -58,7 +61,7 @@ def row_of_few(
     remark: str = "",
     **more: Any,
 ) -> Row:
-    """A line about calls of few steps, and beneath it what they do once."""
+    """Return a line about calls of few steps, with a note on work done once."""
     once = 1000 * statistics.median(t.once() for t in turns)
     more["note"] = f"{remark}done once: {once:.0f} ms"
     pairs = milliseconds(t.step_of_60() for t in turns)
@@ -67,7 +70,7 @@ def row_of_few(
 
 @dataclass
 class Case:
-    """What the sections about a step measure."""
+    """The network, batch and steps of the sections that measure a step."""
 
     setting: str
     dense: nn.Module
@@ -77,7 +80,7 @@ class Case:
 
 
 def step_case(args: argparse.Namespace) -> Case:
-    # Turns of two seconds: within longer ones the machine's own speed may change.
+    # A turn takes two seconds: within a longer turn, the machine's speed may change.
     name, samples, steps, turn = "resnet50", 128, STEPS, 5
     if args.quick:
         name, samples, steps, turn = "test_resnet", 16, 8, 4
@@ -91,7 +94,7 @@ def identity(row: Row) -> tuple[str, str, str]:
 
 
 def is_worse(row: Row, stored: Row) -> bool:
-    """Whether a ratio is worse than a stored one by more than its spread and 3 %."""
+    """Return whether a ratio exceeds the stored ratio by over its spread plus 3 %."""
     before = stored["ratio"]
     allowed = before["max"] - before["min"] + 0.03 * abs(before["median"])
     return bool(row["ratio"]["median"] > before["median"] + allowed)

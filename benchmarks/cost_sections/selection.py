@@ -1,4 +1,4 @@
-"""The k largest scores over the fastest of three others."""
+"""Measure the k largest scores over the fastest of three other methods."""
 
 from __future__ import annotations
 

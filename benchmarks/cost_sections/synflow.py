@@ -1,4 +1,4 @@
-"""SynFlow over the passes of a positive float64 network that was converted once."""
+"""Measure SynFlow over passes of a positive float64 network, converted once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             dense = make_model(name, size, args.device)
             loader = [make_batch(2, size, args.device)]
             ours = partial(prune, loader=loader, method="synflow")
-            # As the authors do: the conversion is made once, and flows both ways.
+            # As in the authors' code: one conversion, forward and backward passes.
             positive = copy.deepcopy(dense).double().eval()
             for tensor in (*positive.parameters(), *positive.buffers()):
                 tensor.data.abs_()
@@ -34,7 +34,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             theirs = partial(flow, positive, ones.to(args.device), more)
             found, once = [], []
             for _ in range((args.runs or 3) + 1):
-                # One batch serves all steps, so that no loader can stop our clock.
+                # All steps use a single batch, so no loader can stop our clock.
                 short, long = (
                     seconds(partial(ours, copy.deepcopy(dense), steps=steps))
                     for steps in (few, few + more)
@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 once.append(short - few * step)
                 found.append((step + once[-1] / STEPS, seconds_bare(theirs) / more))
             note = f"done once: {1000 * statistics.median(once[1:]):.0f} ms"
-            pairs = milliseconds(found[1:])  # the first warms up
+            pairs = milliseconds(found[1:])  # the first is a warm-up
             setting = f"{size}x{size}"
             row = ("synflow", setting, name, "ms a step", pairs, 1.12)
             yield make_row(*row, note=note)

@@ -1,1 +1,1 @@
-"""What the benchmarks share: a script says what it asks, and how is in here."""
+"""Tools that the benchmarks share: measuring, training, storing and printing."""

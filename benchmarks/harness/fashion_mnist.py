@@ -1,7 +1,7 @@
-"""Fashion-MNIST, and scikit-learn's digits where it is not there.
+"""Load Fashion-MNIST, or scikit-learn's digits if Fashion-MNIST is missing.
 
-``apt-get install dataset-fashion-mnist`` on Debian; elsewhere the four idx files,
-gzipped or not (torchvision's folders will do), anywhere below a folder.
+On Debian, use ``apt-get install dataset-fashion-mnist``. Elsewhere, put the four idx
+files anywhere below a folder (gzipped or not; torchvision's folders work).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Data = tuple[Dataset[Any], Dataset[Any]]
 
 
 def read_idx(folder: Path, name: str) -> Tensor:
-    """The bytes of an idx file, gzipped or not, somewhere below a folder."""
+    """Return the values of an idx file, gzipped or not, anywhere below a folder."""
     path = next(folder.rglob(f"{name}*"), None)
     if path is None:
         raise SystemExit(f"--data: expected {name} or {name}.gz below {folder}")
@@ -41,12 +41,12 @@ def read_idx(folder: Path, name: str) -> Tensor:
 
 
 def read_part(folder: Path, part: str, border: int = 0) -> tuple[Tensor, Tensor]:
-    """Normalised grey images and their classes.
+    """Return normalised grey images and their classes.
 
     Args:
-        folder: Has the files somewhere.
-        part: ``train`` or ``t10k``, which is to test.
-        border: Black pixels on each side of the 28x28.
+        folder: A folder with the files at any depth.
+        part: ``train``, or ``t10k`` for the test images.
+        border: Number of black pixels on each side of the 28x28 pixels.
     """
     pixels = pad(read_idx(folder, f"{part}-images-idx3-ubyte"), 4 * (border,))
     targets = read_idx(folder, f"{part}-labels-idx1-ubyte").long()
@@ -55,7 +55,7 @@ def read_part(folder: Path, part: str, border: int = 0) -> tuple[Tensor, Tensor]
 
 
 def load(data: str, folder: Path, images: int) -> Data:
-    """So many training images, and all test images, of 3x32x32."""
+    """Return ``images`` training images and all test images, of shape 3x32x32."""
     if data == DIGITS:
         train, test = digits(32)
         return Subset(train, range(images)), test
@@ -75,7 +75,7 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
 def need_folder(
     parser: argparse.ArgumentParser, folder: Path, otherwise: str = ""
 ) -> None:
-    """Say what to do where there is no such folder."""
+    """End with an error and advice if a folder does not exist."""
     if not folder.is_dir():
         parser.error(
             f"--data: expected the folder of Fashion-MNIST, {folder} is none; "

@@ -1,4 +1,4 @@
-"""How sure a mean of differences is, by Student's t."""
+"""Intervals of a mean of differences, by Student's t."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy.stats import t  # type: ignore[import-untyped]
 
 
 def half_width(differences: list[float]) -> float:
-    """Of the 95 % interval of a mean, by Student's t."""
+    """Return half the width of the 95 % interval of a mean, by Student's t."""
     if not differences[1:]:
         return 0.0
     count = len(differences)
@@ -17,7 +17,7 @@ def half_width(differences: list[float]) -> float:
 
 
 def interval(differences: list[float]) -> str:
-    """Mean of paired differences, its 95 % interval, and a star where 0 is outside."""
+    """Return the mean and its 95 % interval as text, with a star if 0 is outside."""
     if not differences[1:]:
         return "–"
     middle, half = mean(differences), half_width(differences)

@@ -1,4 +1,4 @@
-"""Where and with what something was measured."""
+"""Describe the machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERSIONS = {
 
 
 def machine(device: str) -> dict[str, Any]:
-    """All of it, to be stored beside results."""
+    """Return machine, versions, date and command, to store beside results."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
     names = (s.split(":")[1].strip() for s in lines if s.startswith("model name"))
@@ -40,20 +40,20 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def made_with() -> dict[str, str]:
-    """What a stored line says of its origin."""
+    """Return the versions and the date for a stored line."""
     names = ("torch", "timm")
     return {name: VERSIONS[name] for name in names} | {"date": str(date.today())}
 
 
 def in_words(device: str, threads: str | int, *packages: str) -> str:
-    """A line for people, with versions of these packages."""
+    """Return a readable line on the machine, with the versions of packages."""
     versions = (f"{name} {VERSIONS[name]}" for name in packages)
     many = f"{threads} threads" if isinstance(threads, int) else threads
     return ", ".join([device, many, platform.machine(), *versions])
 
 
 def told(record: Mapping[str, Any]) -> str:
-    """Two lines about a stored machine."""
+    """Return two lines about a stored machine."""
     return (
         "{cpu}, {cores} cores, {threads} threads, on {device}\n"
         "Python {python}, torch {torch}, timm {timm}, {date}".format(**record)
@@ -61,7 +61,7 @@ def told(record: Mapping[str, Any]) -> str:
 
 
 def show_machines(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print where, with what and by which commands rows were measured."""
+    """Print the machines and commands with which rows were measured."""
     machines = [row["machine"] for row in rows]
     lines = [told(one) for one in machines] + [one["command"] for one in machines]
     print(*dict.fromkeys(lines), sep="\n")

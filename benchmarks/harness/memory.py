@@ -1,4 +1,4 @@
-"""Peaks of memory, and processes of which nothing else is in them."""
+"""Measure peaks of memory, in new processes if needed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import torch
 
 Result = TypeVar("Result")
 
-# For glibc: by itself it keeps what is freed, more or less of it by chance.
+# By default, glibc keeps a random part of freed memory.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def of_process(what: str) -> int:
-    """Bytes of memory of this process (Linux): VmRSS now, VmHWM at most.
+    """Return the bytes of memory of this process (Linux): VmRSS now, VmHWM the peak.
 
-    Not ``ru_maxrss``: a process that was started by a large one inherits its peak.
+    ``ru_maxrss`` is not used: a new process inherits it from a large parent process.
     """
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     return next(1024 * int(s.split()[1]) for s in lines if s.startswith(what))
 
 
 def peak(device: str) -> int:
-    """Bytes that this process has needed at most, on a GPU if that is the device."""
+    """Return the peak memory of this process in bytes, on the GPU for ``"cuda"``."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return of_process("VmHWM")
@@ -36,7 +36,10 @@ def peak(device: str) -> int:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Processes started in here give back what they free, so a peak was in use."""
+    """Let processes started in a ``with`` block return freed memory at once.
+
+    A peak is then memory in use.
+    """
     os.environ.update(AT_ONCE)
     try:
         yield
@@ -46,7 +49,7 @@ def freed_at_once() -> Iterator[None]:
 
 
 def fresh(run: Callable[..., Result], *args: object) -> Result:
-    """The result of a function in a process of its own that frees at once."""
+    """Return a function's result from a new process that returns freed memory."""
     spawn = multiprocessing.get_context("spawn")
     threads = (torch.get_num_threads(),)
     with (

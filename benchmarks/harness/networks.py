@@ -1,4 +1,4 @@
-"""timm's networks with noise for images, and bare steps of them."""
+"""Make timm's networks and batches of noise, and take bare steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.training import Batch
 
 
 def make_model(name: str, size: int, device: str, **options: Any) -> nn.Module:
-    """A network of ten classes for images of this height and width."""
+    """Return a network of ten classes for images of a given height and width."""
     torch.manual_seed(0)
     if "resnet" in name:
         options["zero_init_last"] = False  # the papers' networks have no closed gates
@@ -26,14 +26,14 @@ def make_model(name: str, size: int, device: str, **options: Any) -> nn.Module:
 
 
 def make_batch(samples: int, size: int, device: str) -> Batch:
-    """Noise, and classes by chance."""
+    """Return a batch of noise with random classes."""
     torch.manual_seed(0)
     inputs = torch.randn(samples, 3, size, size, device=device)
     return inputs, torch.randint(10, (samples,), device=device)
 
 
 def prunable(model: nn.Module) -> int:
-    """How many weights there are to prune."""
+    """Return the number of prunable weights."""
     layers = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return sum(layer.weight.numel() for layer in layers)
 
@@ -41,18 +41,18 @@ def prunable(model: nn.Module) -> int:
 def prune(
     model: nn.Module, loader: Iterable[Any], sparsity: float = 0.9, **options: Any
 ) -> None:
-    """Call ``force_prune`` where what is kept of random data does not matter."""
+    """Call ``force_prune`` on random data, where the masks do not matter."""
     options |= {"on_collapse": "warn", "progress": False}
     force_prune(model, loader, sparsity, **options)
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss."""
+    """Return the loss of a batch."""
     return cross_entropy(model(batch[0]), batch[1])
 
 
 def bare(model: nn.Module, batch: Batch, number: int, per_step: int = 1) -> None:
-    """The gradients of a number of batches, and nothing else."""
+    """Compute the gradients of a number of batches, and nothing else."""
     for done in range(1, number + 1):
         torch.autograd.backward(forward(model, batch))
         if done % per_step == 0:

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.machine import machine, told
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the text at the head of a script."""
+    """Return a parser whose help text is a script's docstring."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,7 +27,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def use_threads(args: argparse.Namespace) -> None:
-    """Give PyTorch as many threads as were asked for."""
+    """Set the number of PyTorch's threads, if ``--threads`` is given."""
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -41,12 +41,12 @@ def add_quick(parser: argparse.ArgumentParser) -> None:
 def add_files(
     parser: argparse.ArgumentParser, store: Path | None = None, draws: bool = True
 ) -> None:
-    """Add where results are stored, read from and, if they are, drawn.
+    """Add ``--store``, ``--from`` and, if the command draws, ``--plot``.
 
     Args:
-        parser: Of a command.
-        store: Where they are stored unless another file is given.
-        draws: Whether there is something to draw.
+        parser: The parser of a command.
+        store: Default file to store results in.
+        draws: Whether the command can draw its results.
     """
     add = parser.add_argument
     add("--store", type=Path, metavar="FILE", default=store, help="JSON file to write")
@@ -56,7 +56,7 @@ def add_files(
 
 
 def begin(args: argparse.Namespace) -> dict[str, Any]:
-    """What is stored in a file, or where and with what it is to be measured."""
+    """Return the stored record of ``--from``, or a new record of this machine."""
     warnings.simplefilter("ignore")
     use_threads(args)
     if args.source:

@@ -1,4 +1,4 @@
-"""Trainings of timm's networks on small images, and the options that they share."""
+"""Define trainings of timm's networks on small images, and their shared options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPOCHS = {FASHION: 4, DIGITS: 40}
 
 @dataclass(frozen=True)
 class Run:
-    """All that decides the result of one training."""
+    """The options that determine the result of a training."""
 
     data: str
     images: int
@@ -26,29 +26,29 @@ class Run:
     lr: float
     model: str = ""
     seed: int = 0
-    gates: str = "dense"  # not pruned; or "open", "closed"
+    gates: str = "dense"  # "dense" is not pruned; or "open", "closed"
     sparsity: float = 0.0
     steps: int = 0
 
     def __str__(self) -> str:
-        """The part that changes from run to run."""
+        """Return the options that differ between runs of a command."""
         pruned = f"{percent(self.sparsity)}, gates {self.gates}"
         return f"{self.model}, seed {self.seed}, {pruned if self.sparsity else 'dense'}"
 
     def loader(self, images: Dataset[Any]) -> DataLoader[Any]:
-        """Batches in the order that the seed fixes, from the beginning."""
+        """Return a new loader of batches, in the order that the seed fixes."""
         return batches_of(images, self.batch, self.seed)
 
 
 def add_training(
     parser: argparse.ArgumentParser, images: int, epochs: int | None = None
 ) -> None:
-    """Add what all runs of a command have in common, for :func:`shared_run`.
+    """Add the options that all runs of a command share, for :func:`shared_run`.
 
     Args:
-        parser: Of the command.
-        images: How many it trains on.
-        epochs: How many it trains for; by itself as many as the data want.
+        parser: The parser of the command.
+        images: Default number of training images.
+        epochs: Default number of epochs. ``None``: it depends on the data.
     """
     add = parser.add_argument
     told = "default: 4; for the digits 40" if epochs is None else None
@@ -60,7 +60,7 @@ def add_training(
 
 
 def shared_run(args: argparse.Namespace) -> Run:
-    """What all runs have in common; ``args.data`` is then the folder, or digits."""
+    """Return a run with the shared options; sets ``args.data`` if it is not given."""
     args.data = args.data or (str(DEBIAN) if DEBIAN.exists() else "digits")
     data = DIGITS if args.data == "digits" else FASHION
     images = min(args.images, TRAINING_IMAGES[data])

@@ -1,4 +1,4 @@
-"""Results in files: a run that is in one is not done again."""
+"""Read and write results in files, so that a finished run is not run again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Run = TypeVar("Run")
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The rows of a file that has one a line; of one that is not there yet, none."""
+    """Return the rows of a file with a row on each line; none if it is missing."""
     rows = []
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -30,27 +30,27 @@ def read_lines(path: Path) -> list[Row]:
 
 
 def append_line(path: Path, row: Row) -> None:
-    """Add a row; several processes may share a file."""
+    """Append a row to a file, which several processes may share."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read_runs(path: Path, kind: Callable[..., Run]) -> dict[Run, Row]:
-    """The results of such a file by their runs."""
+    """Return the results by run, from a file with a result on each line."""
     return {kind(**row.pop("run")): row for row in read_lines(path)}
 
 
 def append_run(path: Path, run: Any, result: Row) -> None:
-    """Add the result of a run, which is a dataclass."""
+    """Append the result of a run to a file; the run is a dataclass."""
     append_line(path, {"run": asdict(run)} | result)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file that is a list of them, none if it is not there yet."""
+    """Return the rows of a file that is a list; none if the file is missing."""
     return json.loads(path.read_text("utf-8")) if path.exists() else []
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a file that people can read, whole."""
+    """Write an indented JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, f"{json.dumps(value, indent=1)}\n".encode())

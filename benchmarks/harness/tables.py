@@ -1,4 +1,4 @@
-"""Cells and tables."""
+"""Format cells and tables."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from statistics import mean, stdev
 
 
 def percent(fraction: float) -> str:
-    """As few digits as it takes: 99.5 %."""
+    """Return a fraction in per cent with as few digits as needed: 99.5 %."""
     return f"{100 * fraction:.6g} %"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and, of several values, standard deviation."""
+    """Return the mean as text, with the standard deviation of several values."""
     if not values:
         return "–"
     several = f" ± {stdev(values):.{digits}f}" if values[1:] else ""
@@ -20,7 +20,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def aligned(rows: Iterable[Iterable[str]]) -> str:
-    """A table in columns, for a terminal."""
+    """Return a table in aligned columns, for a terminal."""
     rows = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -28,6 +28,6 @@ def aligned(rows: Iterable[Iterable[str]]) -> str:
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown, all columns but the first to the right."""
+    """Return lines of a Markdown table, right-aligned except the first column."""
     rule = ["---", *["--:"] * (len(titles) - 1)]
     return [f"| {' | '.join(row)} |" for row in (titles, rule, *rows)]

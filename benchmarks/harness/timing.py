@@ -1,4 +1,4 @@
-"""Wall time."""
+"""Measure wall time."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Result = TypeVar("Result")
 
 
 def clock() -> float:
-    """Seconds, once a GPU has done what it was given."""
+    """Return the time in seconds, after a GPU has finished its work."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def timed(run: Callable[[], Result]) -> tuple[float, Result]:
-    """Seconds of one call, and what it returned."""
+    """Return the seconds of a call, and its result."""
     start = clock()
     result = run()
     return clock() - start, result
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """Return the seconds of a call."""
     return timed(run)[0]

@@ -1,4 +1,4 @@
-"""A plain training loop: nothing in here knows that a model is pruned."""
+"""A plain training loop that does not know whether a model is pruned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Loader(Protocol):
-    """Batches of an epoch, and how many there are."""
+    """A loader of an epoch's batches, with a length."""
 
     def __len__(self) -> int: ...
 
@@ -25,24 +25,24 @@ class Loader(Protocol):
 
 
 def batches_of(images: Dataset[Any], size: int, seed: int) -> DataLoader[Any]:
-    """Whole shuffled batches, in an order that the seed fixes."""
+    """Return a loader of whole shuffled batches, in an order that the seed fixes."""
     order = torch.Generator().manual_seed(seed)
     return DataLoader(images, size, shuffle=True, drop_last=True, generator=order)
 
 
 def adamw(model: nn.Module, lr: float) -> Optimizer:
-    """The optimizer of all that is trained side by side."""
+    """Return the optimizer for all networks that are trained side by side."""
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
 
 
 def one_cycle(optimizer: Optimizer, steps: int) -> OneCycleLR:
-    """The learning rate goes up to that of the optimizer, and down to none."""
+    """Return a schedule: up to the optimizer's learning rate, then down to about 0."""
     highest = optimizer.param_groups[0]["lr"]
     return OneCycleLR(optimizer, max_lr=highest, total_steps=steps)
 
 
 def step(model: nn.Module, optimizer: Optimizer, batch: Batch) -> None:
-    """Forward, backward and the optimizer's step."""
+    """Take a training step: forward, backward and the optimizer's step."""
     optimizer.zero_grad()
     torch.autograd.backward(cross_entropy(model(batch[0]), batch[1]))
     optimizer.step()
@@ -57,22 +57,21 @@ def train(
     progress: bool = False,
     after_epoch: Callable[[], object] = lambda: None,
 ) -> None:
-    """Train on one cycle of the learning rate.
+    """Train a model on one cycle of the learning rate.
 
     Args:
         model: The network.
-        batches: Of an epoch.
-        optimizer: Of its parameters, at the highest learning rate.
-        epochs: How many.
-        device: Where the model is.
-        progress: Whether an epoch has a bar, where somebody looks.
-        after_epoch: Called at the end of each, and may leave the model in evaluation
-            mode.
+        batches: Loader of an epoch's batches.
+        optimizer: Optimizer of the model's parameters, at the highest learning rate.
+        epochs: Number of epochs.
+        device: Device of the model.
+        progress: Whether to show a bar for each epoch, if the output is a terminal.
+        after_epoch: Called after each epoch. It may leave the model in evaluation mode.
     """
     schedule = one_cycle(optimizer, epochs * len(batches))
     for epoch in range(1, epochs + 1):
         model.train()
-        # disable=None: no bar where nobody looks.
+        # disable=None: no bar if the output is no terminal.
         hidden = None if progress else True
         bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=hidden)
         for inputs, targets in bar:
@@ -83,7 +82,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[Any], device: str = "cpu") -> float:
-    """The share of images that a network gets right."""
+    """Return the share of images that a network classifies correctly."""
     model.eval()
     right = total = 0
     for inputs, targets in batches:

@@ -1,4 +1,4 @@
-"""Ours and bare, in turns, so that both see the same minutes of a machine."""
+"""Time our steps and bare steps in turns, so that both run in the same minutes."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ from harness.networks import bare, prune
 from harness.timing import clock, seconds
 from harness.training import Batch
 
-STEPS = 60  # of a call, in the FORCE paper
+STEPS = 60  # steps of a call in the FORCE paper
 
 
 @dataclass
 class Turns:
-    """Seconds of our turns and of the bare ones within one call.
+    """Seconds of our turns and of the bare turns within one call.
 
-    Ours begin with what is done before the first batch, and the last of them has what
-    is done after the last step.
+    The first entry of ``ours`` is the work before the first batch. The last entry
+    contains the work after the last step.
     """
 
     ours: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
 
     def all_of_it(self) -> tuple[float, float]:
-        """What the call took, and the bare steps."""
+        """Return the seconds of the whole call, and of all bare steps."""
         return sum(self.ours), sum(self.bare)
 
     def step(self) -> tuple[float, float]:
-        """One step of each, where a turn is a step: not the first, not the last."""
+        """Return the median step of ours and of bare, if a turn is a step.
+
+        The first and the last steps are left out.
+        """
         return statistics.median(self.ours[2:-1]), statistics.median(self.bare[1:-1])
 
     def once(self) -> float:
-        """What is done once in a call, whatever the number of its steps."""
+        """Return the seconds of the work that is done once in a call."""
         return sum(self.ours) - len(self.bare) * self.step()[0]
 
     def step_of_60(self) -> tuple[float, float]:
-        """One step of each, ours with its share of what is done once."""
+        """Return a step of ours, with a 60th of the work done once, and a bare step."""
         ours, bare = self.step()
         return ours + self.once() / STEPS, bare
 
@@ -58,16 +61,16 @@ def take_turns(
     loaded: Batch | None = None,
     **options: Any,
 ) -> Turns:
-    """Prune a copy, and take bare steps of the network after every few of ours.
+    """Prune a copy, and take bare steps of the network between turns of our steps.
 
     Args:
         dense: The network.
-        batch: What all bare steps take.
-        steps: Of the call.
+        batch: Batch of all bare steps.
+        steps: Steps of the call.
         turn: Steps of a turn.
         batches: Batches of a step.
-        loaded: What ``force_prune`` takes, if another batch.
-        options: Of ``force_prune``.
+        loaded: Batch for ``force_prune``. Default: ``batch``.
+        options: Options of ``force_prune``.
     """
     turns, start = Turns(), 0.0
 
@@ -89,7 +92,7 @@ def take_turns(
 
 
 def seconds_bare(run: Callable[[], object]) -> float:
-    """Wall time of one call that keeps the memory of its passes, as ours do."""
+    """Return the seconds of a call that keeps freed memory, as our calls do."""
     with freed_memory_kept():
         return seconds(run)
 
@@ -100,9 +103,9 @@ def alternate(
     theirs: Callable[[], object],
     runs: int,
 ) -> list[tuple[float, float]]:
-    """Seconds of both, in turns; ours is given a copy of the network each time."""
+    """Return the seconds of both sides in turns; ``ours`` gets a copy of ``dense``."""
     pairs = [
         (seconds(partial(ours, copy.deepcopy(dense))), seconds_bare(theirs))
         for _ in range(runs + 1)
     ]
-    return pairs[1:]  # the first warms up
+    return pairs[1:]  # the first is a warm-up

@@ -1,4 +1,4 @@
-"""Lightning's ``callbacks/test_pruning.py`` with ours in ``ModelPruning``'s place."""
+"""Replace ``ModelPruning`` in Lightning's ``callbacks/test_pruning.py`` with ours."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from force_plugin.lightning import SaliencyPruning
 
 
 class L1Unstructured(Magnitude):
-    """Under the name that Lightning's tests look for in what is logged."""
+    """Magnitude pruning under the name that Lightning's tests expect in the log."""
 
 
 class RandomUnstructured(Random):
-    """The same."""
+    """Random pruning under the name that Lightning's tests expect in the log."""
 
 
 NAMES = {"l1_unstructured": L1Unstructured, "random_unstructured": RandomUnstructured}
 
 
 class InPlaceOfModelPruning(SaliencyPruning):
-    """Takes the names that ``ModelPruning`` has for these two methods."""
+    """``SaliencyPruning`` that accepts ``ModelPruning``'s names of the two methods."""
 
     def __init__(self, pruning_fn: Any, **options: Any) -> None:
         if isinstance(pruning_fn, str):

@@ -1,4 +1,4 @@
-"""PyTorch's ``test/nn/test_pruning.py`` with our classes in its module's place."""
+"""Replace classes in PyTorch's ``test/nn/test_pruning.py`` with our classes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from force_plugin.model.reparametrisation import Container, Reparametrisation
 
 
 class FromMask(Reparametrisation):
-    """A mask that was chosen elsewhere: scores of True and False."""
+    """Pruning by a given mask, whose values True and False are the scores."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask.bool()
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """As PyTorch's: what both keep."""
+        """Return the weights that both masks keep, as PyTorch's class does."""
         removed = int((default_mask.bool() & ~self.mask).sum())
         return Magnitude(removed).compute_mask(self.mask, default_mask)
 
     @classmethod
     def apply(cls, module: nn.Module, name: str, mask: Tensor) -> Any:
-        """Put it on a tensor of a module."""
+        """Apply the mask to a tensor of a module."""
         kept = getattr(module, f"{name}_mask", torch.ones_like(mask)).bool()
         removed = int((kept & ~mask.bool()).sum())
         return Magnitude.apply(module, name, removed, importance_scores=mask.bool())
 
 
 class Identity:
-    """A mask of ones."""
+    """Pruning by a mask of ones, which removes nothing."""
 
     @staticmethod
     def apply(module: nn.Module, name: str) -> Any:
-        """Put it on a tensor of a module."""
+        """Apply the mask of ones to a tensor of a module."""
         return Magnitude.apply(module, name, amount=0)
 
 
@@ -52,7 +52,7 @@ def number_to_prune(amount: float | int, tensor_size: int) -> int:
 
 
 def pytest_configure() -> None:
-    """The functions of PyTorch's module, as ``l1_unstructured``, look these up."""
+    """Replace classes and functions that PyTorch's ``l1_unstructured`` etc. call."""
     prune.L1Unstructured = Magnitude
     prune.RandomUnstructured = Random
     prune.CustomFromMask = FromMask

@@ -1,4 +1,4 @@
-"""timm's ``tests/test_models.py`` on models that are pruned, and permanent."""
+"""Run timm's ``tests/test_models.py`` on permanently pruned models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _create_model = timm.create_model
 
 
 def create_model(*args: object, **options: object) -> nn.Module:
-    """``timm.create_model``, and half of the weights held at 0."""
+    """Return a model of ``timm.create_model`` with half of its weights kept at 0."""
     model = _create_model(*args, **options)
     with torch.random.fork_rng(devices=[]):
         force_prune(model, [], SPARSITY, method="random", progress=False)
@@ -36,7 +36,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Leave out the models that were not asked for."""
+    """Leave out tests of models that match no ``--models`` pattern."""
     patterns = config.getoption("--models")
     kept = []
     for item in items:

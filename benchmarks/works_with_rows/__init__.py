@@ -1,1 +1,1 @@
-"""What people do with a model, a function a thing."""
+"""Common uses of a model, a function for each use."""

@@ -1,4 +1,4 @@
-"""Kinds of models, how they are trained, and what has gone wrong."""
+"""Forms of a model, their training, and checks of losses and zeros."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def dense() -> Any:
 
 
 def make_optimizer(model: nn.Module, name: str = "momentum") -> Optimizer:
-    """Decay and momentum would revive what is pruned, if anything did."""
+    """Return an optimizer with weight decay, which could revive pruned weights."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Optimizer = timm.optim.create_optimizer_v2(
         trained, name, lr=OPTIMIZERS[name], weight_decay=0.01
@@ -51,7 +51,7 @@ def make_optimizer(model: nn.Module, name: str = "momentum") -> Optimizer:
 
 
 def steps(run: Run, optimizer: Optimizer, inputs: Tensor, targets: Tensor) -> Losses:
-    """Train as everybody does."""
+    """Train in the usual way, and return the losses."""
     losses = []
     for _ in range(STEPS):
         loss = cross_entropy(run(inputs).float(), targets)
@@ -68,7 +68,7 @@ def compare(losses: Losses, by_hand: Losses, atol: float = 1e-5) -> None:
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has a tensor, and its name there."""
+    """Return the module that owns a tensor, and the tensor's name in the module."""
     path, _, tensor = name.rpartition(".")
     return model.get_submodule(path), tensor
 
@@ -104,14 +104,14 @@ class ByHand(nn.Module):
 
 
 class Case:
-    """One kind of model.
+    """A form of the model: dense, or pruned in one of several ways.
 
     Args:
-        masks: What is pruned; nothing in a dense model.
-        batch: What it is trained on.
-        prune: Makes one of a dense model.
-        load: Loads a state dict of such a model into a dense one.
-        hold: Makes one of a dense model whose zeros come from a pruning.
+        masks: Masks by parameter name; empty for a dense model.
+        batch: Batch that the model is trained on.
+        prune: Turns a dense model into this form.
+        load: Loads a state dict of this form into a dense model.
+        hold: Turns a dense model with pruned zeros into this form.
     """
 
     def __init__(
@@ -126,24 +126,24 @@ class Case:
         self.prune, self.load, self.hold = prune, load, hold
 
     def build(self) -> Any:
-        """The same model again and again."""
+        """Return a new model in this form; all are equal."""
         model = dense()
         self.prune(model)
         return model
 
     def train(self, model: nn.Module, run: Run | None = None, **options: Any) -> None:
-        """Take a few steps beside the model that is masked by hand."""
+        """Take a few steps, and compare them with a model masked by hand."""
         Training(self, model).go_on(run, **options)
 
     def alike(self, loop: Callable[[nn.Module], Losses], atol: float = 1e-5) -> None:
-        """A loop that trains whatever it is given must not see a difference."""
+        """Check that a training loop gives equal losses for a model masked by hand."""
         model = self.build()
         losses = loop(model)
         self.check(model)
         compare(losses, loop(ByHand(dense(), self.masks)), atol)
 
     def check(self, model: nn.Module, masks: Masks | None = None) -> None:
-        """What is pruned must be 0 when it is used, and the same on all ranks."""
+        """Raise unless pruned weights are 0 in use, and all ranks have equal zeros."""
         masks = self.masks if masks is None else masks
         zeros: Masks = {}
 
@@ -166,14 +166,14 @@ class Case:
 
 
 class Training:
-    """A model in training, and beside it a dense one that is masked by hand.
+    """The training of a model, and of a dense model that is masked by hand.
 
     Args:
-        case: The kind of model.
-        model: One of them, or a dense one that is to become one.
-        name: Its optimizer.
-        start: The dense model that it was made of, where it is another than usual.
-        masks: What is pruned in it, where it is not what is in all of its kind.
+        case: The form of the model.
+        model: A model in this form, or a dense model that will get this form.
+        name: Name of the optimizer.
+        start: The dense model that ``model`` was made from. Default: ``dense()``.
+        masks: The masks of ``model``. Default: the masks of ``case``.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Training:
         self.optimizers = [make_optimizer(m, name) for m in (model, self.by_hand)]
 
     def go_on(self, run: Run | None = None, atol: float = 1e-5) -> Training:
-        """A few steps of both: the same losses, and zeros."""
+        """Take a few steps of both models, and check losses and zeros."""
         own, by_hand = self.optimizers
         rank = dist.get_rank() if dist.is_initialized() else 0
         ranks = len(of_all_ranks(rank))
@@ -199,12 +199,12 @@ class Training:
         self.case.check(self.model, self.by_hand.masks)
         expected = steps(self.by_hand, by_hand, *self.case.batch)
         mean = torch.tensor(of_all_ranks(losses)).mean(0).tolist()
-        # Muon computes in bfloat16: it shows in which order the ranks are added up.
+        # Muon computes in bfloat16, so the order of sums over ranks changes the loss.
         compare(mean, expected, 2e-3 if ranks > 1 and self.name == "muon" else atol)
         return self
 
     def go_on_with(self, model: nn.Module) -> Training:
-        """With another model, and what the optimizer remembers."""
+        """Continue with another model, and the state of the optimizer."""
         optimizer = make_optimizer(model, self.name)
         optimizer.load_state_dict(through_a_file(self.optimizers[0].state_dict()))
         self.model, self.optimizers[0] = model, optimizer
@@ -255,11 +255,11 @@ ON_TWO_RANKS: set[str] = set()
 
 
 def row(label: str) -> Callable[[Row], Row]:
-    """Add a function to the table."""
+    """Return a decorator that adds a function to the table."""
     return lambda function: ROWS.setdefault(label, function)
 
 
 def on_two_ranks(function: Row) -> Row:
-    """Run a function of the table in two processes."""
+    """Mark a function of the table to run in two processes."""
     ON_TWO_RANKS.add(function.__name__)
     return function

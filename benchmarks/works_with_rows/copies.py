@@ -1,4 +1,4 @@
-"""Copies, averages, files."""
+"""Rows on copies, averages and files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def restarts_plain(case: Case) -> None:
 
 
 def doubled(model: nn.Module) -> nn.Module:
-    """With other values, which a state dict is to replace."""
+    """Double a model's values, which a state dict then replaces."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)

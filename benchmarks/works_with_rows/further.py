@@ -1,4 +1,4 @@
-"""Pruning further."""
+"""Rows on further pruning of a pruned model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers."""
+"""Rows on optimizers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prunes_midway(case: Case) -> None:
 def steps_of_torch(case: Case) -> None:
     for name in torch.optim.__all__:
         kind = getattr(torch.optim, name)
-        # SparseAdam is for gradients that are sparse tensors.
+        # SparseAdam needs gradients that are sparse tensors.
         if isinstance(kind, type) and name not in ("Optimizer", "SparseAdam"):
             stays_zero(case, partial(make_of_torch, kind))
 
@@ -56,7 +56,7 @@ def make_of_torch(kind: Any, model: nn.Module) -> Optimizer:
 def steps_of_timm(case: Case) -> None:
     make = timm.optim.create_optimizer_v2
     for name in timm.optim.list_optimizers():
-        # The others need a package for GPUs; Kron compiles itself for minutes.
+        # Other optimizers need a package for GPUs; Kron compiles for minutes.
         info = timm.optim.get_optimizer_info(name)
         if not isinstance(info.opt_class, str) and "kron" not in name:
             stays_zero(case, partial(make, opt=name, lr=0.01, weight_decay=0.05))

@@ -1,4 +1,4 @@
-"""The forward pass."""
+"""Rows on the forward pass."""
 
 from __future__ import annotations
 

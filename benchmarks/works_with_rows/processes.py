@@ -1,4 +1,4 @@
-"""Several processes."""
+"""Rows on several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainers."""
+"""Rows on trainers."""
 
 from __future__ import annotations
 

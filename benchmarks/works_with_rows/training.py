@@ -1,4 +1,4 @@
-"""Training."""
+"""Rows on training."""
 
 from __future__ import annotations
 

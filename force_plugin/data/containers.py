@@ -314,7 +314,7 @@ def _with_attributes(
     change: Callable[[Any], Any],
     known: Iterable[tuple[Any, Any]] = (),
 ) -> Any:
-    """Give a new container the changed attributes of the old one."""
+    """Give a new container the changed attributes of the old container."""
     done = {id(old): new for old, new in known}
 
     def changed(value: Any) -> Any:

@@ -33,7 +33,7 @@ class Use:
 
 @dataclass(eq=False)
 class Channels:
-    """A set of channels, each of which one or several layers share.
+    """A set of channels that one or several layers share.
 
     A channel can only be removed from all its layers at once.
 
