@@ -59,7 +59,7 @@ class Channels:
     readers: list[Use] = field(default_factory=list)
     fixed: str = ""
     normalised: bool = False
-    units: Tensor = field(default_factory=lambda: torch.empty(0, 1))
+    units: Tensor = field(default_factory=lambda: torch.empty(0, 1).long())
     blocks: list[Tensor] = field(default_factory=list)
     heads: str = ""
 

@@ -97,8 +97,10 @@ class Graph:
                 removed.
 
         Raises:
-            RuntimeError: Other channels would be removed too, or torch-pruning fails.
-                Some channels of the model may then be removed already.
+            CompactionError: Other channels would be removed too.
+
+        After this error, or one of torch-pruning's own, some channels of the model may
+        be removed already.
         """
         for name in self._in_turn(removed):
             module = self.model.get_submodule(name)
@@ -107,7 +109,9 @@ class Graph:
                 continue
             group = self._group(module, indices)
             if sorted(group[0].idxs) != indices:
-                raise RuntimeError(f"{name}: other channels go with these")
+                raise CompactionError(
+                    f"{name}: other channels would be taken out with these"
+                )
             grouped = [
                 (item.dep.target.module, item.idxs)
                 for item in group

@@ -50,8 +50,7 @@ class Surgery:
 
         Raises:
             CompactionError: Modules that share a parameter would lose different
-                channels.
-            RuntimeError: Other channels would be removed too.
+                channels, or other channels would be removed too.
         """
         graph = Graph(deep_copy(self._plain), self._inputs, self._modes, self.sets)
         number_values(graph.model)

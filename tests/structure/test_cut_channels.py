@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from force_plugin import apply_masks, get_masks
+from force_plugin.structure.channels import Channels
 
 
 def kept_channels(masks: list[Tensor]) -> list[Tensor]:
@@ -582,3 +583,9 @@ def test_channels_of_a_layer_normalisation_stay() -> None:
     small = shrink(model, inputs)
     assert size(small) == size(model)
     assert_same(model, small, inputs)
+
+
+def test_of_a_set_whose_units_are_unknown_nothing_is_removable() -> None:
+    unknown = Channels("a", 4)
+    assert unknown.choices.dtype == torch.int64
+    assert not unknown.removable(torch.ones(4, dtype=torch.bool)).any()
