@@ -202,11 +202,11 @@ def _outer(one: Tensor, other: Tensor, next_one: Tensor) -> list[int]:
     factors = [_factors(gradient) for gradient in (one, other, next_one)]
     axes = []
     for axis in (0, 1):
-        # The factor that is the input, if the other factor is that of the outputs.
+        # The factor across this axis is the input, if both sums of outputs share it.
         went_in, again, next_in = (pair[1 - axis] for pair in factors)
         alike, changes = _alike(went_in, again), not _alike(went_in, next_in)
-        # If the matrix has a single row that is looked up or added, every gradient is
-        # an outer product. So the factor must have several values that are not 0.
+        # If a single row of the matrix is looked up or added, the gradient is an outer
+        # product too, but its factor has a single value other than 0.
         several = went_in.count_nonzero() > 1
         if alike and (len(went_in) == 1 or (changes and several)):
             axes.append(axis)
