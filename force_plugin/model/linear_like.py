@@ -4,7 +4,7 @@ The class of a module does not tell: transformers' ``Conv1D`` and users' own lin
 layers are modules like any other. Instead, a stand-in of the module, with random
 parameters and without hooks, gets random vectors. If the weight is a factor of a matrix
 product, the gradient of the output for a vector is an outer product with this vector.
-It is no such product if the weight is a table to look up, is added, scales each value
+It is no outer product if the weight is a table to look up, is added, scales each value
 separately, or is compared by distances. The module itself is neither called nor
 changed.
 """
@@ -46,9 +46,9 @@ def output_axis(module: nn.Module, name: str) -> int | None:
     Returns:
         0 for a matrix ``[outputs, inputs]``, as in :class:`torch.nn.Linear`; 1 for
         ``[inputs, outputs]``; ``None`` if the matrix is no factor of a matrix product.
-        It is also ``None`` if the module takes other arguments than one tensor of
-        vectors, if its other parameters are larger than the matrix, or if it is one of
-        PyTorch's own modules.
+        It is also ``None`` if the module takes other arguments than a tensor of
+        vectors, or if its other parameters are larger than the matrix. PyTorch's own
+        modules are not tested, and give ``None`` too.
     """
     return _tried(module, name, _axis)
 
@@ -192,7 +192,7 @@ def _random(seed: int, *shape: int) -> Tensor:
 def _outer(one: Tensor, other: Tensor, next_one: Tensor) -> list[int]:
     """Return the axes that may be the axis of outputs.
 
-    Along such an axis, the gradients are outer products with an input.
+    For the axis of outputs, the gradients are outer products with an input.
 
     Args:
         one: Gradient of a sum of the outputs for an input.

@@ -36,7 +36,7 @@ class Weight:
         dense: The parameter with all its values (``weight_orig`` if the model is
             pruned already).
         mask: Bool tensor of the parameter's shape, True = kept, of the first owner that
-            is pruned, or whose zeros are held; ``None`` if there is no such owner.
+            is pruned, or whose zeros are held; ``None`` if no owner is.
     """
 
     name: str
@@ -84,9 +84,9 @@ class Weight:
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a matrix ``[inputs, outputs]``, as in a ``Conv1D``.
+        """Whether the parameter is a matrix ``[inputs, outputs]``.
 
-        This is the ``Conv1D`` of transformers.
+        The weight of transformers' ``Conv1D`` is an example.
         """
         return self._axis == 1
 

@@ -185,7 +185,8 @@ def check_names(weight: Weight) -> None:
     """Raise ValueError if a pruning would take a name that an owner already uses.
 
     Raises:
-        ValueError: An owner has its own attribute under such a name.
+        ValueError: An owner has its own attribute under the name of the parameter or
+            of the mask.
     """
     for owner in weight.owners:
         require_free(*owner, weight.name)

@@ -216,7 +216,7 @@ def diagnose(
 
     The network is scored once as :func:`force_plugin.saliency` scores it. If it has
     closed gates, it is scored once more with these gates closed. Afterwards the
-    network is bit for bit what it was.
+    network is unchanged, bit for bit.
 
     Args:
         model: Any module, pruned before or not.
@@ -242,8 +242,8 @@ def diagnose(
     Raises:
         TypeError, ValueError: An argument is not as expected.
         NothingToPruneError, BatchError, MethodError, NoGradientError, NotFiniteError:
-            As in :func:`force_plugin.force_prune`. But a loss that leaves some weights
-            unused is no error here, unless it leaves all of them unused.
+            As in :func:`force_plugin.force_prune`. But a loss that uses only some of
+            the weights is no error here.
     """
     model = unwrap(model)
     # The ranks of a sharded model can only measure it together.
