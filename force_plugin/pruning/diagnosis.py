@@ -55,7 +55,7 @@ class StageDiagnosis:
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """The result of :func:`diagnose`; ``print`` shows it in 80 columns.
+    """The result of :func:`force_plugin.diagnose`; ``print`` shows it in 80 columns.
 
     Attributes:
         parameters: Number of values in the network's parameters.
@@ -75,9 +75,9 @@ class Diagnosis:
         small: Layers with small initial weights that lose every weight at one of these
             sparsities with gates open. The value is the size of these weights in units
             of PyTorch's own initialisation.
-        passed_over: Number of weights in matrices and kernels that are not prunable,
-            as :class:`force_plugin.SparsityReport` counts them. Layers that the loss
-            does not use are left out.
+        passed_over: Number of weights in matrices and kernels that are not prunable, by
+            the type of their module, as in :class:`force_plugin.SparsityReport`. Layers
+            that the loss does not use are left out.
         chosen: Whether ``parameters=`` named the weights to prune.
     """
 
