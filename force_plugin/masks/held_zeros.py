@@ -119,7 +119,6 @@ class _Hold:
         """Mask a gradient if the hook did not run, as after a swap of tensors."""
         if not self.ran and parameter.grad is not None:
             self(parameter)
-            # PyTorch has lost the hooks. Setting them again registers them.
             tell_of_hooks(parameter)
         self.ran = False
 

@@ -37,7 +37,7 @@ def make_permanent(model: nn.Module, hold_zeros: bool = True) -> None:
     state-dict keys of the dense model. Its forward pass does no extra work. An existing
     optimizer goes on with the same parameters. If several modules share a weight, the
     weight loses the entries that any of these modules has pruned. If anything fails,
-    Ctrl-C included, the model is bit for bit what it was. For this, memory holds the
+    Ctrl-C included, the model is unchanged, bit for bit. For this, memory holds the
     pruned parameters twice during the call.
 
     To go on training from a checkpoint of a permanently pruned model, load the
@@ -157,7 +157,7 @@ def prune_in_place(masks: Iterable[tuple[Weight, Tensor]], shards: Shards) -> No
     """Set pruned weights to 0 and hold them at 0. After an error, no weight is changed.
 
     This serves for sharded models. FSDP2 sets a module's parameters by their names, and
-    a reparametrisation would keep another tensor under such a name.
+    a reparametrisation would keep another tensor under the name of a parameter.
 
     Args:
         masks: Pairs of a weight and this rank's shard of its bool mask.

@@ -37,8 +37,8 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
     each parameter ``X`` that ``state_dict`` has as ``X_orig`` and ``X_mask``.
     Afterwards the model has the values and masks of the pruned model, and trains like
     the pruned model. Parameters stay the same objects, so that an existing optimizer
-    goes on with them. If anything fails, Ctrl-C included, the model is bit for bit what
-    it was. For this, memory holds the parameters and buffers twice during the call.
+    goes on with them. If anything fails, Ctrl-C included, the model is unchanged, bit
+    for bit. For this, memory holds the parameters and buffers twice during the call.
 
     Args:
         model: Any module with the pruned model's parameters. If the model is pruned
@@ -53,9 +53,9 @@ def load_pruned_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> N
     Raises:
         TypeError: ``model`` is no module, ``state_dict`` no mapping of names, or a mask
             no tensor.
-        ValueError: Nothing is pruned in ``state_dict`` (load it with
-            ``model.load_state_dict``), a mask has no values, or has values other than 0
-            and 1, or the model has no values yet (a lazy module, the meta device).
+        ValueError: Nothing is pruned in ``state_dict``; load it with
+            ``model.load_state_dict``. Or a mask has no values, or has values other than
+            0 and 1. Or the model has no values yet (a lazy module, the meta device).
         RuntimeError: Names or shapes differ. This is PyTorch's own error. It lists
             every missing or unexpected name, and both shapes if they differ.
     """

@@ -4,7 +4,7 @@ The class of a module does not tell: transformers' ``Conv1D`` and users' own lin
 layers are modules like any other. Instead, a stand-in of the module, with random
 parameters and without hooks, gets random vectors. If the weight is a factor of a matrix
 product, the gradient of the output for a vector is an outer product with this vector.
-It is no such product if the weight is a table to look up, is added, scales each value
+It is no outer product if the weight is a table to look up, is added, scales each value
 separately, or is compared by distances. The module itself is neither called nor
 changed.
 """
@@ -48,9 +48,9 @@ def output_axis(module: nn.Module, name: str) -> int | None:
     Returns:
         0 for a matrix ``[outputs, inputs]``, as in :class:`torch.nn.Linear`; 1 for
         ``[inputs, outputs]``; ``None`` if the matrix is no factor of a matrix product.
-        It is also ``None`` if the module takes other arguments than one tensor of
-        vectors, if its other parameters are larger than the matrix, or if it is one of
-        PyTorch's own modules.
+        It is also ``None`` if the module takes other arguments than a tensor of
+        vectors, or if its other parameters are larger than the matrix. PyTorch's own
+        modules are not tested, and give ``None`` too.
     """
     return _tried(module, name, _axis)
 
@@ -191,7 +191,7 @@ def _random(seed: int, *shape: int) -> Tensor:
 def _outer(one: Tensor, other: Tensor, next_one: Tensor) -> list[int]:
     """Return the axes that may be the axis of outputs.
 
-    Along such an axis, the gradients are outer products with an input.
+    For the axis of outputs, the gradients are outer products with an input.
 
     Args:
         one: Gradient of a sum of the outputs for an input.
@@ -201,11 +201,11 @@ def _outer(one: Tensor, other: Tensor, next_one: Tensor) -> list[int]:
     factors = [_factors(gradient) for gradient in (one, other, next_one)]
     axes = []
     for axis in (0, 1):
-        # The factor that is the input, if the other factor is that of the outputs.
+        # The factor across this axis is the input, if both sums of outputs share it.
         went_in, again, next_in = (pair[1 - axis] for pair in factors)
         alike, changes = _alike(went_in, again), not _alike(went_in, next_in)
-        # If the matrix has a single row that is looked up or added, every gradient is
-        # an outer product. So the factor must have several values that are not 0.
+        # If a single row of the matrix is looked up or added, the gradient is an outer
+        # product too, but its factor has a single value other than 0.
         several = went_in.count_nonzero() > 1
         if alike and (len(went_in) == 1 or (changes and several)):
             axes.append(axis)

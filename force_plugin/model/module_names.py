@@ -32,7 +32,7 @@ _SEGMENTS = frozenset(WRAPPERS.values())
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside a wrapper; a module without wrapper is returned."""
+    """Return the module inside all wrappers, or the module itself if it has none."""
     while (key := _key(type(module))) is not None:
         module = getattr(module, key)
     return module

@@ -1,11 +1,11 @@
-"""How a mask sits on a weight: PyTorch's reparametrisation, so that it can be copied.
+"""Masks on weights by PyTorch's reparametrisation, in a form that can be copied.
 
 A pruned module has ``weight_orig`` (the parameter), ``weight_mask`` (a buffer) and a
-forward pre-hook that computes ``weight`` from the two, as any that
-:mod:`torch.nn.utils.prune` has pruned. There, ``weight`` keeps the values and the
-autograd graph of the last forward: :func:`copy.deepcopy` refuses such a tensor, and who
-reads it without calling its module trains nothing. Here, outside of the forward,
-``weight`` is a :class:`PrunedTensor`, which is computed whenever it is read.
+forward pre-hook that computes ``weight`` from the two, as in
+:mod:`torch.nn.utils.prune`. In PyTorch, ``weight`` keeps the values and the autograd
+graph of the last forward. :func:`copy.deepcopy` refuses such a tensor, and code that
+reads it without calling its module trains nothing. In this package, ``weight`` is a
+:class:`PrunedTensor` outside of the forward, which is computed whenever it is read.
 """
 
 from __future__ import annotations
@@ -37,34 +37,35 @@ from force_plugin.model.torch_internals import (
 
 
 class PrunedTensor(Tensor):
-    """A pruned tensor of a module that is not running: mask ⊙ parameter, as they are.
+    """The product mask ⊙ parameter of a module that is not running.
 
-    Every function of PyTorch that is given one is called with the product of that
-    moment, which has its graph. So it does not matter who reads it (a hook of whatever
-    order, another module, a loss), nor whether its owner is called. The tensor itself
-    has a single number in memory, and a graph that leads to the parameter: by that its
-    gradients come from a :class:`torch.autograd.Function`, which is given it as it is.
+    Every function of PyTorch that gets this tensor is called with the present product
+    instead, which has its graph. So any reader (a hook, another module, a loss) gets
+    the present values, whether the owner is called or not. The tensor itself has a
+    single number in memory, and a graph that leads to the parameter. A
+    :class:`torch.autograd.Function`, which gets the tensor itself, sends its gradients
+    along this graph.
 
     Args:
-        module: Owner of the tensor. It is not kept alive.
+        module: Owner of the tensor. The tensor does not keep it alive.
         name: Name of the tensor within the module, e.g. ``"weight"``.
-        original: The parameter, or the one that the module is about to get.
+        original: The parameter, or a parameter that the module is about to get.
     """
 
     _owner: ref[nn.Module]
     _name: str
-    # Identity of the parameter that its own graph leads to.
+    # Identity of the parameter to which the tensor's own graph leads.
     _original: int
     _pointed_to: Tensor
     _kept: nn.Module | None
 
     @staticmethod
     def __new__(cls, module: nn.Module, name: str, original: Tensor) -> PrunedTensor:
-        """Make one that refers to its module."""
+        """Return a new tensor that refers to its module."""
         owner = ref(module)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = original
-            if not original.requires_grad:  # it may be trained later
+            if not original.requires_grad:  # a frozen parameter may be trained later
                 leaf = torch.zeros((), requires_grad=True)
             made: PrunedTensor
             made = _Masked.apply(leaf, original, owner, name).as_subclass(cls)
@@ -73,7 +74,7 @@ class PrunedTensor(Tensor):
         return made
 
     def fits(self, original: nn.Parameter) -> bool:
-        """Whether its graph leads to a parameter, as that is now."""
+        """Whether the graph leads to a parameter of the present dtype and device."""
         with DisableTorchFunctionSubclass():
             return (
                 self._original == id(original)
@@ -82,9 +83,9 @@ class PrunedTensor(Tensor):
             )
 
     def read(self, whole: bool = True) -> Tensor:
-        """What it is at this moment; the parameter alone unless ``whole``.
+        """Return the present product, or the parameter alone unless ``whole``.
 
-        Once the pruning was removed, it is the parameter that has its name.
+        After the pruning was removed, return the parameter with the tensor's name.
 
         Raises:
             RuntimeError: The module is gone, or has no such parameter any more.
@@ -109,7 +110,7 @@ class PrunedTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call a function with what such tensors among its arguments are now."""
+        """Call a function with the present products in place of pruned tensors."""
         if function in _OF_ITSELF:
             with DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
@@ -121,7 +122,7 @@ class PrunedTensor(Tensor):
                 "initial values"
             )
         if function is Tensor.data_ptr:
-            # What it points to is there as long as the tensor, or till the next call.
+            # The memory lives as long as the tensor, or till the next call.
             tensor: PrunedTensor = args[0]
             tensor._pointed_to = tensor.read().detach().contiguous()
             return tensor._pointed_to.data_ptr()
@@ -132,7 +133,7 @@ class PrunedTensor(Tensor):
         return function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """That of the copied module, where this one is copied; else its values."""
+        """Return the copied module's tensor, or the values if no module is copied."""
         copied = memo.get(id(self._owner()))
         if isinstance(copied, nn.Module):
             original = copy.deepcopy(self.read(whole=False), memo)
@@ -140,7 +141,7 @@ class PrunedTensor(Tensor):
         return self.read().detach()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """A pickle has it with its module."""
+        """Pickle the tensor together with its module."""
         original = self.read(whole=False)
         return _from_pickle, (self._owner(), self._name, original)
 
@@ -148,7 +149,7 @@ class PrunedTensor(Tensor):
 def _written(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[PrunedTensor]:
-    """The pruned tensors that a function of PyTorch is about to write into."""
+    """Return the pruned tensors that a function of PyTorch would write into."""
     name = getattr(function, "__name__", "")
     targets = [kwargs.get("out")]
     if name == "__setitem__" or (_IN_PLACE.fullmatch(name) and name not in _NO_WRITES):
@@ -166,19 +167,19 @@ _NO_WRITES = {"requires_grad_", "share_memory_"}
 
 def _from_pickle(module: nn.Module, name: str, original: Tensor) -> PrunedTensor:
     made = PrunedTensor(module, name, original)
-    made._kept = module  # which may be there for its sake alone
+    made._kept = module  # the pickle may have no other reference to the module
     return made
 
 
 class _Masked(torch.autograd.Function):
-    """The graph of a pruned tensor, which saves nothing, so that it serves for ever."""
+    """The graph of a pruned tensor. It saves no values, so it never becomes invalid."""
 
     @staticmethod
     def forward(
         ctx: Any, leaf: Tensor, original: Tensor, owner: ref[nn.Module], name: str
     ) -> Tensor:
         ctx.leaf, ctx.owner, ctx.name = id(leaf), owner, name
-        # NaN is what code would read that passes __torch_function__ by.
+        # Code that reads the tensor without __torch_function__ gets NaN.
         number = torch.full((), math.nan, dtype=original.dtype, device=original.device)
         return number.expand(original.shape)
 
@@ -196,7 +197,8 @@ class _Masked(torch.autograd.Function):
             return None, None, None, None
         if id(original) == ctx.leaf and original.dtype == gradient.dtype:
             return gradient, None, None, None
-        # It was frozen then, has taken another's place, or is of another type by now.
+        # The parameter was frozen when the graph was made, or has replaced another
+        # parameter since, or has another dtype now.
         torch.autograd.backward(original, gradient.to(original))
         return None, None, None, None
 
@@ -206,7 +208,7 @@ def _getters(*names: str) -> set[Callable[..., Any]]:
 
 
 _OF_ITSELF = _getters("is_leaf", "grad_fn", "grad") | {Tensor.stride}
-"""Its own graph, and the strides, by which torch.compile knows it."""
+"""Functions that read the tensor itself: its graph, and strides for torch.compile."""
 
 _OF_THE_PARAMETER = _getters("shape", "dtype", "device", "ndim", "requires_grad") | {
     Tensor.size,
@@ -214,35 +216,35 @@ _OF_THE_PARAMETER = _getters("shape", "dtype", "device", "ndim", "requires_grad"
     Tensor.numel,
     Tensor.is_floating_point,
 }
-"""What needs no product."""
+"""Functions that need only the parameter, and no product."""
 
 
 def masked(module: nn.Module, name: str) -> Tensor:
-    """A pruned tensor of a module: its parameter, with the zeros of its mask."""
+    """Return the parameter of a pruned tensor with zeros where its mask prunes."""
     original: Tensor = getattr(module, f"{name}_orig")
     mask: Tensor = getattr(module, f"{name}_mask")
     if mask.dtype == torch.bool:
-        # Zeros also of what is not finite; and autograd keeps no mask in floats.
+        # This gives 0 also for NaN and inf, and autograd saves no mask of floats.
         return torch.where(mask, original, 0.0)
     return mask.to(original.dtype) * original
 
 
 class Reparametrisation(prune.BasePruningMethod):
-    """The hook of a pruned tensor: computes it for a forward."""
+    """The hook that computes a pruned tensor for a forward."""
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
-        """Compute the tensor from parameter and mask, for a forward."""
+        """Compute the tensor from parameter and mask, before a forward."""
         setattr(module, tensor_name(self), self.apply_mask(module))
 
     def apply_mask(self, module: nn.Module) -> Tensor:
-        """The tensor with zeros where it is pruned.
+        """Return the tensor with zeros where it is pruned.
 
         Mirrors :meth:`torch.nn.utils.prune.BasePruningMethod.apply_mask`.
         """
         return masked(module, tensor_name(self))
 
     def remove(self, module: nn.Module) -> None:
-        """Undo the reparametrisation; the pruned entries of the parameter are 0."""
+        """Undo the reparametrisation, and set the parameter's pruned entries to 0."""
         with _as_it_was(module, tensor_name(self)):
             super().remove(module)
 
@@ -257,31 +259,32 @@ class _AtRest:
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name = name
         self.tensor = PrunedTensor(module, name, getattr(module, f"{name}_orig"))
-        # It goes with the module into a pickle, and in another process sees to it that
-        # hooks to come get other numbers than this one and those before it.
+        # The handle is pickled with the module. In another process, unpickling it makes
+        # later hooks get higher numbers than this hook.
         self.handle = module.register_forward_hook(self, always_call=True)
 
     def __call__(self, module: nn.Module, inputs: object, output: object) -> None:
         if find_hook(module, self.name) is None:
-            # PyTorch's own pruning, and its prune.remove, do not know of this hook.
+            # PyTorch's prune.remove and its own prunings leave this hook behind.
             self.handle.remove()
         else:
             self.show(module)
 
     def show(self, module: nn.Module) -> None:
-        """Put it in its place, with a graph that leads to the parameter of now."""
+        """Set the tensor on the module, with a graph that leads to its parameter."""
         tensor = self.tensor
         original = getattr(module, f"{self.name}_orig", None)
-        # A call may lend another tensor to the module.
+        # A call may lend the module a tensor that is no parameter.
         if (
             isinstance(original, nn.Parameter)
             and not torch.compiler.is_compiling()
             and not tensor.fits(original)
         ):
             tensor = PrunedTensor(module, self.name, original)
-            if tensor._original == self.tensor._original:  # it has moved
+            # The parameter has changed its dtype or device.
+            if tensor._original == self.tensor._original:
                 self.tensor = tensor
-        if tensor._kept is not None:  # it is there with its module
+        if tensor._kept is not None:  # the module keeps the tensor, so it lives
             tensor._kept = None
         setattr(module, self.name, tensor)
 
@@ -294,7 +297,7 @@ def _at_rest(module: nn.Module, name: str) -> _AtRest | None:
 
 
 def find_hook(module: nn.Module, name: str) -> prune.BasePruningMethod | None:
-    """The hook that prunes a tensor of a module, if it is pruned."""
+    """Return the hook that prunes a tensor of a module, or ``None``."""
     for hook in _pruning_hooks(module):
         if tensor_name(hook) == name:
             return hook
@@ -310,19 +313,22 @@ def _pruning_hooks(module: nn.Module) -> Iterator[prune.BasePruningMethod]:
 def reparametrise(
     module: nn.Module, name: str, mask: Tensor, method: Reparametrisation
 ) -> Reparametrisation:
-    """Put a mask on a tensor, in the place of one that may be there already.
+    """Put a mask on a tensor, and replace an earlier mask.
 
     Args:
         module: Module that holds the tensor.
         name: Name of the tensor within the module, e.g. ``"weight"``.
-        mask: Bool tensor of its shape and on its device, True = kept. It is not copied.
-        method: The hook. It joins those of earlier prunings in a :class:`Container`.
+        mask: Bool tensor with the tensor's shape and device, True = kept. It is not
+            copied.
+        method: The hook. It joins the hooks of earlier prunings in a
+            :class:`Container`.
 
     Returns:
         The hook that the module has afterwards.
 
     Raises:
-        ValueError: The module has something else where parameter and mask are kept.
+        ValueError: The module has its own attribute under the name of the parameter or
+            of the mask.
     """
     set_tensor_name(method, name)
     earlier = find_hook(module, name)
@@ -346,12 +352,12 @@ def reparametrise(
 
 
 def require_free(module: nn.Module, name: str, shown: str) -> None:
-    """Raise ValueError if a pruning would take a name that a module uses for itself.
+    """Raise ValueError if a pruning would take a name that a module already uses.
 
     Args:
         module: Owner of a tensor.
         name: Name of the tensor within the module.
-        shown: Its name for a message.
+        shown: Name of the tensor for the message.
     """
     for key in (f"{name}_orig", f"{name}_mask"):
         if find_hook(module, name) is None and hasattr(module, key):
@@ -363,9 +369,9 @@ def require_free(module: nn.Module, name: str, shown: str) -> None:
 
 
 def show(module: nn.Module, name: str) -> None:
-    """Have the values of now in the place of a pruned tensor.
+    """Set a pruned tensor of a module to its present values.
 
-    It has a graph where PyTorch's own hook has put it.
+    If PyTorch's own hook prunes the tensor, it gets a graph.
     """
     if (rest := _at_rest(module, name)) is not None:
         rest.show(module)
@@ -377,7 +383,10 @@ def show(module: nn.Module, name: str) -> None:
 
 
 def show_all(model: nn.Module) -> None:
-    """The same for all tensors of a model that are pruned, but not by PyTorch's own."""
+    """Set all pruned tensors of a model to their present values.
+
+    Tensors that PyTorch's own methods have pruned are left out.
+    """
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             for hook in forward_hooks(module):
@@ -386,10 +395,10 @@ def show_all(model: nn.Module) -> None:
 
 
 def remove(module: nn.Module, name: str) -> None:
-    """Undo the reparametrisation of a tensor, PyTorch's own too.
+    """Undo the reparametrisation of a tensor, also that of PyTorch's own methods.
 
-    Mirrors :func:`torch.nn.utils.prune.remove`, which does not know what a pruning of
-    this package has left where another has followed it.
+    Mirrors :func:`torch.nn.utils.prune.remove`. That function leaves a hook of this
+    package behind, if one of PyTorch's prunings has followed.
     """
     with _as_it_was(module, name):
         prune.remove(module, name)  # type: ignore[no-untyped-call]
@@ -397,7 +406,7 @@ def remove(module: nn.Module, name: str) -> None:
 
 @contextmanager
 def _as_it_was(module: nn.Module, name: str) -> Iterator[None]:
-    """Leave no hook behind, and the parameter in its place."""
+    """Return a context that keeps the parameter's place and removes the last hook."""
     pruned = f"{name}_orig"
     order = [name if key == pruned else key for key in parameter_order(module)]
     yield

@@ -1,4 +1,4 @@
-"""What modules and random generators were, and the way back."""
+"""Functions that remember and restore modules, tensors and random generators."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from force_plugin.model.torch_internals import own_iterator, registries, version
 
 
 def snapshot(modules: Iterable[Any]) -> Callable[[], None]:
-    """Remember the attributes of modules.
+    """Remember the attributes of modules, and return a function that restores them.
 
-    They hold a module's parameters, buffers, hooks and mode, and whatever its forward
-    keeps. Of parameters and buffers references are remembered, not values: what is to
-    be restored must have been replaced meanwhile, not overwritten. Of other attributes
-    it is the values of tensors and the items of lists, deques, sets and dictionaries,
-    also within one another; what other objects hold is not followed. Of a TorchScript
-    module, whose attributes cannot be replaced, it is the mode and all values.
+    The attributes hold a module's parameters, buffers, hooks and mode, and everything
+    that its forward keeps. Parameters and buffers are remembered as references. So they
+    are restored if they were replaced, but not if their values were overwritten. Other
+    tensors are remembered with their values. Lists, deques, sets and dictionaries are
+    remembered with their items, also inside one another. The contents of other objects
+    are not remembered. The attributes of a TorchScript module cannot be replaced, so
+    its mode and all its values are remembered.
 
     Args:
-        modules: The modules themselves, or other objects that have attributes; their
-            children are not followed.
+        modules: The modules, or other objects that have attributes. The children of
+            modules are not included.
 
     Returns:
-        A function that gives the modules their attributes back. It writes nothing
-        where nothing has changed. Where something cannot be written, all else is
-        restored before the error is raised.
+        A function that gives the modules their attributes back. It does not write to
+        unchanged attributes. If an attribute cannot be written, all others are restored
+        before the error is raised.
     """
     undo: list[Callable[[], object]] = []
     for module in modules:
@@ -79,7 +80,7 @@ _KINDS = (OrderedDict, dict, list, set, deque)
 
 
 def _items(container: Any) -> Any:
-    """A copy of what a container holds, whatever its class makes of a look at it."""
+    """Return a copy of a container's items, without calls to methods of a subclass."""
     if isinstance(container, OrderedDict):
         return dict(OrderedDict.items(container))
     if isinstance(container, dict):
@@ -89,14 +90,14 @@ def _items(container: Any) -> Any:
 
 
 def _items_as_they_are(container: Any) -> Callable[[], None]:
-    """The way back to the items that a container has now."""
+    """Return a function that gives a container its present items back."""
     before = _items(container)
     kind: Any = next(kind for kind in _KINDS if isinstance(container, kind))
 
     def restore() -> None:
         if _same(before, _items(container)):
             return
-        # A class of its own may refuse to be written to, and this is no change.
+        # Call the methods of the built-in class, as a subclass may refuse writes.
         kind.clear(container)
         if isinstance(before, dict):
             for key, value in before.items():
@@ -108,7 +109,7 @@ def _items_as_they_are(container: Any) -> Callable[[], None]:
 
 
 def _same(before: Any, after: Any) -> bool:
-    """Whether these are the same objects in the same order."""
+    """Whether two collections hold the same objects in the same order."""
     if isinstance(before, dict):
         before = [item for pair in before.items() for item in pair]
         after = [item for pair in after.items() for item in pair]
@@ -116,8 +117,8 @@ def _same(before: Any, after: Any) -> bool:
 
 
 def tensor_as_it_is(tensor: Tensor) -> Callable[[], None]:
-    """The way back to the values that a tensor has now."""
-    if tensor.is_inference():  # it counts no versions
+    """Return a function that gives a tensor its present values back."""
+    if tensor.is_inference():  # inference tensors have no version counter
         return lambda: None
     values, written = tensor.detach().clone(), version(tensor)
 
@@ -130,11 +131,13 @@ def tensor_as_it_is(tensor: Tensor) -> Callable[[], None]:
 
 @contextmanager
 def restored(modules: Iterable[Any], *, only_on_error: bool = False) -> Iterator[None]:
-    """Give modules their attributes back at the end, as :func:`snapshot` does.
+    """Return a context that gives modules their attributes back at its end.
+
+    The attributes are those of :func:`snapshot`.
 
     Args:
-        modules: The modules themselves; their children are not followed.
-        only_on_error: Keep the changes unless an exception passes through.
+        modules: The modules. Their children are not included.
+        only_on_error: Restore only after an exception, and keep the changes otherwise.
     """
     restore = snapshot(modules)
     failed = True
@@ -148,7 +151,7 @@ def restored(modules: Iterable[Any], *, only_on_error: bool = False) -> Iterator
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Give a model's attributes and the global random generators back as they were."""
+    """Return a context that restores a model's attributes and all random generators."""
     randomness = random_states(model)
     with restored(model.modules()):
         try:
@@ -159,14 +162,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_trace(model: nn.Module, loader: Iterable[Any]) -> Iterator[None]:
-    """Restore what scoring may change: attributes of modules and random states."""
+    """Return a context that restores everything that scoring may change.
+
+    These are the attributes of the model's modules, random states, and the loader.
+    """
     with undisturbed(model), rewound(loader):
         yield
 
 
 @contextmanager
 def rewound(loader: Iterable[Any]) -> Iterator[None]:
-    """Restore what reading a loader may change: its generators, its own iterator."""
+    """Return a context that restores a loader's generators and its own iterator."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     samplers = (
         getattr(loader, "sampler", None),
@@ -187,8 +193,8 @@ def rewound(loader: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode for a while, then as it was."""
-    # That of TorchScript is none of its attributes in Python.
+    """Return a context in which every module is in evaluation mode."""
+    # The mode of a TorchScript module is no Python attribute, so restored() misses it.
     scripted = [
         (module, module.training)
         for module in model.modules()
@@ -205,14 +211,17 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def random_states(model: nn.Module) -> Callable[[], None]:
-    """The states of all global random generators, and the way back."""
+    """Return a function that restores the states of all random generators.
+
+    These are the global generators, and the generators that modules hold.
+    """
     numpy_state, python_state = np.random.get_state(), random.getstate()
     states: list[tuple[Callable[..., object], Tensor, tuple[int, ...]]]
     states = [(torch.set_rng_state, torch.get_rng_state(), ())]
     for device in {tensor.device for tensor in model.parameters()}:
         if device.index is not None:
             backend = torch.get_device_module(device)
-            # There is one MPS device, and its functions take no index.
+            # There is only one MPS device, and its functions take no index.
             which = () if device.type == "mps" else (device.index,)
             states.append((backend.set_rng_state, backend.get_rng_state(*which), which))
 
@@ -246,10 +255,10 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 class Kept:
-    """A tensor that someone else may write to, and what it was.
+    """A tensor that other code may write to, with a copy of its values.
 
     Args:
-        tensor: The tensor, whose values are copied.
+        tensor: The tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:  # noqa: D107
@@ -258,7 +267,7 @@ class Kept:
         self._values = self._memory.clone()
 
     def put_back(self) -> bool:
-        """Give it its memory and values back; whether it had others."""
+        """Give the tensor its memory and values back; return whether it had changed."""
         now = self._tensor.data
         same = (
             now.data_ptr() == self._memory.data_ptr()

@@ -35,7 +35,7 @@ REGISTRIES = ("_parameters", "_buffers", "_modules")
 """Attributes of a module that hold what it has registered, each a dictionary."""
 
 OF_A_CALL = ("forward", "_compiled_call_impl")
-"""Attributes of a module that are bound to the module itself where they are set."""
+"""Attributes that some trainers set on an instance, and bind to the module itself."""
 
 
 def registries(module: nn.Module) -> list[dict[str, Any]]:

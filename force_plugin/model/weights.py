@@ -1,4 +1,4 @@
-"""Which weights of a model can be pruned, and where each of them lives."""
+"""The weights of a model: which can be pruned, and which modules own them."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from force_plugin.model.reparametrisation import find_hook
 from force_plugin.model.torch_internals import ConvNd
 
 PRUNABLE_MODULES: tuple[type[nn.Module], ...] = (ConvNd, nn.Linear)
-"""Modules whose ``weight`` is pruned unless the caller chooses: every
-convolution, transposed ones too, and every linear layer, subclasses included.
-So is the matrix of what behaves as a linear layer."""
+"""Modules whose ``weight`` is pruned unless the caller chooses. These are all
+convolutions, transposed convolutions, linear layers and their subclasses. The matrix of
+a module that behaves as a linear layer is pruned too."""
 
 _NO_WEIGHTS = re.compile(r"(^|_)(bias|pos)|tokens?\d*$")
-"""Parameters that are added to activations or put beside them, by their own names."""
+"""Names of parameters that are added to activations or put beside them."""
 
 
 @dataclass(eq=False)
 class Weight:
-    """One prunable tensor of a model.
+    """A parameter of a model.
 
     Attributes:
-        name: Name of the parameter as ``model.named_parameters()`` gives it before
-            any pruning, e.g. ``"layer1.0.conv1.weight"``, and before anything was
-            wrapped around the model or a part of it.
-        owners: Every ``(module, tensor name)`` that holds this parameter. A weight
-            that several modules share is one weight with several owners.
-        dense: The parameter with all its values (``weight_orig`` where the model is
+        name: Name of the parameter in ``model.named_parameters()`` before any pruning,
+            e.g. ``"layer1.0.conv1.weight"``, and without the names of wrappers around
+            the model or a part of it.
+        owners: Every ``(module, tensor name)`` that holds this parameter. A parameter
+            that several modules share is a single weight with several owners.
+        dense: The parameter with all its values (``weight_orig`` if the model is
             pruned already).
-        mask: Bool tensor of the same shape, True = kept, of the first owner that is
-            pruned, or whose zeros are held; ``None`` where none is.
+        mask: Bool tensor of the parameter's shape, True = kept, of the first owner that
+            is pruned, or whose zeros are held; ``None`` if no owner is.
     """
 
     name: str
@@ -47,15 +47,15 @@ class Weight:
 
     @property
     def local(self) -> Tensor:
-        """The values without gradient; of a sharded parameter, this rank's shard."""
+        """The values without gradient, or this rank's shard of a sharded parameter."""
         return local_values(self.dense.detach())
 
     @property
     def prunable(self) -> bool:
-        """Whether it is pruned unless the caller chooses.
+        """Whether the parameter is pruned unless the caller chooses.
 
-        It is the weight of a convolution or linear layer, or of a module that behaves
-        as a linear layer, and no embedding has it too.
+        This goes for the weight of a convolution, of a linear layer, or of a module
+        that behaves as a linear layer, unless an embedding shares the weight.
         """
         if self._axis is None:
             return False
@@ -64,12 +64,13 @@ class Weight:
 
     @property
     def weighs(self) -> bool:
-        """Whether it is one of the model's matrices and kernels.
+        """Whether the parameter is a matrix or a kernel.
 
-        These are all floating-point parameters of at least two dimensions that are
-        longer than 1, embeddings too, but none that is added to activations: biases,
-        positions and tokens, which are known by their names, and what has a first
-        dimension of 1.
+        A matrix or kernel is a floating-point parameter with at least two dimensions
+        longer than 1. Embeddings count too. Parameters that are added to activations do
+        not count. These are biases, positions and tokens, which are known by their
+        names, and parameters with a first dimension of 1. The weight of a layer always
+        counts.
         """
         if self._axis is not None:
             return True
@@ -84,21 +85,24 @@ class Weight:
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a matrix ``[inputs, outputs]``, as transformers' ``Conv1D``."""
+        """Whether the parameter is a matrix ``[inputs, outputs]``.
+
+        The weight of transformers' ``Conv1D`` is an example.
+        """
         return self._axis == 1
 
     @property
     def shape(self) -> torch.Size:
-        """Its shape, of a matrix with the outputs first."""
+        """The shape of the parameter, with the output channels first."""
         return self.dense.shape[::-1] if self.transposed else self.dense.shape
 
     def rows(self, values: Tensor) -> Tensor:
-        """Values of its shape, of a matrix with the outputs first."""
+        """Return a tensor of the parameter's shape with the output channels first."""
         return values.t() if self.transposed else values
 
     @property
     def _axis(self) -> int | None:
-        """The axis of its output channels, if a layer has it."""
+        """The axis of the output channels; ``None`` if no layer has the parameter."""
         layers = [module for module, tensor in self.owners if tensor == "weight"]
         if any(isinstance(module, PRUNABLE_MODULES) for module in layers):
             return 0
@@ -110,14 +114,15 @@ class Weight:
         return next((axis for axis in axes if axis is not None), None)
 
     def slots(self) -> list[tuple[nn.Module, str]]:
-        """Where the parameter is registered: ``(module, key in the module)``."""
+        """Return each ``(module, name in the module)`` of the parameter."""
         return [(module, parameter_key(module, name)) for module, name in self.owners]
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor | None:
-    """Mask of a tensor that :mod:`torch.nn.utils.prune` has pruned, else ``None``.
+    """Return the mask of a tensor that :mod:`torch.nn.utils.prune` has pruned.
 
-    It is the hook that tells: other modules have buffers called ``weight_mask`` too.
+    It is ``None`` if no pruning hook is found. A buffer ``weight_mask`` alone does not
+    tell, as other modules have buffers of this name too.
     """
     if find_hook(module, name) is None:
         return None
@@ -125,39 +130,42 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
 
 
 def is_scripted(module: nn.Module) -> bool:
-    """Whether it is TorchScript, which can be run, but not be given other weights."""
+    """Whether a module is TorchScript, which can run, but takes no other weights."""
     return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as those of FSDP2; their import takes half a second."""
+    """Whether a tensor is a DTensor, as in FSDP2.
+
+    The class is not imported, as the import takes half a second.
+    """
     return hasattr(tensor, "device_mesh")
 
 
 def local_values(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: all of it, unless it is sharded."""
+    """Return this rank's shard of a sharded tensor, or the tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """All values of a tensor; of one that is sharded, every rank must ask for them."""
+    """Return all values of a tensor. If it is sharded, every rank must call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 HELD = "_held_zeros"
-"""Attribute of a module in which a permanent pruning keeps its masks, by tensor name,
-as ``kept``."""
+"""Attribute of a module in which a permanent pruning keeps its notes, by tensor name.
+The ``kept`` of a note is a mask."""
 
 
 def pruned_so_far(module: nn.Module, name: str) -> Tensor | None:
-    """Bool mask of a tensor that was pruned, made permanent or not, else ``None``."""
+    """Return the bool mask of a pruned tensor, permanent or not, or ``None``."""
     mask = mask_of(module, name)
     mask = None if mask is None else mask.bool()
     held = vars(module).get(HELD, {}).get(name)
     if held is None:
         return mask
     parameter = own_parameters(module).get(parameter_key(module, name))
-    # Another parameter may have come in its place.
+    # Another parameter may have replaced the held parameter.
     if parameter is None or held.kept.shape != parameter.shape:
         return mask
     kept: Tensor = held.kept.to(parameter.device).bool()
@@ -165,14 +173,15 @@ def pruned_so_far(module: nn.Module, name: str) -> Tensor | None:
 
 
 def parameter_key(module: nn.Module, name: str) -> str:
-    """The name of the parameter of a tensor ``name`` of a module, pruned or not."""
+    """Return the name of a tensor's parameter in the module, pruned or not."""
     return name if mask_of(module, name) is None else f"{name}_orig"
 
 
 def named_parameters(model: nn.Module) -> dict[str, Weight]:
-    """Every parameter of a model by its name, shared ones once, pruned or not.
+    """Return every parameter of a model by name, pruned or not.
 
-    They are in the order of the modules.
+    The order is that of the modules. A parameter that several modules share is listed
+    once.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -190,7 +199,7 @@ def named_parameters(model: nn.Module) -> dict[str, Weight]:
     found: dict[int, Weight] = {}
     for prefix, module in named_modules(model):
         if is_scripted(module):
-            continue  # its parameters are TorchScript's, and stay as they are
+            continue  # the parameters of a TorchScript module cannot be replaced
         for key, parameter in own_parameters(module).items():
             tensor = key.removesuffix("_orig")
             if mask_of(module, tensor) is None:

@@ -1,4 +1,4 @@
-"""Which weights are pruned: those of layers, or what the caller names."""
+"""Choice of the weights to prune: the weights of layers, or the caller's choice."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ def find_weights(
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
     known: Mapping[str, Weight] | None = None,
 ) -> list[Weight]:
-    """List the prunable weights of a model, in the order of its modules.
+    """Return the weights to prune in a model.
 
     Args:
         model: Any module, pruned before or not.
         parameters: ``(module, tensor name)`` pairs as
             :func:`torch.nn.utils.prune.global_unstructured` takes them. Default:
-            the weight of every convolution and linear layer, and of what behaves as a
-            linear layer, but none that is an embedding's too.
-        known: Every parameter of the model by name, as :func:`named_parameters` has
-            them. Default: they are looked up.
+            the weight of every convolution and linear layer, and of every module that
+            behaves as a linear layer, unless an embedding shares the weight.
+        known: Every parameter of the model by name, from :func:`named_parameters`.
+            Default: the function looks them up.
 
     Returns:
-        The weights; one that several modules share is listed once, with all its
-        owners.
+        The weights, in the order of the modules or of ``parameters``. A weight that
+        several modules share is listed once, with all its owners.
 
     Raises:
-        TypeError: ``model`` is no module, or ``parameters`` holds something else
-            than pairs.
-        NothingToPruneError: Nothing is left to prune.
-        ValueError: A pair names no parameter of the model, or a weight has no values
-            yet (lazy modules).
+        TypeError: ``model`` is no module, or ``parameters`` does not hold pairs.
+        NothingToPruneError: There is no weight to prune.
+        ValueError: A pair names no parameter of the model, a weight has no values
+            yet (lazy modules, the meta device), or a weight cannot be pruned: it is
+            sparse, or no floating-point tensor, or its module uses the name of the
+            mask for another attribute.
     """
     if known is None:
         known = named_parameters(model)
@@ -121,14 +122,14 @@ def _chosen(pair: object, known: dict[int, Weight]) -> Weight:
 
 
 def find_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """A parameter of a module, pruned or not; ``None`` if it has none of that name."""
+    """Return the parameter of a module by name, pruned or not, or ``None``."""
     if is_scripted(module):
         return None
     return own_parameters(module).get(parameter_key(module, name))
 
 
 def no_parameter(module: nn.Module, name: str) -> str:
-    """Say that a module has no parameter of a name, and what it has instead."""
+    """Return a message: a module has no parameter of a name, but others."""
     if is_scripted(module):
         return (
             f"{name!r} belongs to a {module.original_name} that is TorchScript, whose "
@@ -149,17 +150,17 @@ def no_parameter(module: nn.Module, name: str) -> str:
 
 
 def computed_from(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """Where the values of a tensor lie that its module computes, if it does.
+    """Return the parameter from which a module computes a tensor, or ``None``.
 
-    That is weight normalisation, spectral normalisation and their like, as
-    parametrisations or as the forward pre-hooks of old.
+    Weight normalisation and spectral normalisation compute tensors, for example. They
+    are parametrisations or, in older code, forward pre-hooks.
 
     Returns:
-        The module that holds the parameter, and its key there.
+        The module that holds the parameter, and the key of the parameter there.
     """
     if parametrize.is_parametrized(module, name):
         holder: nn.Module = module.parametrizations[name]  # type: ignore[index, assignment]
-        # Of a weight normalisation the first are the lengths, the second the weight.
+        # In a weight normalisation the first holds the lengths, the second the weight.
         return holder, max(own_parameters(holder), default="original")
     for key in (f"{name}_v", f"{name}_orig"):
         if mask_of(module, name) is None and key in own_parameters(module):
@@ -188,10 +189,11 @@ def _check(weight: Weight) -> None:
 
 
 def check_names(weight: Weight) -> None:
-    """Make sure that a pruning takes no name that a module uses for itself.
+    """Raise ValueError if a pruning would take a name that an owner already uses.
 
     Raises:
-        ValueError: It would.
+        ValueError: An owner has its own attribute under the name of the parameter or
+            of the mask.
     """
     for owner in weight.owners:
         require_free(*owner, weight.name)

@@ -55,7 +55,7 @@ class StageDiagnosis:
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """The result of :func:`diagnose`; ``print`` shows it in 80 columns.
+    """The result of :func:`force_plugin.diagnose`; ``print`` shows it in 80 columns.
 
     Attributes:
         parameters: Number of values in the network's parameters.
@@ -75,9 +75,9 @@ class Diagnosis:
         small: Layers with small initial weights that lose every weight at one of these
             sparsities with gates open. The value is the size of these weights in units
             of PyTorch's own initialisation.
-        passed_over: Number of weights in matrices and kernels that are not prunable,
-            as :class:`force_plugin.SparsityReport` counts them. Layers that the loss
-            does not use are left out.
+        passed_over: Number of weights in matrices and kernels that are not prunable, by
+            the type of their module, as in :class:`force_plugin.SparsityReport`. Layers
+            that the loss does not use are left out.
         chosen: Whether ``parameters=`` named the weights to prune.
     """
 
@@ -216,7 +216,7 @@ def diagnose(
 
     The network is scored once as :func:`force_plugin.saliency` scores it. If it has
     closed gates, it is scored once more with these gates closed. Afterwards the
-    network is bit for bit what it was.
+    network is unchanged, bit for bit.
 
     Args:
         model: Any module, pruned before or not.
@@ -242,8 +242,8 @@ def diagnose(
     Raises:
         TypeError, ValueError: An argument is not as expected.
         NothingToPruneError, BatchError, MethodError, NoGradientError, NotFiniteError:
-            As in :func:`force_plugin.force_prune`. But a loss that leaves some weights
-            unused is no error here, unless it leaves all of them unused.
+            As in :func:`force_plugin.force_prune`. But a loss that uses only some of
+            the weights is no error here.
     """
     model = unwrap(model)
     # The ranks of a sharded model can only measure it together.

@@ -58,9 +58,9 @@ def force_prune(
     (arXiv 2006.09081). The other methods are its one-step and data-free relatives.
     Afterwards the model is pruned as :func:`torch.nn.utils.prune.global_unstructured`
     prunes: with ``weight_orig``, ``weight_mask`` and a forward pre-hook. Everything
-    else is bit for bit what it was: values, running statistics, gradients, modes, hooks
+    else is unchanged, bit for bit: values, running statistics, gradients, modes, hooks
     and, except for ``"random"``, the global random state. After an error or Ctrl-C the
-    model is untouched.
+    model is unchanged too.
 
     Scoring keeps the mode of each module. In training mode, normalisation uses the
     statistics of the scoring batches, and dropout is on.
@@ -137,7 +137,7 @@ def force_prune(
             PyTorch's own.
         on_collapse: What to do if the mask disconnects the network, so that the outputs
             no longer depend on the inputs. ``"raise"`` (the default) raises an error
-            and leaves the model untouched. ``"warn"`` warns and prunes the model.
+            and leaves the model unchanged. ``"warn"`` warns and prunes the model.
             ``"magnitude"`` and ``"random"`` read no data and cannot tell.
         progress: Show a progress bar with step and density on standard error (default:
             True).
@@ -284,8 +284,8 @@ def saliency(
 
     These are the scores of the first step of :func:`force_plugin.force_prune` with the
     same arguments. Afterwards the model, its gradients and modes and the global random
-    state are what they were. In a distributed job every rank must call this function,
-    and every rank gets the scores of all batches.
+    state are unchanged. In a distributed job every rank must call this function, and
+    every rank gets the scores of all batches.
 
     Args:
         model: Any module, pruned before or not.

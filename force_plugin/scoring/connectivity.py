@@ -36,9 +36,11 @@ def find_flow(
     floating-point tensor among the arguments of the model. Integers have no gradient.
     Instead the gradient has to reach the output of a module without children that is
     called with integers alone, such as :class:`torch.nn.Embedding`. Columns in which
-    all rows of this output are equal do not count. If only modules inside the model are
-    called, as by a ``training_step``, the inputs are the arguments of the outermost
-    calls, and the outputs are the result of the last outermost call.
+    all rows of this output are equal do not count.
+
+    If only modules inside the model are called, as by a ``training_step``, the inputs
+    are the arguments of the outermost calls. The outputs are then the result of the
+    last outermost call.
 
     Args:
         model: Any module.

@@ -220,7 +220,7 @@ class Probe:
     def protected(self, by: str) -> AbstractContextManager[None]:
         """Return a context that undoes a method's writes to the model or the masks.
 
-        At its end such writes are a :class:`MethodError`.
+        At its end, a write raises a :class:`MethodError`.
 
         Args:
             by: Name of the method's function, for the message.

@@ -1,7 +1,7 @@
 """Tensors that stand in for a network's weights and buffers while it is measured.
 
-The network's own tensors are never written to. So afterwards they are bit for bit what
-they were, also if the loader or the loss raises an error half-way.
+The network's own tensors are never written to. So they are unchanged afterwards, bit
+for bit, also if the loader or the loss raises an error half-way.
 """
 
 from __future__ import annotations
