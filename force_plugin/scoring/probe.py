@@ -88,7 +88,8 @@ class Probe:
         self._compiled = Compiled(model, passes.compile, self._device, shards)
         self._feed = Feed(loader, passes, self._device, shards, on_batch)
         self._causes = Causes(model, self.parameters, passes.autocast, self._device)
-        self._loss = Loss(model, passes, self._feed, self._causes, self._remember)
+        remember = lambda: self._stand_ins.remember(self.gates)  # noqa: E731
+        self._loss = Loss(model, passes, self._feed, self._causes, remember)
         self._gradients = Gradients(self._stand_ins, self._feed, self._loss_of, shards)
         self._synflow = SynapticFlow(
             model, self._stand_ins, self._opening, self._feed, shards
@@ -162,9 +163,8 @@ class Probe:
             temperature: Divides the model's outputs before the loss. If the loss comes
                 from ``forward``, the outputs are divided when they leave the model. If
                 ``forward`` calls a single module inside the model instead, the outputs
-                of this module are divided. The temperature is not used if the loss is
-                computed inside the model or from several modules; :attr:`problems`
-                then says so.
+                of this module are divided. If the loss is computed inside the model or
+                from several modules, it is not used, and :attr:`problems` says so.
 
         Returns:
             Hg by parameter name, which the caller may overwrite.
@@ -201,10 +201,7 @@ class Probe:
         return self._synflow.gradients(self.step, self._device)
 
     def explain_zero_saliency(self, names: Sequence[str]) -> dict[str, str]:
-        """Return the cause why each weight has a saliency of exactly 0, by name.
-
-        This may make the last measurement again.
-        """
+        """Return why each weight has a saliency of 0; may make the last pass again."""
         return dead_gradients.explain(
             {name: self.parameters[name] for name in names},
             self.weights,
@@ -226,14 +223,8 @@ class Probe:
             by: Name of the method's function, for the message.
         """
         self._open()
-        return protected(
-            by,
-            self.parameters,
-            self._buffers,
-            self._stand_ins,
-            self.gates,
-            self.masks,
-        )
+        known, own, stand_ins = self.parameters, self._buffers, self._stand_ins
+        return protected(by, known, own, stand_ins, self.gates, self.masks)
 
     def evaluation_mode(self) -> AbstractContextManager[None]:
         """Return a context in which every module is in evaluation mode."""
@@ -270,10 +261,6 @@ class Probe:
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         self._stand_ins.put(self._opening.values(), self._exit)
         self._stand_ins.mask(self.masks)
-
-    def _remember(self) -> Callable[[], None]:
-        """Return a function that undoes what a pass may change."""
-        return self._stand_ins.remember(self.gates)
 
     def _loss_of(self, batch: Any, temperature: float) -> Tensor:
         """Return the loss of a batch, with gates open."""
