@@ -114,7 +114,7 @@ class SaliencyMethod(Reparametrisation):
         return probe.gradients()
 
     @staticmethod
-    def score(weight: Tensor, signal: Any) -> Tensor:
+    def score(weight: Tensor, signal: Any, /) -> Tensor:
         """Score of each weight, higher = keep.
 
         Args:
