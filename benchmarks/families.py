@@ -70,7 +70,8 @@ def models_to_run(path: Path) -> dict[str, str]:
     if path.exists():
         known = json.loads(path.read_text())
         if known["timm"] == timm.__version__:
-            return known["models"]
+            kept: dict[str, str] = known["models"]
+            return kept
     sizes: dict[str, int] = {}
     families: dict[str, str] = {}
     for family in timm.list_modules():
@@ -92,7 +93,7 @@ def models_to_run(path: Path) -> dict[str, str]:
 def image_size(name: str, smallest: int) -> int:
     """Height and width to run at: the model's own where it is fixed."""
     cfg = timm.get_pretrained_cfg(name)
-    own = cfg.input_size[-1]
+    own: int = cfg.input_size[-1]
     if cfg.fixed_input_size or own < smallest:
         return own
     return max(smallest, *(cfg.min_input_size or (0,)))
@@ -128,7 +129,8 @@ def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
     """The outputs in evaluation mode, of the first head where there are several."""
     with torch.no_grad():
         outputs = model.eval()(inputs)
-    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+    first: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    return first
 
 
 def try_out(model: nn.Module, loader: Any) -> None:
@@ -221,7 +223,7 @@ def why(warnings: list[str]) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The results in Markdown: how many lose half, and a row for each model."""
-    columns = {
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
         "SNIP, gates closed": lambda r: r["snip_closed"],
         "SNIP": lambda r: r["snip_open"],
         "FORCE": lambda r: r["force"]["0.9"],

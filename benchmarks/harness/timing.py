@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def clock() -> float:
     """Seconds, once a GPU has done what it was given."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -60,7 +60,7 @@ class Compiled:
         if self._device.type == "cuda":
             # A CUDA graph writes to the same memory in each pass, so its gradients are
             # added to tensors of ours.
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            torch.compiler.cudagraph_mark_step_begin()
             for leaf in leaves.values():
                 if leaf.grad is None:
                     leaf.grad = torch.zeros_like(leaf)

@@ -74,7 +74,7 @@ def in_mode(model: nn.Module, mode: Mode, seed: int = 0) -> Iterator[None]:
             randomness()
 
 
-class _Means(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Means(TorchDispatchMode):
     """Random values are their means, of whatever shape they are."""
 
     supports_higher_order_operators = True
