@@ -152,16 +152,21 @@ def measured(model: nn.Module, batches: Batches) -> Result:
     }
 
 
+def shuffled(size: int, seed: int) -> Batches:
+    images, targets = _shared["train"]
+    return Batches(images, targets, size, seed)
+
+
 def pruned(run: Run) -> tuple[nn.Module, Result]:
     """Return a pruned network before training, and measurements of its mask."""
     preset, device = PRESETS[run.preset], _shared["device"]
     model = make(run.network, run.seed)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     if not run.sparsity:
         return model, {}
     report = force_prune(
         model,
-        Batches(*_shared["train"], preset.batch, 10 * run.seed),
+        shuffled(preset.batch, 10 * run.seed),
         run.sparsity,
         method=run.method,
         steps=run.steps,
@@ -173,11 +178,11 @@ def pruned(run: Run) -> tuple[nn.Module, Result]:
     if run.mask == "shuffled":
         masks = shuffle_masks(get_masks(model))
         model = make(run.network, run.seed)
-        apply_masks(model.to(device, memory_format=torch.channels_last), masks)
+        apply_masks(model.to(device).to(memory_format=torch.channels_last), masks)
     elif run.mask == "reinitialised":
         reinitialise(model, make(run.network, 1000 + run.seed))
     kept = [layer.kept for layer in report.layers]  # in the order of layers_of
-    others = Batches(*_shared["train"], preset.batch, 10 * run.seed + 2)
+    others = shuffled(preset.batch, 10 * run.seed + 2)
     return model, {"kept": kept, **measured(model, others)}
 
 
@@ -185,7 +190,7 @@ def execute(run: Run) -> Result:
     """Prune, train and test one network."""
     preset, device = PRESETS[run.preset], _shared["device"]
     model, result = pruned(run)
-    batches = Batches(*_shared["train"], preset.batch, 10 * run.seed + 1)
+    batches = shuffled(preset.batch, 10 * run.seed + 1)
     optimizer = torch.optim.SGD(
         model.parameters(), preset.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
     )

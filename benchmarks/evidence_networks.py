@@ -28,9 +28,10 @@ def make(network: str, seed: int) -> nn.Module:
 
 
 def resnet(**widths: Any) -> nn.Module:
-    return timm.create_model(
+    model: nn.Module = timm.create_model(
         "resnet18", num_classes=10, in_chans=1, zero_init_last=False, **widths
     )
+    return model
 
 
 def vgg(*widths: int) -> nn.Module:

@@ -75,7 +75,8 @@ def models_to_run(path: Path) -> dict[str, str]:
     if path.exists():
         known = json.loads(path.read_text())
         if known["timm"] == timm.__version__:
-            return known["models"]
+            kept: dict[str, str] = known["models"]
+            return kept
     sizes: dict[str, int] = {}
     families: dict[str, str] = {}
     for family in timm.list_modules():
@@ -97,7 +98,7 @@ def models_to_run(path: Path) -> dict[str, str]:
 def image_size(name: str, smallest: int) -> int:
     """Return the height and width to run at; a fixed-size model keeps its own."""
     cfg = timm.get_pretrained_cfg(name)
-    own = cfg.input_size[-1]
+    own: int = cfg.input_size[-1]
     if cfg.fixed_input_size or own < smallest:
         return own
     return max(smallest, *(cfg.min_input_size or (0,)))
@@ -133,7 +134,8 @@ def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the outputs of the first head in evaluation mode."""
     with torch.no_grad():
         outputs = model.eval()(inputs)
-    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+    first: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    return first
 
 
 def try_out(model: nn.Module, loader: Any) -> None:
@@ -226,7 +228,7 @@ def why(warnings: list[str]) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the results in Markdown: how many models lose half, and all rows."""
-    columns = {
+    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
         "SNIP, gates closed": lambda r: r["snip_closed"],
         "SNIP": lambda r: r["snip_open"],
         "FORCE": lambda r: r["force"]["0.9"],

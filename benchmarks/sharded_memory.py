@@ -19,13 +19,13 @@ from pathlib import Path
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from harness.machine import in_words
 from harness.memory import freed_at_once, of_process
 from harness.options import parser_of
 from harness.timing import seconds
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 
 from force_plugin import force_prune
 
@@ -67,7 +67,7 @@ def work(
 def measure(size: int, form: str, args: argparse.Namespace) -> tuple[float, float]:
     """Return the largest peak of any rank in bytes, and the seconds per step."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (size, form, args, folder), nprocs=size)
+        spawn(work, (size, form, args, folder), nprocs=size)
         rows = [Path(folder, str(r)).read_text("utf-8").split() for r in range(size)]
     peaks, times = zip(*rows, strict=True)
     return max(map(float, peaks)), max(map(float, times))

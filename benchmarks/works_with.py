@@ -32,6 +32,7 @@ import timm.layers
 import torch
 import torch.distributed as dist
 from harness.options import parser_of
+from torch.multiprocessing.spawn import spawn
 from works_with_rows import (
     cases,
     copies,
@@ -87,8 +88,9 @@ def outcomes(function: Row, masks: Masks, batch: Batch) -> list[str]:
         return [outcome(function, case) for case in forms(masks, batch).values()]
     with tempfile.TemporaryDirectory() as folder:
         arguments = (function, masks, batch, Path(folder))
-        torch.multiprocessing.spawn(run_rank, arguments, nprocs=2)
-        return json.loads(Path(folder, "outcomes").read_text())
+        spawn(run_rank, arguments, nprocs=2)
+        told: list[str] = json.loads(Path(folder, "outcomes").read_text())
+        return told
 
 
 def run_rank(

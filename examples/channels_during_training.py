@@ -37,8 +37,9 @@ def train(sparsities: dict[int, float]) -> list[tuple[float, float]]:
         if epoch in sparsities:
             now = 1 - (1 - sparsities[epoch]) / (1 - before)  # of those that are left
             steps = 0 if epoch else 5  # while training, one step at a time
-            options = {"steps": steps, "batches": 4, "progress": False}
-            model = snap_prune(model, batches, example, now, **options)
+            model = snap_prune(
+                model, batches, example, now, steps=steps, batches=4, progress=False
+            )
             optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
             before = sparsities[epoch]
         model.train()

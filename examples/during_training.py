@@ -35,8 +35,8 @@ def train(sparsities: dict[int, float]) -> list[tuple[float, float]]:
     results = []
     for epoch in range(EPOCHS):
         if epoch in sparsities:  # these three lines are ours
-            options = {"method": "snip", "batches": 4, "progress": False}
-            force_prune(model, batches, sparsities[epoch], **options)
+            share = sparsities[epoch]
+            force_prune(model, batches, share, method="snip", batches=4, progress=False)
         model.train()
         for inputs, targets in batches:
             loss = nn.functional.cross_entropy(model(inputs), targets)

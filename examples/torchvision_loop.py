@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -64,12 +65,12 @@ def train_with(script: Path, folder: Path) -> None:
         --device cpu --workers 0 --batch-size 64 --lr 0.1 --label-smoothing 0.1
         --train-crop-size 32 --val-crop-size 32 --val-resize-size 32
         --model-ema --model-ema-steps 1 --model-ema-decay 0.99 --output-dir""".split()
-    subprocess.run([*command, folder / "first", "--epochs", "2"], check=True)
+    subprocess.run([*command, str(folder / "first"), "--epochs", "2"], check=True)
     # What the script saves of its arguments, its --resume refuses to load.
     saved = torch.load(folder / "first" / "checkpoint.pth", weights_only=False)
     del saved["args"]
     torch.save(saved, folder / "resume.pth")
-    command += [folder / "second", "--resume", folder / "resume.pth"]
+    command += [str(folder / "second"), "--resume", str(folder / "resume.pth")]
     subprocess.run([*command, "--epochs", "4"], check=True)
     subprocess.run([*command, "--test-only"], check=True)
     print_zeros(
@@ -93,8 +94,12 @@ def train_here() -> None:
 
     normalisations = [p for p in model.parameters() if p.ndim == 1]
     others = [p for p in model.parameters() if p.ndim > 1]
+    groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": normalisations, "weight_decay": 0},
+    ]
     optimizer = torch.optim.SGD(
-        [{"params": others}, {"params": normalisations, "weight_decay": 0}],
+        groups,
         lr=0.1,
         momentum=0.9,
         weight_decay=1e-4,

@@ -539,7 +539,7 @@ def together(
     """Two processes of a torchrun: what they printed, and the folder they wrote to."""
     out = tmp_path_factory.mktemp("together")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "force_plugin.cli", MODEL, *QUICK[:-1], "--data", images]
+    command += ["-m", "force_plugin.cli", MODEL, *QUICK[:-1], "--data", str(images)]
     done = python(*command, "--image-size", "32", "--out", out, cwd=out)
     assert done.returncode == 0, done.stderr
     return done, out

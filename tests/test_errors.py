@@ -517,7 +517,7 @@ def test_a_second_derivative_that_pytorch_lacks_is_said_to_be_lacking() -> None:
 def test_steps_that_a_method_does_not_take_are_said_not_to_be_used() -> None:
     model = nn.Linear(6, 3)
     batch = (torch.randn(5, 6), torch.arange(5) % 3)
-    options = {"method": "snip", "progress": False}
+    options: dict[str, Any] = {"method": "snip", "progress": False}
     assert force_prune(model, [batch], 0.1, **options).warnings == ()
     report = force_prune(model, [batch], 0.5, steps=10, **options)
     assert report.warnings == ("steps=10 was not used: snip has its own number",)

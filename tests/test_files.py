@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from force_plugin.hold import save_pruned
 
 def pruned(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40))
+    model: Any = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40))
     masks = {f"{i}.weight": torch.rand_like(model[i].weight) < 0.5 for i in range(2)}
     apply_masks(model, masks)
     return model

@@ -114,7 +114,7 @@ class Unused(nn.Module):
         self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)  # type: ignore[no-any-return]
+        return self.used(x)
 
 
 def prune(model: nn.Module, sparsity: float = 0.5, **options: Any) -> None:
@@ -124,7 +124,7 @@ def prune(model: nn.Module, sparsity: float = 0.5, **options: Any) -> None:
 
 def dead() -> nn.Sequential:
     """Nothing passes its activation."""
-    model = network()
+    model: Any = network()
     nn.init.constant_(model[0].bias, -100.0)
     return model
 
@@ -135,6 +135,13 @@ def file(path: Path, content: bytes = b"none") -> Path:
 
 
 Case = tuple[type[PruningError], Callable[[], nn.Module], Callable[[Any, Path], object]]
+
+
+def written(save: Callable[[Any, Path], None], what: Any, path: Path) -> Path:
+    save(what, path)
+    return path
+
+
 CASES: dict[str, Case] = {
     "nothing": (NothingToPruneError, lambda: nn.Embedding(4, 4), lambda m, _: prune(m)),
     "nothing_named": (
@@ -200,7 +207,7 @@ CASES: dict[str, Case] = {
     "weights_for_masks": (
         FileFormatError,
         pruned,
-        lambda m, path: load_masks(save_pruned(m, path) or path),
+        lambda m, path: load_masks(written(save_pruned, m, path)),
     ),
     "initial_weights": (
         FileFormatError,
@@ -220,7 +227,7 @@ CASES: dict[str, Case] = {
     "masks_for_a_compact_file": (
         FileFormatError,
         pruned,
-        lambda m, p: load_compact(m, save_masks(get_masks(m), p) or p),
+        lambda m, p: load_compact(m, written(save_masks, get_masks(m), p)),
     ),
     "no_channels": (
         NothingToPruneError,

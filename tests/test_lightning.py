@@ -52,7 +52,7 @@ class Classifier(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def loader() -> DataLoader:
+def loader() -> DataLoader[Any]:
     # In one order: Lightning draws from the generator of another.
     images = Subset(digits(16)[0], range(128))
     return DataLoader(images, batch_size=32)
@@ -85,7 +85,7 @@ def zeros(module: nn.Module) -> dict[str, Tensor]:
 def test_the_callback_prunes_as_force_prune_does_on_the_training_loss(
     tmp_path: Path,
 ) -> None:
-    options = {"method": "snip", "batches": 2, "progress": False}
+    options: dict[str, Any] = {"method": "snip", "batches": 2, "progress": False}
     callback = ForcePruning(0.8, **options)
     module, _ = fit(tmp_path, callback)
     expected = Classifier()
@@ -118,7 +118,7 @@ def test_the_callback_takes_another_loss(tmp_path: Path) -> None:
 
     options = {"method": "snip", "progress": False}
     module, _ = fit(tmp_path, ForcePruning(0.8, forward=forward, **options))
-    expected = Classifier()
+    expected: Any = Classifier()
     force_prune(expected, loader(), 0.8, forward=forward, method="snip", progress=False)
     masks = {name: ~mask for name, mask in get_masks(expected).items()}
     assert same(zeros(module), masks)

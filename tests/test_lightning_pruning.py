@@ -85,7 +85,8 @@ def test_by_magnitude_it_prunes_and_logs_as_model_pruning_does(
             [m.replace("`None`", "`Magnitude`") for m in caplog.messages if "App" in m]
         )
     # PyTorch's prune.remove changes the order.
-    assert same(*({k: state[k].float() for k in sorted(state)} for state in found))
+    ours, theirs = ({k: s[k].float() for k in sorted(s)} for s in found)
+    assert same(ours, theirs)
     assert lines[0] == lines[1]
     assert bool(lines[1]) == bool(options.get("verbose"))
 
@@ -195,9 +196,9 @@ def test_names_with_mask_in_them_can_be_saved(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
     run(module, callback, saves, enable_checkpointing=True, default_root_dir=tmp_path)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert same(
-        *({k: one[k] for k in sorted(one)} for one in (saved, module.state_dict()))
-    )
+    state = module.state_dict()
+    ours, theirs = ({k: s[k] for k in sorted(s)} for s in (saved, state))
+    assert same(ours, theirs)
     assert int((saved["my_mask_net.0.weight"] == 0).sum()) > 0
 
 

@@ -89,7 +89,7 @@ class NamedLoaders(Small):
 
 
 class Combined(Small):
-    mode = "min_size"
+    mode: Any = "min_size"
 
     def train_dataloader(self) -> Any:
         loaders = [rows(1, count=20), rows(2), rows(3, batch_size=6, count=6)]
@@ -108,12 +108,13 @@ class CombinedUnequally(Combined):
 
 class NoBatch(Small):
     def train_dataloader(self) -> Any:
-        return DataLoader([None, *rows()], batch_size=None)
+        given: Any = [None, *rows()]
+        return DataLoader(given, batch_size=None)
 
 
 class Streamed(Small):
     def train_dataloader(self) -> Any:
-        class Stream(IterableDataset):
+        class Stream(IterableDataset[Any]):
             def __iter__(self) -> Any:
                 return iter(torch.cat(list(rows())))
 
@@ -267,8 +268,9 @@ class Busy(Small):
         self.log_dict({"loss": loss, "steps": float(self.steps)}, prog_bar=True)
         self.logger.log_metrics({"direct": value}, self.steps)
         self.logger.experiment.log_metrics({"experiment": value}, self.steps)
-        self.trainer.datamodule.seen.append(float(batch.sum()))
-        self.trainer.noted = self.steps
+        trainer: Any = self.trainer
+        trainer.datamodule.seen.append(float(batch.sum()))
+        trainer.noted = self.steps
         self.lr_schedulers().gamma *= 0.9
         return loss
 
@@ -292,7 +294,7 @@ class Counting(lightning.LightningDataModule):
         return batch
 
 
-def everything(trainer: lightning.Trainer, module: Busy) -> list[Any]:
+def everything(trainer: Any, module: Busy) -> list[Any]:
     (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
     (logged,) = Path(trainer.default_root_dir).rglob("metrics.csv")
     return [

@@ -9,6 +9,7 @@ from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -351,7 +352,8 @@ def test_the_file_is_the_plain_model_with_zeros(
 def test_weights_that_start_at_0_are_not_0_in_the_file(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4, 6)).to(dtype)
+    model: Any = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4, 6))
+    model.to(dtype)
     nn.init.zeros_(model[0].weight)
     nn.init.zeros_(model[0].bias)
     nn.init.eye_(model[2].weight)
@@ -413,13 +415,13 @@ def assert_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
-def compiled(model: nn.Module, fullgraph: bool = False) -> nn.Module:
+def compiled(model: nn.Module, fullgraph: bool = False) -> Any:
     torch.compiler.reset()
     return torch.compile(model, backend="eager", fullgraph=fullgraph)
 
@@ -489,7 +491,7 @@ def test_a_model_is_evaluated_with_the_weights(weights: dict[str, Tensor]) -> No
 def test_no_weight_becomes_0_in_the_precision_of_the_model(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model = tiny_resnet()
+    model: Any = tiny_resnet()
     nn.init.zeros_(model[-1].weight)  # 1e-30 in the file
     force_prune(model, [], 0.5, method="random", progress=False)
     save_pruned(model, tmp_path / "pruned.safetensors")
@@ -517,7 +519,7 @@ def test_copies_get_the_weights_too(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = dense_network()
-    average = copy(model)
+    average: Any = copy(model)
     model(INPUTS)
     said = capsys.readouterr().err
     assert "into Sequential and a copy of it\n" in said
@@ -563,7 +565,7 @@ def test_what_nobody_has_any_more_is_no_copy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = dense_network()
-    copy = deepcopy(model)
+    copy: Any = deepcopy(model)
     copy.itself = [copy]
     del copy
     model(INPUTS)
@@ -590,7 +592,7 @@ def test_copies_that_are_not_found_as_modules_are_said_aloud(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = dense_network().to(dtype)
-    average = copy(model)
+    average: Any = copy(model)
     model(INPUTS.to(dtype))
     assert f"warning: {number} other tensors have its" in capsys.readouterr().err
     del average

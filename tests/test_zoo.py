@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_digits_come_at_a_size_that_the_model_takes(
 
 
 def test_a_model_that_needs_more_than_32_pixels_gets_its_own_size() -> None:
-    model = load_model(ANY_SIZE, num_classes=10)
+    model: Any = load_model(ANY_SIZE, num_classes=10)
     model.pretrained_cfg["min_input_size"] = (3, 64, 64)
     inputs, _ = next(iter(load_data(model, load_dataset(), batch_size=2)))
     assert inputs.shape == (2, 3, 160, 160)
@@ -217,7 +218,7 @@ def rank(number: int, size: int) -> Ranks:
 
 def test_ranks_share_out_a_data_set() -> None:
     dataset, _ = digits()
-    parts = [_part_of(dataset, rank(number, 5)) for number in range(5)]
+    parts: list[Any] = [_part_of(dataset, rank(number, 5)) for number in range(5)]
     (size,) = {len(part) for part in parts}
     assert size == len(dataset) // 5
     assert len({index for part in parts for index in part.indices}) == 5 * size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from statistics import mean, stdev
 
-from scipy.stats import t  # type: ignore[import-untyped]
+from scipy.stats import t
 
 
 def half_width(differences: list[float]) -> float:

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def clock() -> float:
     """Return the time in seconds, after a GPU has finished its work."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -24,7 +24,9 @@ class FromMask(Reparametrisation):
         return Magnitude(removed).compute_mask(self.mask, default_mask)
 
     @classmethod
-    def apply(cls, module: nn.Module, name: str, mask: Tensor) -> Any:
+    def apply(  # type: ignore[override]
+        cls, module: nn.Module, name: str, mask: Tensor
+    ) -> Any:
         """Apply the mask to a tensor of a module."""
         kept = getattr(module, f"{name}_mask", torch.ones_like(mask)).bool()
         removed = int((kept & ~mask.bool()).sum())
@@ -53,11 +55,12 @@ def number_to_prune(amount: float | int, tensor_size: int) -> int:
 
 def pytest_configure() -> None:
     """Replace classes and functions that PyTorch's ``l1_unstructured`` etc. call."""
-    prune.L1Unstructured = Magnitude
-    prune.RandomUnstructured = Random
-    prune.CustomFromMask = FromMask
-    prune.Identity = Identity
-    prune.PruningContainer = Container
-    prune._validate_pruning_amount_init = Magnitude
-    prune._validate_pruning_amount = check_size
-    prune._compute_nparams_toprune = number_to_prune
+    theirs: Any = prune
+    theirs.L1Unstructured = Magnitude
+    theirs.RandomUnstructured = Random
+    theirs.CustomFromMask = FromMask
+    theirs.Identity = Identity
+    theirs.PruningContainer = Container
+    theirs._validate_pruning_amount_init = Magnitude
+    theirs._validate_pruning_amount = check_size
+    theirs._compute_nparams_toprune = number_to_prune

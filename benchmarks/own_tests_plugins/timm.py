@@ -18,7 +18,7 @@ _create_model = timm.create_model
 
 def create_model(*args: object, **options: object) -> nn.Module:
     """Return a model of ``timm.create_model`` with half of its weights kept at 0."""
-    model = _create_model(*args, **options)
+    model: nn.Module = _create_model(*args, **options)
     with torch.random.fork_rng(devices=[]):
         force_prune(model, [], SPARSITY, method="random", progress=False)
     make_permanent(model)

@@ -59,5 +59,5 @@ def only_more(case: Case, model: nn.Module) -> Masks:
     return masks
 
 
-def linear_weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def linear_weights(model: nn.Module) -> list[tuple[nn.Linear, str]]:
     return [(m, "weight") for m in model.modules() if isinstance(m, nn.Linear)]

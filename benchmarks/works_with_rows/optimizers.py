@@ -8,7 +8,7 @@ from typing import Any
 
 import timm.optim
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import Optimizer
 
@@ -81,7 +81,7 @@ def stays_zero(case: Case, make: Callable[..., Optimizer]) -> None:
 def step_by_closure(case: Case, model: nn.Module, optimizer: Optimizer) -> None:
     twice = getattr(optimizer, "is_second_order", False)
 
-    def closure() -> Tensor:
+    def closure() -> Any:  # a tensor, where PyTorch says float
         optimizer.zero_grad()
         loss = cross_entropy(model(case.inputs), case.batch[1])
         loss.backward(create_graph=twice)

@@ -23,11 +23,12 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -91,7 +92,7 @@ def make(model: str, classes: int) -> nn.Module:
     return network
 
 
-def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
+def load(args: argparse.Namespace) -> tuple[Subset, Subset, datasets.CIFAR10]:
     """Images to train on, those held out, and those to test on."""
     plain = [
         v2.ToImage(),
@@ -115,11 +116,11 @@ def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: DataLoader, device: str) -> float:
     model.eval()
-    counts = [
-        int((model(images.to(device)).argmax(1).cpu() == targets).sum())
+    right = [
+        model(images.to(device)).argmax(1).cpu() == targets
         for images, targets in batches
     ]
-    return sum(counts) / len(batches.dataset)
+    return float(torch.cat(right).double().mean())
 
 
 def main() -> None:
@@ -132,7 +133,7 @@ def main() -> None:
         train, args.batch_size, shuffle=True, drop_last=True, **options
     )
     model = make(args.model, classes=len(test.classes))
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     args.out.mkdir(parents=True, exist_ok=True)
     last = args.out / "last.pt"
     state = torch.load(last, map_location=device) if last.exists() else None
@@ -163,7 +164,11 @@ def main() -> None:
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4
     )
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [150, 250], gamma=0.1)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+    }
     rows = []
     if state:
         rows = state["log"]

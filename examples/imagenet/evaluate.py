@@ -42,7 +42,7 @@ def top1_and_top5(model: nn.Module, args: argparse.Namespace) -> tuple[float, fl
         persistent_workers=args.workers > 0,
         use_prefetcher=False,
     )
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
     sums = [0.0, 0.0]
     for images, targets in tqdm(batches, "test", leave=False, disable=None):
         images = images.to(device, memory_format=torch.channels_last)
@@ -92,8 +92,9 @@ def main() -> None:
             layers.setdefault(layer.name, [layer.total]).append(density)
 
     names = [folder.name for folder in trained]
-    table = [list(rows[0]), *(list(row.values()) for row in rows)]
-    profile = [["layer", "weights", *names], *([k, *v] for k, v in layers.items())]
+    table: list[list[object]] = [[*rows[0]], *([*row.values()] for row in rows)]
+    profile: list[list[object]] = [["layer", "weights", *names]]
+    profile += [[name, *values] for name, values in layers.items()]
     for title, lines in (("Accuracy, %", table), ("Weights kept, %", profile)):
         texts = [[str(cell) for cell in line] for line in lines]
         widths = [max(map(len, column)) for column in zip(*texts, strict=True)]

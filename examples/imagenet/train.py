@@ -153,8 +153,12 @@ def main() -> None:
     whole = DistributedDataParallel(model, device_ids=[device.index] if cuda else None)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": 1e-4},
+        {"params": others},
+    ]
     optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": 1e-4}, {"params": others}],
+        groups,
         lr=args.lr * args.batch_size / 256,
         momentum=0.9,
     )

@@ -117,7 +117,7 @@ class SaliencyMethod(Reparametrisation):
         return probe.gradients()
 
     @staticmethod
-    def score(weight: Tensor, signal: Any) -> Tensor:
+    def score(weight: Tensor, signal: Any, /) -> Tensor:
         """Return the score of each weight of a tensor, higher = keep.
 
         Args:

@@ -12,6 +12,7 @@ changed.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -220,13 +221,13 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 def _factors(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit vectors whose outer product is proportional to a matrix.
 
-    The second vector is NaN if the matrix is no outer product.
+    Both vectors are NaN if the matrix is no outer product.
     """
     right = gradient[gradient.norm(dim=1).argmax()]
     right = right / right.norm()
     left = gradient @ right
     if not (gradient - left.outer(right)).norm() <= _TOLERANCE * left.norm():
-        right = right * float("nan")
+        left, right = left * math.nan, right * math.nan
     return left / left.norm(), right
 
 

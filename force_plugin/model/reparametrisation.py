@@ -379,7 +379,7 @@ def show(module: nn.Module, name: str) -> None:
     hook = find_hook(module, name)
     assert hook is not None
     with torch.enable_grad():
-        setattr(module, name, hook.apply_mask(module))  # type: ignore[no-untyped-call]
+        setattr(module, name, hook.apply_mask(module))
 
 
 def show_all(model: nn.Module) -> None:
@@ -401,7 +401,7 @@ def remove(module: nn.Module, name: str) -> None:
     package behind, if one of PyTorch's prunings has followed.
     """
     with _as_it_was(module, name):
-        prune.remove(module, name)  # type: ignore[no-untyped-call]
+        prune.remove(module, name)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Compiled:
         if self._device.type == "cuda":
             # A CUDA graph reuses its memory in each pass. So its gradients are added to
             # tensors outside of that memory.
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            torch.compiler.cudagraph_mark_step_begin()
             for leaf in leaves.values():
                 if leaf.grad is None:
                     leaf.grad = torch.zeros_like(leaf)

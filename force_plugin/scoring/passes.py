@@ -16,7 +16,7 @@ from force_plugin.selection.schedules import check_arguments, check_count
 
 Loader = Iterable[Any]
 LossFn = Callable[[Any, Any], Tensor]
-Forward = Callable[[nn.Module, Any], Tensor]
+Forward = Callable[[Any, Any], Tensor]
 
 
 class PassOptions(TypedDict, total=False):

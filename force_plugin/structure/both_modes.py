@@ -77,7 +77,7 @@ def in_mode(model: nn.Module, mode: Mode, seed: int = 0) -> Iterator[None]:
             randomness()
 
 
-class _Means(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Means(TorchDispatchMode):
     """A dispatch mode in which random functions return their means."""
 
     supports_higher_order_operators = True

@@ -129,6 +129,8 @@ class Hollow(dict[str, Any]):
 
 
 class Encoding(UserDict[str, Any]):
+    full: bool
+
     def __setitem__(self, key: str, value: Any) -> None:
         if hasattr(self, "full"):
             raise TypeError("full")
@@ -143,7 +145,7 @@ def encoding(**items: Any) -> Encoding:
 
 class Named(NamedTuple):
     x: Tensor
-    y: Tensor
+    y: Any
     note: Any = "a note"
 
 
@@ -250,7 +252,8 @@ BUILDS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "nested": lambda x, y: [{"x": Named(x, Record(y=y))}, None, "a note"],
 }
 
-ATTRIBUTES = ("attributes", "slots", "__dict__ = self", "kept twice", "BatchEncoding")
+ATTRIBUTES: tuple[str, ...] = ("attributes", "slots", "__dict__ = self", "kept twice")
+ATTRIBUTES += ("BatchEncoding",)
 ATTRIBUTES += ("BatchFeature", "NamedTuple", "namedtuple", "dataclass", "attrs")
 ATTRIBUTES += (
     "frozen dataclass",
@@ -352,7 +355,8 @@ def test_a_module_gets_the_type_that_it_is_called_with(build: str) -> None:
 
 
 def test_what_a_forward_takes_out_of_a_batch_stays_in_it() -> None:
-    batches = [{"x": torch.randn(4, 6), "y": torch.arange(4), "more": [1, 2]}]
+    x, y = torch.randn(4, 6), torch.arange(4)
+    batches: list[dict[str, Any]] = [{"x": x, "y": y, "more": [1, 2]}]
 
     def forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         batch["more"].pop()
@@ -451,7 +455,7 @@ def test_an_encoding_is_not_moved_in_place(kind: Any) -> None:
 
 
 def test_a_key_may_be_called_to() -> None:
-    batch = Record(to=torch.arange(4), x=torch.randn(4, 2))
+    batch: Any = Record(to=torch.arange(4), x=torch.randn(4, 2))
     moved = to_device(batch, CPU, {})
     assert torch.equal(moved.to, batch.to) and moved.to is not batch.to
 

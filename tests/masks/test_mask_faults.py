@@ -31,6 +31,10 @@ def permanent() -> nn.Sequential:
     return model
 
 
+def made_permanent(wrong: Any) -> Callable[[Any], None]:
+    return lambda _: make_permanent(wrong)
+
+
 NO_MASKS = r"^masks: expected a mapping of parameter names to tensors, got "
 
 UNPRUNED = (
@@ -238,7 +242,7 @@ ARGUMENTS: dict[str, Fault] = {
     ),
     **{
         f"{type(wrong).__name__} made permanent": Fault(
-            lambda m, wrong=wrong: make_permanent(wrong),
+            made_permanent(wrong),
             TypeError,
             f"{NO_MODULE}{type(wrong).__name__}$",
         )

@@ -20,7 +20,7 @@ from force_plugin import FORCE, Magnitude, apply_masks, get_masks, sparsity_repo
 from force_plugin.model.reparametrisation import Container
 
 
-def the_hook(module: nn.Module) -> prune.BasePruningMethod:
+def the_hook(module: nn.Module) -> Any:
     (hook,) = module._forward_pre_hooks.values()
     return hook
 
@@ -155,12 +155,13 @@ def test_what_is_no_module_is_refused(
 
 @pytest.mark.parametrize("dtype", [*TYPES, torch.int64], ids=str)
 def test_applied_masks_do_what_pytorchs_custom_masks_do(dtype: torch.dtype) -> None:
-    model, reference = network(), network()
+    model: Any = network()
+    reference: Any = network()
     masks = random_masks(model, "0.weight", "3.weight", "3.bias", "5.weight")
     apply_masks(model, {name: mask.to(dtype) for name, mask in masks.items()})
     for name, mask in masks.items():
-        layer, tensor = name.split(".")
-        prune.custom_from_mask(reference[int(layer)], tensor, mask)
+        index, tensor = name.split(".")
+        prune.custom_from_mask(reference[int(index)], tensor, mask)
     assert_same(get_masks(model), masks)
     assert sorted(model.state_dict()) == sorted(reference.state_dict())
     x = torch.randn(4, 2, 5, 5)
@@ -284,7 +285,7 @@ def test_pytorchs_own_pruning_goes_on_from_applied_masks() -> None:
 
 
 def test_both_owners_of_a_shared_weight_are_pruned_and_go_on_sharing_it() -> None:
-    model = tied()
+    model: Any = tied()
     mask = torch.rand(3, 3) < 0.5
     apply_masks(model, {"0.weight": mask})
     assert model[0].weight_orig is model[1].weight_orig

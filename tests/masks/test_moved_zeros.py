@@ -42,24 +42,24 @@ class OwnLinear(nn.Linear):
     """A layer of somebody's own that takes over the parameters of another."""
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> nn.Linear:
+    def of(cls, layer: Any) -> nn.Linear:
         made = cls(layer.in_features, layer.out_features)
         made.weight, made.bias = layer.weight, layer.bias
         return made
 
 
-def own(model: nn.Sequential) -> nn.Module:
+def own(model: Any) -> nn.Module:
     model[4] = OwnLinear.of(model[4])
     return model
 
 
 def quantisation_aware(model: nn.Sequential) -> nn.Module:
     model.qconfig = get_default_qat_qconfig("fbgemm")
-    return prepare_qat(model.train())  # type: ignore[no-any-return]
+    return prepare_qat(model.train())
 
 
 def fused(model: nn.Sequential) -> nn.Module:
-    return fuse_modules_qat(model.train(), [["0", "1"]])  # type: ignore[no-any-return]
+    return fuse_modules_qat(model.train(), [["0", "1"]])
 
 
 def fused_and_prepared(model: nn.Sequential) -> nn.Module:
@@ -84,12 +84,12 @@ def spectral(model: nn.Sequential) -> nn.Module:
 def tied_later(model: nn.Sequential) -> nn.Module:
     model.append(nn.Linear(16, 6, bias=False))
     model[7].weight = model[4].weight
-    del model[4], model[4]  # type: ignore[arg-type]
+    del model[4], model[4]
     return nn.Sequential(*model[:4], model[-1], nn.Tanh(), model[4])
 
 
-def rewrapped(model: nn.Sequential) -> nn.Module:
-    old = model[4]
+def rewrapped(model: Any) -> nn.Module:
+    old: Any = model[4]
     model[4] = nn.Linear(16, 6)
     model[4].weight = nn.Parameter(old.weight.data)
     return model
@@ -237,7 +237,7 @@ def test_zeros_stay_when_what_computes_a_weight_ends(norm: str, copied: bool) ->
 
 def test_a_new_parameter_with_zeros_of_its_own_is_not_held() -> None:
     model, _ = permanent_network()
-    other = network()
+    other: Any = network()
     del model[4].weight  # its zeros are nobody's now
     for shape in ((6, 16), (16, 6), (96,)):
         for values in (torch.zeros(shape), torch.eye(96)[0].view(shape)):
@@ -295,7 +295,7 @@ def test_the_zeros_of_a_parameter_end_with_it() -> None:
 
 
 def zero_head() -> nn.Sequential:
-    model = network()
+    model: Any = network()
     nn.init.zeros_(model[6].weight)
     return model
 
@@ -312,27 +312,33 @@ def assert_head_trains(model: nn.Module, masks: Masks) -> None:
     assert head[kept].count_nonzero() == kept.sum()
 
 
+def by_torch(model: nn.Module, path: Path) -> Masks:
+    torch.save(model.state_dict(), path)
+    return torch.load(path)
+
+
+def by_safetensors(model: nn.Module, path: Path) -> Masks:
+    safetensors.torch.save_file(model.state_dict(), path)
+    return safetensors.torch.load_file(path)
+
+
+def by_save_pruned(model: nn.Module, path: Path) -> Masks:
+    save_pruned(model, path)
+    return safetensors.torch.load_file(path)
+
+
 SAVED: dict[str, Callable[[nn.Module, Path], Masks]] = {
     "state dict": lambda model, path: model.state_dict(),
     "clones": lambda model, path: {
         name: value.clone() for name, value in model.state_dict().items()
     },
-    "torch.save": lambda model, path: (
-        torch.save(model.state_dict(), path),
-        torch.load(path),
-    )[1],
-    "safetensors": lambda model, path: (
-        safetensors.torch.save_file(model.state_dict(), path),
-        safetensors.torch.load_file(path),
-    )[1],
+    "torch.save": by_torch,
+    "safetensors": by_safetensors,
     "bfloat16": lambda model, path: {
         name: value.bfloat16() if value.is_floating_point() else value
         for name, value in model.state_dict().items()
     },
-    "save_pruned": lambda model, path: (
-        save_pruned(model, path),
-        safetensors.torch.load_file(path),
-    )[1],
+    "save_pruned": by_save_pruned,
 }
 
 
@@ -364,7 +370,7 @@ def test_a_layer_that_starts_at_0_trains_after_a_restart(
 def test_save_pruned_takes_what_pytorch_has_pruned(
     called: bool, tmp_path: Path
 ) -> None:
-    model = zero_head()
+    model: Any = zero_head()
     prune.l1_unstructured(model[0], "weight", amount=0.5)
     if called:
         model(images()).sum().backward()

@@ -222,7 +222,8 @@ def test_hooks_of_others_stay() -> None:
 
 def test_the_rest_of_a_model_stays_pruned_when_a_part_is_made_permanent() -> None:
     torch.manual_seed(0)
-    model, x = READERS["encoder"](), torch.randn(2, 5, 8)
+    model: Any = READERS["encoder"]()
+    x = torch.randn(2, 5, 8)
     masks = prune_some(model)
     before = model(x)
     make_permanent(model.self_attn.out_proj)
@@ -265,7 +266,8 @@ def test_a_shared_weight_goes_on_being_shared() -> None:
 def test_a_shared_weight_loses_what_any_owner_has_pruned(
     pruned: tuple[int, ...],
 ) -> None:
-    model, kept = tied(), torch.ones(32, 32, dtype=torch.bool)
+    model: Any = tied()
+    kept = torch.ones(32, 32, dtype=torch.bool)
     for index in pruned:
         mask = torch.rand(32, 32) < 0.7
         prune.custom_from_mask(model[index], "weight", mask)

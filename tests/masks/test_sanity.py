@@ -120,7 +120,8 @@ def test_values_are_those_of_the_fresh_model_where_the_mask_keeps_them(
     def build() -> nn.Module:
         return timm.create_model("test_resnet", num_classes=10)
 
-    model, fresh = pruned(build), made(1, build)
+    model = pruned(build)
+    fresh: Any = made(1, build)
     fresh.train()(torch.randn(4, 3, 32, 32))  # other running statistics
     masks, wanted = get_masks(model), copy.deepcopy(fresh)
     if permanent:
@@ -288,4 +289,4 @@ def test_models_that_do_not_fit_are_an_error(
 
 def test_what_is_no_model_is_an_error() -> None:
     with pytest.raises(TypeError):
-        reinitialise(pruned(), timm.create_model)  # type: ignore[arg-type]
+        reinitialise(pruned(), timm.create_model)

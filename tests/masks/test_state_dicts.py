@@ -34,8 +34,11 @@ State = dict[str, Any]
 
 def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    shape = (8, 3, 32, 32) if hasattr(model, "num_classes") else (8, 2, 5, 5)
-    shape = (8, 3) if len(model._modules) == 2 else shape
+    shape: tuple[int, ...] = (8, 2, 5, 5)
+    if len(model._modules) == 2:
+        shape = (8, 3)
+    elif hasattr(model, "num_classes"):
+        shape = (8, 3, 32, 32)
     inputs = torch.randn(shape, generator=generator)
     return inputs, torch.randint(3, (8,), generator=generator)
 
@@ -227,7 +230,7 @@ def test_what_is_pruned_is_zero_and_what_was_loaded_can_be_copied() -> None:
 @pytest.mark.parametrize("wrap", [nn.Identity, nn.DataParallel])
 def test_the_state_is_copied(wrap: type[nn.Module]) -> None:
     source = pruned()
-    state = (source if wrap is nn.Identity else wrap(source)).state_dict()
+    state: Any = (source if wrap is nn.Identity else wrap(source)).state_dict()
     before = copy.deepcopy(state)
     model = network(seed=1)
     load_pruned_state_dict(model, state)
@@ -307,7 +310,7 @@ def test_a_module_with_two_names_is_pruned_once() -> None:
 
 
 def test_an_attention_layer_that_only_reads_its_projection_gets_its_gradient() -> None:
-    def attend(model: nn.Module) -> Tensor:
+    def attend(model: Any) -> Tensor:
         x = torch.linspace(-1, 1, 24).view(2, 3, 4).sin()
         model.zero_grad()
         model(x, x, x)[0].square().sum().backward()
@@ -381,7 +384,8 @@ def test_names_of_a_wrapped_model_are_those_of_the_model(prefix: str) -> None:
 
 def test_the_state_of_pytorchs_own_wrappers_is_loaded() -> None:
     model = pruned("biases")
-    for wrapped in (nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
+    wraps: list[Any] = [nn.DataParallel(model), torch.compile(nn.DataParallel(model))]
+    for wrapped in wraps:
         fresh = network(seed=1)
         load_pruned_state_dict(fresh, wrapped.state_dict())
         assert_same_state(fresh, model.state_dict())
@@ -650,7 +654,7 @@ def test_a_recurrent_layer_goes_on_as_it_was() -> None:
 
 
 def test_the_hook_counts_what_its_mask_removes() -> None:
-    fresh = network(seed=1)
+    fresh: Any = network(seed=1)
     load_pruned_state_dict(fresh, pruned().state_dict())
     (hook,) = fresh[3]._forward_pre_hooks.values()
     assert hook.amount == (~fresh[3].weight_mask).count_nonzero()

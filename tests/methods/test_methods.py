@@ -67,7 +67,7 @@ def test_global_pruning_by_scores(method: type[SaliencyMethod], amount: float) -
 def test_one_module_pruned_by_scores(
     method: type[SaliencyMethod], amount: float
 ) -> None:
-    module = nn.Linear(8, 5)
+    module: Any = nn.Linear(8, 5)
     parameter, dense = module.weight, module.weight.detach().clone()
     scores = noise(dense.shape)
     hook = method.apply(module, "weight", amount=amount, importance_scores=scores)
@@ -89,7 +89,7 @@ def test_one_module_pruned_by_scores(
 def test_pruning_again_only_removes_more(
     method: type[SaliencyMethod], first: float, second: float
 ) -> None:
-    module = nn.Linear(8, 5)
+    module: Any = nn.Linear(8, 5)
     method.apply(module, "weight", amount=first, importance_scores=noise((5, 8)))
     before = module.weight_mask.clone()
     left = int(before.sum())
@@ -120,7 +120,9 @@ def test_methods_mix_with_those_of_pytorch(ours_first: bool) -> None:
     for step in steps if ours_first else reversed(steps):
         step()
     assert int(module.weight_mask.sum()) == (10 if ours_first else 15)
-    again = SNIP.apply(module, "weight", amount=3, importance_scores=noise((5, 8), 5))
+    again: Any = SNIP.apply(
+        module, "weight", amount=3, importance_scores=noise((5, 8), 5)
+    )
     assert len(again) == 3
     assert int(module.weight_mask.sum()) == (7 if ours_first else 12)
 
@@ -135,7 +137,7 @@ def test_exactly_as_many_go_when_the_lowest_scores_are_minus_infinity() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])
 def test_scores_of_any_dtype(dtype: torch.dtype) -> None:
-    module = nn.Linear(4, 3)
+    module: Any = nn.Linear(4, 3)
     scores = torch.randperm(12).view(3, 4).to(dtype)
     SNIP.apply(module, "weight", amount=5, importance_scores=scores)
     assert torch.equal(module.weight_mask, scores >= 5)
@@ -159,7 +161,8 @@ def test_a_bias_is_pruned_like_a_weight() -> None:
 @pytest.mark.parametrize("given", [True, False], ids=["scores", "no scores"])
 @pytest.mark.parametrize("amount", [0.5, 0.25, 3, 40])
 def test_magnitude_is_pytorchs_l1(amount: float, given: bool) -> None:
-    ours, theirs = nn.Linear(8, 5), nn.Linear(8, 5)
+    ours: Any = nn.Linear(8, 5)
+    theirs: Any = nn.Linear(8, 5)
     theirs.load_state_dict(ours.state_dict())
     scores = noise((5, 8)) - 0.5 if given else None
     Magnitude.apply(ours, "weight", amount=amount, importance_scores=scores)
@@ -199,7 +202,7 @@ def test_random_without_scores_follows_the_seed(globally: bool) -> None:
 
 
 def test_random_is_uniform_noise_that_advances_the_global_generator() -> None:
-    model = network()
+    model: Any = network()
     torch.manual_seed(4)
     scores = saliency(model, [], Random)
     torch.manual_seed(4)

@@ -169,12 +169,14 @@ def test_a_function_of_a_method_that_cannot_be_called_is_named(
 
 def test_a_function_that_can_be_called_may_be_written_in_any_way() -> None:
     class Undecorated(SaliencyMethod):
-        def score(weight: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        def score(  # type: ignore[misc, override]
+            weight: Tensor, gradient: Tensor
+        ) -> Tensor:
             return taylor(weight, gradient)
 
     class WithMore(SaliencyMethod):
         @classmethod
-        def score(cls, weight: Tensor, signal: Tensor, power: int = 2) -> Tensor:  # type: ignore[override]
+        def score(cls, weight: Tensor, signal: Tensor, power: int = 2) -> Tensor:
             return (weight * signal) ** power
 
     class Free(SaliencyMethod):
@@ -184,7 +186,7 @@ def test_a_function_that_can_be_called_may_be_written_in_any_way() -> None:
         score = staticmethod(taylor)
 
         @staticmethod
-        def measure(probe: Any) -> Any:  # type: ignore[override]
+        def measure(probe: Any) -> Any:
             return probe.gradients()
 
     expected = saliency(network(), [waves()], Taylor)

@@ -31,7 +31,7 @@ from force_plugin import (
 from force_plugin.errors import MethodError
 from force_plugin.methods.base import elementwise
 
-Writer = Callable[[Tensor], object]
+Writer = Callable[[Any], object]
 
 
 WRITERS: dict[str, Writer] = {
@@ -116,7 +116,7 @@ ELSEWHERE: dict[str, Callable[[nn.Parameter, Tensor], object]] = {
     "a parameter": lambda w, b: w.data.mul_(2),
     "other data": lambda w, b: setattr(w, "data", w.data.double()),
     "a buffer": lambda w, b: b.add_(1),
-    "a gradient": lambda w, b: w.grad.add_(1),  # type: ignore[union-attr]
+    "a gradient": lambda w, b: w.grad.add_(1),
     "no gradient": lambda w, b: setattr(w, "grad", None),
     "a new gradient": lambda w, b: setattr(w, "grad", torch.zeros_like(w)),
     "frozen": lambda w, b: w.requires_grad_(False),
@@ -294,7 +294,7 @@ def test_a_measure_may_write_into_what_it_measures() -> None:
             for parameter in probe.model.parameters():
                 parameter.abs_()
 
-    model = network()
+    model: Any = network()
     scores = {}
     with unchanged(model):
         scores["written"] = saliency(model, [batch()], measuring(positive))
@@ -332,9 +332,10 @@ def test_a_ranking_that_works_in_place_does_not_change_the_model(
                 default_mask.zero_()
             return mask
 
-    model, plain = network(), network()
+    model: Any = network()
+    plain: Any = network()
     dense = model[3].weight.detach().clone()
-    scores = noise(dense.shape) - 0.5 if scored else None
+    scores: Any = noise(dense.shape) - 0.5 if scored else None
     kept = scores.clone() if scores is not None else None
     for one, method in ((model, Mine), (plain, Magnitude)):
         pair = (one[3], "weight")
@@ -466,7 +467,7 @@ def test_scores_of_integers_and_of_truth_values_rank_too() -> None:
         def score(weight: Tensor, gradient: Tensor) -> Tensor:
             return weight > 0
 
-    model = nn.Linear(6, 4)
+    model: Any = nn.Linear(6, 4)
     positive = model.weight > 0
     count = int(positive.sum())
     force_prune(

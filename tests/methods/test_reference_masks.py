@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss
 
 from force_plugin import FORCE, SNIPIt, force_prune, get_masks, saliency, snap_prune
-from force_plugin.scoring.probe import Probe
+from force_plugin.methods import Measurements
 from force_plugin.selection.schedules import count_kept, kept_per_step
 
 Batch = tuple[Tensor, Tensor]
@@ -127,7 +127,7 @@ class WithoutDeadChannels(FORCE):
     """FORCE in which a channel that has lost every weight gets none back."""
 
     @classmethod
-    def scores(cls, probe: Probe) -> dict[str, Tensor]:
+    def scores(cls, probe: Measurements) -> dict[str, Tensor]:
         scores = super().scores(probe)
         for name, mask in (probe.masks or {}).items():
             scores[name][~mask.flatten(1).any(1)] = 0
@@ -143,7 +143,7 @@ def test_the_authors_masks_are_those_in_which_dead_channels_return(
     theirs = joined(TINY_RESNET.masks(case))
     for method in (FORCE, WithoutDeadChannels):
         model = TINY_RESNET.network()
-        options = {"steps": 20, "method": method, "progress": False}
+        options: dict[str, Any] = {"steps": 20, "method": method, "progress": False}
         force_prune(model, TINY_RESNET.batches(1), 1 - density, **options)
         ours = joined(get_masks(model))
         differing = (ours != theirs).sum()
@@ -167,7 +167,7 @@ def test_snip_is_that_of_its_public_code(case: str) -> None:
 class WithOtherCounts(SNIPIt):
     """SNIP-it on the schedule that ``force_prune`` is given."""
 
-    schedule = None
+    schedule = None  # type: ignore[assignment]
 
 
 class OneStep(WithOtherCounts):
@@ -194,11 +194,13 @@ def snip_it_masks(
     """The pruned model, its masks, and what it was scored with."""
     name, setting = settings(case)
     model = SNIP_IT.network()
-    owners = [model.get_submodule(n.removesuffix(".weight")) for n in SNIP_IT.names]
+    owners: list[Any] = [
+        model.get_submodule(n.removesuffix(".weight")) for n in SNIP_IT.names
+    ]
     if setting["outer"] == "0":  # the first and the last layer stay dense
         owners = owners[1:-1]
     count = int(setting["batches"])
-    how = {
+    how: dict[str, Any] = {
         "batches": count,
         "loss_fn": LOSSES[loss or setting["loss"]],
         "parameters": [(owner, "weight") for owner in owners],
@@ -269,7 +271,7 @@ def snap_it_masks(case: str, *, their_counts: bool) -> dict[str, Tensor]:
     method, setting = settings(case)
     model: Any = SNAP_IT.network()
     loader = SNAP_IT.batches(int(setting["batches"]))
-    options = {
+    options: dict[str, Any] = {
         "batches": len(loader),
         "loss_fn": LOSSES[setting["loss"]],
         "progress": False,

@@ -56,7 +56,7 @@ def module(
             for key, value in attributes.items():
                 setattr(self, key, value)
 
-    Own.forward = forward  # type: ignore[method-assign, assignment]
+    Own.forward = forward
     return Own
 
 
@@ -74,7 +74,7 @@ class Lora(nn.Module):
         return F.linear(x, self.weight) + self.up(self.down(self.dropout(x)))
 
 
-class Sub(Conv1D):  # type: ignore[misc]
+class Sub(Conv1D):
     """A subclass of transformers' own."""
 
 
@@ -201,6 +201,7 @@ class Stubborn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 4))
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
         self.norm = nn.BatchNorm1d(4)
         self.seen = []
@@ -256,14 +257,18 @@ def loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 def gpt2(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(vocab_size=99, **sizes, **ends, **options))
 
 
 def bert() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     return BertForMaskedLM(
         BertConfig(vocab_size=500, hidden_size=32, max_position_embeddings=32, **sizes)
     )
@@ -271,15 +276,24 @@ def bert() -> nn.Module:
 
 def t5() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=99, decoder_start_token_id=0, **sizes)
-    )
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 1,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
+    return T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes))
 
 
 def mixtral() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_local_experts": 4}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_local_experts": 4,
+    }
     return MixtralForCausalLM(
         MixtralConfig(
             vocab_size=99,
@@ -390,7 +404,7 @@ def test_conv1d_is_pruned_by_every_method_and_held() -> None:
 def test_the_gate_of_a_transposed_matrix_is_opened_by_its_inputs() -> None:
     """Weights of 0 become PyTorch's initialisation: uniform in ±1 / √inputs."""
     torch.manual_seed(0)
-    model = nn.Sequential(Conv1D(8, 400), nn.ReLU(), nn.Linear(8, 4))
+    model: Any = nn.Sequential(Conv1D(8, 400), nn.ReLU(), nn.Linear(8, 4))
     nn.init.zeros_(model[0].weight)
     scores = saliency(
         model, [(torch.ones(3, 400), torch.arange(3))], "magnitude", open_gates=True
@@ -459,7 +473,7 @@ NOTHING: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "among what was passed over: GRU 54, Embedding 12$",
     ),
     "tied": (
-        lambda: nn.ModuleDict({"e": (m := tied("embedding"))["embed"], "h": m["head"]}),  # type: ignore[index]
+        lambda: nn.ModuleDict({"e": (m := tied("embedding"))["embed"], "h": m["head"]}),
         "among what was passed over: Embedding tied to Linear 45$",
     ),
 }
@@ -483,7 +497,7 @@ class Recurrent(nn.Module):
         self(torch.zeros(1, 2, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(self.embed(x))[0].mean(1))  # type: ignore[no-any-return]
+        return self.head(self.rnn(self.embed(x))[0].mean(1))
 
 
 @pytest.mark.parametrize(
@@ -537,7 +551,9 @@ def test_a_recurrent_layer_is_passed_over_and_can_be_named(
 
 def test_attention_is_passed_over_in_part_and_can_be_named() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True))
+    model: Any = nn.Sequential(
+        nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    )
     model.append(nn.Flatten()).append(nn.Linear(40, 3))
     batch = (torch.randn(6, 5, 8), torch.arange(6) % 3)
     report = sparsity_report(model)

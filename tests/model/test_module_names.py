@@ -207,7 +207,7 @@ class Own(nn.Module):
         self.fc = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.module(x))  # type: ignore[no-any-return]
+        return self.fc(self.module(x))
 
 
 @pytest.mark.parametrize("wrap", ["compiled", "parallel", "compiled_parallel"])
@@ -265,7 +265,7 @@ def test_files_of_weights_have_plain_names(
 def test_an_error_has_plain_names() -> None:
     class Unused(Own):
         def forward(self, x: Tensor) -> Tensor:
-            return self.module(x)  # type: ignore[no-any-return]
+            return self.module(x)
 
     model = compiled(nn.DataParallel(Unused()))
     with pytest.raises(RuntimeError, match=r"^no gradient reached fc\.weight at"):

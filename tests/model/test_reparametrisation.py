@@ -146,7 +146,7 @@ def _saved(model: nn.Module) -> nn.Module:
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "deepcopy of a deepcopy": lambda model: copy.deepcopy(copy.deepcopy(model)),
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),  # type: ignore[no-any-return]
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "torch.save": _saved,
 }
 
@@ -223,7 +223,7 @@ def test_an_average_of_the_weights_has_their_zeros(average: str, form: str) -> N
     for _ in range(3):
         train(model, 1)
         update(model)
-    inner = averaged.module
+    inner: Any = averaged.module
     inner.eval()(batch(model)[0])
     assert_holds(inner, masks)
     if average == "AveragedModel":
@@ -247,7 +247,7 @@ def _checkpointed(model: nn.Module, x: Tensor) -> Any:
 
 
 def _checkpointed_blocks(model: nn.Module, x: Tensor) -> Any:
-    model.set_grad_checkpointing(True)  # type: ignore[operator]
+    model.set_grad_checkpointing(True)
     return model(x)
 
 
@@ -339,7 +339,7 @@ def test_gradients_that_are_accumulated_are_those_of_a_bigger_batch() -> None:
         for half in (slice(0, 4), slice(4, 8)):
             (cross_entropy(model(inputs[half]), targets[half]) / 2).backward()
         cross_entropy(whole(inputs), targets).backward()
-        pairs = zip(model.parameters(), whole.parameters(), strict=True)
+        pairs: Any = zip(model.parameters(), whole.parameters(), strict=True)
         assert all(torch.allclose(p.grad, q.grad, atol=1e-12) for p, q in pairs)
 
 
@@ -347,7 +347,7 @@ def test_gradients_that_are_accumulated_are_those_of_a_bigger_batch() -> None:
 def test_it_can_be_frozen_but_for_its_head(form: str) -> None:
     model = pruned(form=form)
     model.requires_grad_(False)
-    head = model.get_classifier()  # type: ignore[operator]
+    head = model.get_classifier()
     head.requires_grad_(True)
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     losses = train(model)
@@ -361,7 +361,7 @@ def test_it_can_be_frozen_but_for_its_head(form: str) -> None:
 @every_form
 def test_a_classifier_that_is_reset_before_is_pruned(form: str) -> None:
     model = dense()
-    model.reset_classifier(7)  # type: ignore[operator]
+    model.reset_classifier(7)
     inputs, targets = batch(model)
     force_prune(model, [(inputs, targets % 7)], 0.7, method="snip", progress=False)
     masks = get_masks(model)
@@ -526,7 +526,7 @@ def test_parameters_keep_their_order_there_and_back() -> None:
 
 
 def test_prunings_of_both_kinds_can_follow_each_other() -> None:
-    model = pruned()
+    model: Any = pruned()
     first = get_masks(model)
     prune.l1_unstructured(model.fc, "weight", 0.5)
     prune.random_unstructured(model.conv1[0], "weight", 0.2)

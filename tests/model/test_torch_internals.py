@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.functional import linear
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import prune
@@ -122,7 +123,8 @@ class Every(nn.Module):
         self.register_module("nothing", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        bias: Any = self.bias
+        return linear(x, self.weight, bias)
 
 
 def names(module: nn.Module) -> list[str]:
@@ -243,7 +245,8 @@ def versions_in_a_state_dict() -> None:
 
 
 def an_epoch_beside_another() -> None:
-    loader = DataLoader(range(4), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    numbers: Any = range(4)
+    loader: Any = DataLoader(numbers, num_workers=1, persistent_workers=True)
     epoch = iter(loader)
     seen = [next(epoch).item()]
     with own_iterator(loader):
@@ -270,6 +273,11 @@ def tensors_of_a_class_of_their_own() -> None:
     assert found[0] == {"a": "own"} and isinstance(found[1][0], Tensor)
 
 
+def node_of(tensor: Tensor) -> Node:
+    assert tensor.grad_fn is not None
+    return tensor.grad_fn
+
+
 def layers_in_a_graph() -> None:
     image, vectors = torch.rand(2, 1, 4, 4), torch.rand(2, 3)
     layers = [
@@ -279,13 +287,14 @@ def layers_in_a_graph() -> None:
         (nn.Linear(3, 2, bias=False), vectors),
     ]
     for layer, inputs in layers:
-        node = layer(inputs).grad_fn
+        node = node_of(layer(inputs))
         assert is_layer(node), operation(node)
         way = [operand for operand, _ in node.next_functions if operand is not None]
-        found = [operand for operand in way if has_weight(node, operand)]
-        while hasattr(found[0], "next_functions") and found[0].next_functions:
-            found = [found[0].next_functions[0][0]]  # a transposition
-        assert found[0].variable is layer.weight
+        (weight,) = [operand for operand in way if has_weight(node, operand)]
+        leaf: Any = weight
+        while leaf.next_functions:  # a transposition
+            leaf = leaf.next_functions[0][0]
+        assert leaf.variable is layer.weight
         assert torch.equal(layer_inputs(node), inputs)
 
 
@@ -293,13 +302,11 @@ def products_in_a_graph() -> None:
     x, w = torch.rand(2, 3, requires_grad=True), torch.rand(3, requires_grad=True)
 
     def multiplied(result: Tensor) -> dict[int, tuple[int, bool]]:
-        (node,) = [result.grad_fn]
-        assert node is not None
+        node = node_of(result)
         for product in products(node):
             operand = node.next_functions[product.factor][0]
-            values = getattr(operand, "variable", None)
-            assert product.values is not None
-            assert torch.equal(product.values, values)
+            assert operand is not None and product.values is not None
+            assert torch.equal(product.values, operand.variable)  # type: ignore[attr-defined]
         return {p.factor: (p.behind, p.normalises) for p in products(node)}
 
     assert multiplied(x * w) == {0: (1, False), 1: (0, False)}
@@ -308,20 +315,20 @@ def products_in_a_graph() -> None:
     batch, layer, group = nn.BatchNorm1d(3), nn.LayerNorm(3), nn.GroupNorm(1, 3)
     for norm in (batch, layer, group):
         assert multiplied(norm(x)) == {1: (0, True)}
-    assert not products(x.relu().grad_fn)
+    assert not products(node_of(x.relu()))
 
 
 def shapes_in_a_graph() -> None:
     x = torch.rand(2, 6, 1, requires_grad=True)
-    assert list(sizes_before(x.view(12).grad_fn)) == [2, 6, 1]
-    assert list(sizes_before(x.expand(2, 6, 4).grad_fn)) == [2, 6, 1]
+    assert tuple(sizes_before(node_of(x.view(12))) or ()) == (2, 6, 1)
+    assert tuple(sizes_before(node_of(x.expand(2, 6, 4))) or ()) == (2, 6, 1)
     for dim in (1, -2):
-        split = x.split([2, 4], dim)[0].grad_fn
+        split = node_of(x.split([2, 4], dim)[0])
         assert shapes_of_results(split) == [[2, 2, 1], [2, 4, 1]]
         assert dimension(split) == dim
-        assert dimension(torch.cat([x, x], dim).grad_fn) == dim
-    assert sizes_before(x.relu().grad_fn) is None
-    assert dimension(x.relu().grad_fn) is None
+        assert dimension(node_of(torch.cat([x, x], dim))) == dim
+    assert sizes_before(node_of(x.relu())) is None
+    assert dimension(node_of(x.relu())) is None
 
 
 @pytest.mark.parametrize(

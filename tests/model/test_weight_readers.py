@@ -49,7 +49,7 @@ class Tied(Reader):
 class Aliased(Reader):
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.layers.children()
-        return second(first(x)) @ first.weight  # type: ignore[no-any-return]
+        return second(first(x)) @ first.weight
 
 
 class Loop(Reader):
@@ -84,7 +84,8 @@ class Listed(Reader):
     """The weights are in a list that PyTorch is given, and among keyword arguments."""
 
     def forward(self, x: Tensor) -> Tensor:
-        both = torch.stack([layer.weight for layer in self.layers])
+        layers: Any = self.layers
+        both = torch.stack([layer.weight for layer in layers])
         return linear(input=x, weight=both.sum(0))
 
 
@@ -123,7 +124,7 @@ class Recurrent(nn.Module):
         self.body = nn.GRU(6, 6, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body.forward(x)[0]  # type: ignore[no-any-return]
+        return self.body.forward(x)[0]
 
 
 READERS: dict[str, Callable[[], nn.Module]] = {
@@ -143,7 +144,7 @@ READERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def loss_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    return model(inputs).square().sum()  # type: ignore[no-any-return]
+    return model(inputs).square().sum()
 
 
 def matrices(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -278,7 +279,7 @@ def test_a_loss_can_read_a_weight() -> None:
 
 
 def test_what_is_read_is_the_weight_of_now() -> None:
-    model = nn.Linear(6, 4)
+    model: Any = nn.Linear(6, 4)
     mask = torch.rand(4, 6) < 0.5
     apply_masks(model, {"weight": mask})
     weight, by_hand = model.weight, model.weight_orig
@@ -482,7 +483,7 @@ def test_a_hook_computes_from_what_was_made_permanent(hooked: str) -> None:
     torch.manual_seed(0)
     wrap, name = HOOKED[hooked]
     model = nn.Sequential(wrap(nn.Linear(6, 4)))
-    mask = torch.rand(model[0]._parameters[name].shape) < 0.5  # type: ignore
+    mask = torch.rand(model[0]._parameters[name].shape) < 0.5
     apply_masks(model, {f"0.{name}": mask})
     make_permanent(model)
     optimizer = sgd(model)

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "cifar" / "train.py"
 
 @cache
 def photographs() -> list[np.ndarray]:
-    return load_sample_images().images  # type: ignore[no-any-return]
+    return load_sample_images().images
 
 
 def write(path: Path, count: int, key: str, random: np.random.Generator) -> None:

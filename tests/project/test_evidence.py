@@ -33,7 +33,7 @@ def test_a_question_is_answered_and_drawn_once(
 ) -> None:
     out = tmp_path / "runs.jsonl"
     words = ["--preset", "digits", "--questions", "batches", "--methods", "snip"]
-    words += ["--seeds", "0", "--out", out]
+    words += ["--seeds", "0", "--out", str(out)]
     assert "6 of 6 runs to do" in run("evidence.py", *words).stderr
     total = sum(plots["layers_of"]("resnet_small").values())
     rows = [json.loads(line) for line in out.read_text().splitlines()]

@@ -239,7 +239,7 @@ def test_a_collapse_is_told_from_what_the_dense_network_had(
 def test_what_to_take_instead_is_what_the_method_leaves_to_the_caller(
     method: str, steps: int, advice: str
 ) -> None:
-    class Emptying(METHODS[method]):  # type: ignore[misc]
+    class Emptying(METHODS[method]):  # type: ignore[misc, valid-type]
         @classmethod
         def scores(cls, probe: Any) -> dict[str, Tensor]:
             scores = super().scores(probe)

@@ -134,8 +134,9 @@ def test_a_share_of_a_million_weights_is_counted_without_rounding_errors() -> No
             super().__init__()
             self.layers = nn.ModuleList(nn.Linear(100, 100) for _ in range(10))
             for number, layer in enumerate(self.layers):
-                nn.init.zeros_(layer.weight)
-                layer.weight.data[number, number] = 1.0
+                weight = layer.get_parameter("weight")
+                nn.init.zeros_(weight)
+                weight.data[number, number] = 1.0
 
     for sparsity, empty in ((0.9999, 0), (0.99991, 1), (0.99999, 9)):
         diagnosis = diagnose(Ten(), [], "magnitude", sparsities=(sparsity,))
@@ -237,7 +238,7 @@ def test_gates_are_those_that_a_report_names(method: str) -> None:
 
 
 def test_weights_that_are_0_are_gates_unless_the_method_ranks_them_unseen() -> None:
-    model = straight()
+    model: Any = straight()
     nn.init.zeros_(model[2].weight)
     for method in ("snip", "synflow"):
         diagnosis = diagnose(model, vectors(), method)
@@ -310,7 +311,7 @@ def test_the_advice_to_open_gates_is_for_layers_that_it_helps() -> None:
 def test_without_gates_hidden_layers_are_the_silent_ones_and_advice_is_withheld() -> (
     None
 ):
-    model = straight()
+    model: Any = straight()
     nn.init.constant_(model[0].bias, torch.inf)
     # tanh(∞) = 1, and is flat there.
     diagnosis = diagnose(model, vectors())

@@ -36,7 +36,7 @@ def test_a_loss_of_ones_own_reads_any_batch() -> None:
 
 
 def test_only_the_parameters_that_are_named_are_diagnosed() -> None:
-    model = Crooked()
+    model: Any = Crooked()
     chosen = [(model.stem, "weight"), (model.body[0].norm, "bias")]
     # A generator can be read once.
     diagnosis = diagnose(model, vectors(), parameters=(pair for pair in chosen))
@@ -51,7 +51,7 @@ def test_only_the_parameters_that_are_named_are_diagnosed() -> None:
 
 
 def test_a_stage_whose_parameters_are_not_named_in_a_row_is_listed_once() -> None:
-    model = Crooked(unused=False)
+    model: Any = Crooked(unused=False)
     pairs = [
         (model.body[0].first, "weight"),
         (model.stem, "weight"),

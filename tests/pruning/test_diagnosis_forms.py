@@ -93,7 +93,8 @@ def test_a_network_without_findings_says_so_and_has_no_column_for_gates() -> Non
     diagnosis = diagnose(straight(), vectors())
     lines = str(diagnosis).splitlines()
     assert diagnosis.findings == ()
-    assert diagnosis.gates == diagnosis.hidden == diagnosis.unused == ()
+    assert diagnosis.gates == ()
+    assert diagnosis.hidden == diagnosis.unused == ()
     assert lines[0] == "212 parameters, 188 of them (88.7 %) prunable in 3 layers"
     assert lines[2].split() == ["stage", "layers", "weights", "share", "saliency"]
     assert lines[-1] == "every layer has a saliency"

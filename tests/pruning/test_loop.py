@@ -265,7 +265,7 @@ def test_layers_of_several_number_formats_are_ranked_together() -> None:
 def test_a_channels_last_model_gets_the_same_masks(method: str, ties: bool) -> None:
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        model = convnet()
+        model: Any = convnet()
         if ties and method == "magnitude":
             for weight in prunable(model).values():
                 nn.init.ones_(weight)
@@ -392,7 +392,7 @@ def test_a_compiled_model_gets_the_masks_of_the_plain_one_and_trains(
         return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
     plain, inner = build(), build()
-    compiled = torch.compile(inner, backend="eager")
+    compiled: Any = torch.compile(inner, backend="eager")
     batch = (torch.randn(5, 6).double(), torch.arange(5) % 3)
     compiled(batch[0])
     for model in (plain, compiled):

@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,20 +147,20 @@ def test_any_sparsity_ends_at_its_floor_and_no_step_leaves_its_bounds(
 )
 @thorough
 def test_a_callable_is_followed_or_refused_and_never_corrected(
-    densities: list[object], ends_well: bool
+    densities: list[Any], ends_well: bool
 ) -> None:
     if ends_well:
         densities = [*densities[:-1], 0.25]
     total, steps = 1000, len(densities)
 
     def prune() -> list[int]:
-        return kept_per_step(lambda t, *_: densities[t - 1], steps, 0.75, total)  # type: ignore[arg-type, return-value]
+        return kept_per_step(lambda t, *_: densities[t - 1], steps, 0.75, total)
 
     if not all(isinstance(d, int | float) for d in densities):
         with pytest.raises(TypeError, match=r"^schedule: expected a density, a number"):
             prune()
         return
-    inside = [float(d) for d in densities if 0 <= d <= 1]  # type: ignore[operator, arg-type]
+    inside = [float(d) for d in densities if 0 <= d <= 1]
     counts = [math.floor(d * total + 1e-9) for d in inside]
     if (
         len(inside) == steps

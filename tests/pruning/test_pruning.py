@@ -92,7 +92,7 @@ def test_the_rounding_of_the_sparsity_costs_no_weight(
 
 @pytest.mark.parametrize("method", ["magnitude", "synflow"])
 def test_of_equal_scores_the_first_are_kept(method: str) -> None:
-    model = mlp(4, 4, 4, bias=False)
+    model: Any = mlp(4, 4, 4, bias=False)
     for layer in (model[0], model[2]):
         nn.init.constant_(layer.weight, 0.25)
     kept = pruned(model, vectors(4, 4), 0.4, method=method, steps=1)
@@ -244,7 +244,7 @@ class Tied(nn.Module):
 
 def test_a_shared_weight_counts_once_and_is_masked_wherever_it_is_used() -> None:
     torch.manual_seed(0)
-    model = Tied().double()
+    model: Any = Tied().double()
     batch = torch.arange(10) % 5, (torch.arange(10) * 3) % 5
     twin = deepcopy(model)
     cross_entropy(twin(batch[0]), batch[1]).backward()
@@ -389,7 +389,7 @@ def test_a_model_that_reads_the_weight_of_another_module_can_be_trained(
             if hasattr(module, "weight_mask"):
                 prune.remove(module, "weight")
         outputs.append(model(batch[0]))
-    assert torch.allclose(*outputs, atol=1e-6)
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("build", [multihead_attention, encoder_layer, beit])
@@ -436,7 +436,7 @@ def test_grasp_passes_unchanged_batches_twice() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_pruning_again_only_removes_more(method: str) -> None:
     model = convnet()
-    options = {"method": method, "steps": 3}
+    options: dict[str, Any] = {"method": method, "steps": 3}
     first = pruned(model, images(), 0.5, **options)
     same = pruned(model, images(), 0.5, **options)
     second = pruned(model, images(), 0.9, **options)

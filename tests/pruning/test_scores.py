@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from force_plugin import FORCE, METHODS, IterSNIP, SaliencyMethod, get_masks, saliency
+from force_plugin import FORCE, GraSP, IterSNIP, SaliencyMethod, get_masks, saliency
 
 
 def exponential(total: int, density: float, steps: int) -> list[int]:
@@ -137,11 +137,12 @@ def test_grasp_differentiates_attention_twice() -> None:
 def test_grasp_divides_outputs_by_its_temperature() -> None:
     model, loader = convnet(), images(1)
 
-    class Cold(METHODS["grasp"]):  # type: ignore[misc]
+    class Cold(GraSP):
         temperature = 2.0
 
     forward = lambda model, batch: cross_entropy(model(batch[0]), batch[1])  # noqa: E731
-    for options in ({}, {"forward": forward}):
+    ways: list[dict[str, Any]] = [{}, {"forward": forward}]
+    for options in ways:
         scores = saliency(model, loader, Cold, **options)
         assert agree(scores, hessian_gradient(model, loader, 2))
 
@@ -175,8 +176,8 @@ def test_synflow_scores_are_those_of_matrix_products() -> None:
         order = flat.masked_fill(~kept, -1).argsort(descending=True, stable=True)
         kept = torch.zeros_like(kept)
         kept[order[:left]] = True
-    ours = pruned(model, vectors(5, 3), 0.8, method="synflow", steps=3)
-    assert torch.equal(ours, kept)
+    found = pruned(model, vectors(5, 3), 0.8, method="synflow", steps=3)
+    assert torch.equal(found, kept)
 
 
 def test_synflow_takes_the_absolute_value_of_statistics_in_evaluation_mode() -> None:
@@ -191,7 +192,7 @@ def test_synflow_takes_the_absolute_value_of_statistics_in_evaluation_mode() -> 
 
 
 def test_synflow_does_not_overflow_in_a_deep_network() -> None:
-    model = mlp(*[16] * 60).float()
+    model: Any = mlp(*[16] * 60).float()
     for layer in model[::2]:
         layer.weight.data *= 50  # a flow of about 1e100
     loader = [(inputs.float(), targets) for inputs, targets in vectors(16, 16)]

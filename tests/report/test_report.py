@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -537,7 +538,7 @@ def test_there_is_no_title_unless_one_is_given() -> None:
 
 
 def test_a_notebook_shows_the_figure() -> None:
-    figure = make_report().plot()
+    figure: Any = make_report().plot()
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert len(figure._repr_png_()) > 5000
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 def zero_head() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    model: Any = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     nn.init.zeros_(model[2].weight)
     return model
 
@@ -59,7 +60,7 @@ def test_a_zero_head_is_scored_with_pytorchs_own_initialisation() -> None:
 
 
 def test_a_tiny_head_is_scored_as_a_zero_one() -> None:
-    model = zero_head()
+    model: Any = zero_head()
     expected = scored(model)
     nn.init.normal_(model[2].weight, std=1e-6)
     with unchanged(model):
@@ -91,7 +92,7 @@ def test_a_zero_head_is_scored_the_same_whatever_the_seed() -> None:
 
 def test_two_closed_weights_of_one_shape_get_different_values() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(n, 6) for n in (5, 6, 6, 6))).double()
+    model: Any = nn.Sequential(*(nn.Linear(n, 6) for n in (5, 6, 6, 6))).double()
     for layer in model[1:3]:
         nn.init.zeros_(layer.weight)
     values = scored(model, Dense)
@@ -137,7 +138,7 @@ def test_a_spatial_gate_near_0_is_scored_with_random_values() -> None:
 
 
 def test_closed_weights_that_are_left_out_are_opened_too() -> None:
-    model = Gated(torch.ones(()), lambda x, f, g: f, maps=True)
+    model: Any = Gated(torch.ones(()), lambda x, f, g: f, maps=True)
     nn.init.zeros_(model.k2[2].weight)
     chosen = [(model.k1[1], "weight"), (model.k2[0], "weight")]
     assert not any(
@@ -167,7 +168,7 @@ def test_closed_weights_that_are_left_out_are_opened_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "value", "closed"),
+    ("build", "value", "closed"),
     [
         # 0.01 / √fan-in: 16 inputs; one map of 2 × 2, with groups; 4 maps of 2 × 2.
         (lambda: nn.Linear(16, 4), 0.0025, True),
@@ -180,10 +181,10 @@ def test_closed_weights_that_are_left_out_are_opened_too() -> None:
     ],
 )
 def test_a_weight_is_closed_up_to_a_hundredth_of_its_usual_bound(
-    layer: Callable[[], nn.Module], value: float, closed: bool
+    build: Callable[[], nn.Module], value: float, closed: bool
 ) -> None:
     torch.manual_seed(0)
-    layer = layer()
+    layer: Any = build()
     nn.init.constant_(layer.weight, value)
     if isinstance(layer, nn.Linear):
         model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), layer).double()
@@ -219,7 +220,7 @@ def test_a_wide_layer_of_small_values_as_pytorch_draws_them_is_open() -> None:
 
 def test_a_gate_that_a_zero_layer_computes_is_opened_by_its_weight() -> None:
     # adaLN-Zero: what multiplies the branch depends on the data through a zero layer.
-    model = Gated(
+    model: Any = Gated(
         torch.ones(()),
         lambda x, f, g, modulate: x + f * modulate(x),
         modulate=nn.Linear(6, 6),
@@ -232,7 +233,7 @@ def test_a_gate_that_a_zero_layer_computes_is_opened_by_its_weight() -> None:
 
 
 def test_weights_and_gates_are_opened_together() -> None:
-    model = Gated(torch.zeros(6), scaled)
+    model: Any = Gated(torch.zeros(6), scaled)
     nn.init.zeros_(model.k3.weight)
     scores = scored(model)
     by_hand = opened_by_hand(model, ["q7"])
@@ -258,7 +259,7 @@ def test_a_gate_that_is_to_be_pruned_itself_is_scored_at_1() -> None:
 
 
 def test_the_report_tells_what_a_one_dimensional_weight_was_set_to() -> None:
-    model = residual()
+    model: Any = residual()
     chosen = [(model[0], "weight"), (model[1].gate, "weight")]
     report = force_prune(
         model, vectors(), 0.5, method="snip", parameters=chosen, progress=False

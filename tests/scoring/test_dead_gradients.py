@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -171,16 +172,17 @@ def test_sparse_inputs_have_causes_too(layout: torch.layout) -> None:
 
 
 def test_looking_for_the_end_leaves_no_gradient_and_no_hook() -> None:
-    w = leaf(-1, -2)
+    w: Any = leaf(-1, -2)
     y = torch.relu(w)
-    calls = []
+    calls: list[Tensor] = []
     y.register_hook(calls.append)
     find_ends((y * 2).sum(), {"w": w})
     assert w.grad is None
     assert len(calls) == 1
     # The same leaf in another graph.
     (w * w).sum().backward()
-    assert torch.equal(w.grad, 2 * w.detach())
+    gradient: Any = w.grad
+    assert torch.equal(gradient, 2 * w.detach())
 
 
 # Sentences

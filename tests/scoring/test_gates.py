@@ -182,7 +182,7 @@ NORMALISATIONS: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
 @pytest.mark.parametrize("norm", NORMALISATIONS)
 def test_the_weight_of_any_normalisation_is_a_gate(norm: str, value: float) -> None:
     make, maps, kind = NORMALISATIONS[norm]
-    model = gated_by(make(), maps=maps)
+    model: Any = gated_by(make(), maps=maps)
     nn.init.constant_(model.last.weight, value)
     assert_opens(model, ["last.weight"], kind)
 
@@ -294,7 +294,9 @@ def test_a_gate_at_the_end_of_the_network_hides_all_of_it() -> None:
 
 
 def test_a_gate_that_several_modules_share_is_opened_in_all_of_them() -> None:
-    model = nn.Sequential(nn.Linear(5, 6), Block(), Block(), nn.Linear(6, 4)).double()
+    model: Any = nn.Sequential(
+        nn.Linear(5, 6), Block(), Block(), nn.Linear(6, 4)
+    ).double()
     nn.init.zeros_(model[1].gate.weight)
     model[2].gate.weight = model[1].gate.weight
     scores = scored(model)
@@ -303,7 +305,7 @@ def test_a_gate_that_several_modules_share_is_opened_in_all_of_them() -> None:
 
 
 def test_gates_in_series_are_all_opened() -> None:
-    model = residual()
+    model: Any = residual()
     model[1].gate = nn.Sequential(
         nn.BatchNorm1d(6), LayerScale(6, 1e-5), LayerScale(6, 0)
     ).double()

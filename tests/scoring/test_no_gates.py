@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -166,14 +167,14 @@ def test_a_gate_before_what_is_not_to_be_pruned_is_no_gate() -> None:
 
 
 def test_a_gate_before_layers_that_are_left_out_is_no_gate() -> None:
-    model = Gated(torch.zeros(6), scaled)
+    model: Any = Gated(torch.zeros(6), scaled)
     chosen = [(model.k1, "weight"), (model.k3, "weight")]
     scores = scored(model, parameters=chosen)
     expected = scored(model, parameters=chosen, open_gates=False)
     assert_same(scores, expected)
     chosen += [(model.k2[0], "weight")]
     scores = scored(model, parameters=chosen)
-    by_hand = opened_by_hand(model, ["q7"])
+    by_hand: Any = opened_by_hand(model, ["q7"])
     chosen = [(m, "weight") for m in (by_hand.k1, by_hand.k3, by_hand.k2[0])]
     expected = scored(by_hand, parameters=chosen, open_gates=False)
     assert_same(scores, expected)
@@ -193,7 +194,7 @@ def test_a_mask_of_zeros_in_the_data_is_no_gate() -> None:
 
 
 def test_only_what_multiplies_counts_as_a_gate() -> None:
-    model = residual()
+    model: Any = residual()
     nn.init.ones_(model[1].gate.weight)
     # Biases of 0 are usual, and add.
     for name, parameter in model.named_parameters():
@@ -233,7 +234,7 @@ def test_a_product_with_a_complex_filter_is_scored_as_it_is() -> None:
         return x + torch.fft.irfft(spectrum, n=6)
 
     filters = torch.linspace(-1, 1, 8).view(4, 2)
-    model = Gated(torch.ones(()), filtered, filters=filters)
+    model: Any = Gated(torch.ones(()), filtered, filters=filters)
     nn.init.zeros_(model.k3.bias)
     assert_opens_nothing(model)
 
@@ -316,7 +317,7 @@ def test_a_generator_of_the_models_own_is_that_of_a_single_pass() -> None:
     results = []
     for value, gates in ((0.0, True), (1.0, False)):
         generator.manual_seed(3)
-        model = Gated(torch.full((6,), value), noisy)
+        model: Any = Gated(torch.full((6,), value), noisy)
         model.generator = generator
         results.append(scored(model, open_gates=gates))
     assert_same(*results)

@@ -51,10 +51,11 @@ class Restless(nn.Module):
         self.bn = nn.BatchNorm2d(4)
         self.drop = nn.Dropout(0.2)
         self.hidden = nn.Linear(4 * 16, 8)
-        self.head = nn.Linear(8, 3)
+        self.head: Any = nn.Linear(8, 3)
         self.calls = 0
         self.memory: dict[str, Any] = {"shapes": None}
         self.register_buffer("average", torch.zeros(()))
+        self.temporary: Tensor
         self.register_buffer("temporary", torch.ones(2), persistent=False)
         self.register_buffer("nothing", None)
         self.handle = self.register_forward_hook(lambda *_: None)
@@ -176,16 +177,18 @@ def test_a_weight_that_the_forward_clips_keeps_its_value() -> None:
 
 def test_generators_in_a_models_containers_are_put_back() -> None:
     class Noisy(nn.Linear):
+        own: Any
+
         def forward(self, x: Tensor) -> Tensor:
             noise = torch.randn(x.shape, generator=self.own["deep"][0])
             return super().forward(x + noise)
 
     model, batch = Noisy(6, 4), (torch.randn(5, 6), torch.arange(5) % 4)
     generator = torch.Generator().manual_seed(3)
-    model.own = {"deep": [generator]}  # type: ignore[assignment]
+    model.own = {"deep": [generator]}
     before = generator.get_state()
     for call in (saliency, diagnose):
-        call(model, [batch])  # type: ignore[operator]
+        call(model, [batch])
         assert torch.equal(generator.get_state(), before)
 
 
@@ -488,7 +491,7 @@ def test_scoring_works_without_grad_mode_around_it(
 def test_gates_are_opened_without_grad_mode_around_it(
     gate: str, mode: Callable[[], AbstractContextManager[Any]]
 ) -> None:
-    model = restless()
+    model: Any = restless()
     model.bn.reset_parameters()
     nn.init.zeros_(model.get_submodule(gate).weight)
     batches = data()
@@ -555,6 +558,12 @@ def refusing_ordered() -> Any:
     return made
 
 
+def in_itself() -> list[Any]:
+    own: list[Any] = [1]
+    own.append(own)
+    return own
+
+
 CONTAINERS: dict[str, Callable[[], Any]] = {
     "dict": lambda: {"a": 1, "b": [2]},
     "ordered": lambda: OrderedDict(a=1, b=2),
@@ -573,9 +582,9 @@ CONTAINERS: dict[str, Callable[[], Any]] = {
     "unreadable dict": lambda: refusing(dict, reading=True)(a=1),
     "unreadable list": lambda: refusing(list, reading=True)([1]),
     "nested": lambda: {"a": [immutable_list([1]), refusing(dict)(b={1})]},
-    "in itself": lambda: (own := [1], own.append(own))[0],
+    "in itself": in_itself,
 }
-KINDS = (OrderedDict, dict, list, set, deque)
+KINDS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 
 
 def content(value: Any) -> Any:
@@ -610,7 +619,7 @@ class Settings(nn.Sequential):
     def __init__(self, make: Callable[[], Any], writes: bool = False) -> None:
         super().__init__(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
         self.writes = writes
-        self.counts = [torch.zeros(2), {"seen": torch.zeros(2)}]
+        self.counts: list[Any] = [torch.zeros(2), {"seen": torch.zeros(2)}]
         for module in self.modules():
             module.config = make()
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from force_plugin import SaliencyMethod, force_prune, saliency
-from force_plugin.scoring.probe import Probe
+from force_plugin.methods import Measurements
 
 EVERY_METHOD = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it", "synflow"]
 
@@ -94,6 +95,7 @@ class Restless(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.scale = nn.Parameter(torch.zeros(()))
         self.register_buffer("written", torch.zeros(6))
+        self.replaced: Tensor
         self.register_buffer("replaced", torch.zeros(6))
         self.calls = 0
         nn.init.zeros_(self.block.gate.weight)
@@ -192,7 +194,7 @@ def test_a_method_that_measures_twice_sees_the_statistics_of_a_single_pass() -> 
 def test_a_method_that_measures_flow_first_measures_the_rest_with_gates_open() -> None:
     class FlowThenLoss(SaliencyMethod):
         @classmethod
-        def measure(cls, probe: Probe) -> Mapping[str, Tensor]:
+        def measure(cls, probe: Measurements) -> Mapping[str, Tensor]:
             flow, loss = probe.synflow_gradients(), probe.gradients()
             return {name: flow[name] * loss[name] for name in flow}
 
@@ -223,7 +225,7 @@ def test_looking_for_gates_costs_a_pass_only_where_there_are_some(
         calls.append(1)
         return cross_entropy(outputs, targets)
 
-    model = Gated(torch.full((6,), gate), scaled)
+    model: Any = Gated(torch.full((6,), gate), scaled)
     nn.init.zeros_(model.k3.bias)
     scored(model, batches=3, loss_fn=loss_fn)
     assert len(calls) == passes
@@ -430,7 +432,7 @@ def test_the_report_names_the_gates_that_were_opened(closed: nn.Module) -> None:
 
 def test_the_report_has_a_line_a_kind_with_every_name_and_the_largest_value() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Linear(5, 6),
         Block(),
         *(Gated(torch.full((6,), value), scaled) for value in (1e-6, 1e-5, -2e-4)),

@@ -26,7 +26,7 @@ from force_plugin.scoring.probe import Probe
 pytestmark = pytest.mark.filterwarnings("ignore:1 of 4 layers:UserWarning")
 
 Batch = tuple[Tensor, Tensor]
-STEPS = {"steps": 3, "progress": False, "on_collapse": "warn"}
+STEPS: dict[str, Any] = {"steps": 3, "progress": False, "on_collapse": "warn"}
 ITERATIVE = ["force", "iter_snip", "grasp_it", "snip_it"]
 
 
@@ -135,11 +135,12 @@ def test_parts_give_the_masks_of_the_batch(method: str, batches: int | None) -> 
         torch.manual_seed(2)
         options = {"method": method, "batches": batches, "microbatch": most}
         masks.append(pruned(Network(), **options))
-    assert same(*masks)
+    assert same(masks[0], masks[1])
 
 
 def test_the_loss_is_that_of_the_batch() -> None:
-    losses, numbers = [], []
+    losses: list[float] = []
+    numbers: list[int] = []
     for most in (None, 3):
         model = Network()
         with Probe(
@@ -345,7 +346,7 @@ def test_channels_last_gives_the_same_masks_in_the_same_format(method: str) -> N
         masks.append(pruned(model, method=method, channels_last=channels_last))
         tensors = (*model.parameters(), *model.buffers())
         strides.append([tensor.stride() for tensor in tensors])
-    assert same(*masks)
+    assert same(masks[0], masks[1])
     assert strides[0] == strides[1]
 
 
@@ -399,7 +400,7 @@ def test_a_report_is_that_of_eager_passes() -> None:
         reports.append(report.to_dict())
         masks.append(get_masks(model))
         model(images()[0][0])  # reads the weight as it is pruned
-    assert reports[0] == reports[1] and same(*masks)
+    assert reports[0] == reports[1] and same(masks[0], masks[1])
     assert "disconnected" in " ".join(reports[0]["warnings"])
 
 
@@ -410,7 +411,7 @@ def test_a_model_that_is_pruned_in_part_is_compiled(earlier: bool) -> None:
         model = Network()
         (force_prune if earlier else prune_l1)(model, images(), 0.3, progress=False)
         masks.append(pruned(model, compile=option))
-    assert same(*masks)
+    assert same(masks[0], masks[1])
 
 
 def prune_l1(model: Network, *_: Any, **__: Any) -> None:

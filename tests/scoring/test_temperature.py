@@ -58,7 +58,7 @@ class Inner(Net):
 
 class Named(NamedTuple):
     logits: Tensor
-    count: int
+    number: int
 
 
 class Opaque:
@@ -81,7 +81,7 @@ def masks_of(
     model: nn.Module, method: type[GraSP] = GraSP, **options: Any
 ) -> tuple[list[Tensor], list[str]]:
     """The masks, and what was said of the temperature."""
-    usual = {"progress": False, "on_collapse": "warn"}
+    usual: dict[str, Any] = {"progress": False, "on_collapse": "warn"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         report = force_prune(model, sparsity=0.8, method=method, **usual, **options)
@@ -155,7 +155,7 @@ class Recurrent(nn.Module):
         self.cell, self.head = nn.Linear(16, 8).double(), nn.Linear(8, 8).double()
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.head(self.cell(torch.cat([x, h], 1)).tanh())  # type: ignore[no-any-return]
+        return self.head(self.cell(torch.cat([x, h], 1)).tanh())
 
 
 def unrolled(model: nn.Module, batch: Batch, detach: bool = False) -> Tensor:
@@ -167,7 +167,7 @@ def unrolled(model: nn.Module, batch: Batch, detach: bool = False) -> Tensor:
 
 def from_within(model: Any, batch: Batch) -> Tensor:
     model(batch[0])
-    return model.kept  # type: ignore[no-any-return]
+    return model.kept
 
 
 UNUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Any], Tensor], str]] = {
@@ -220,7 +220,7 @@ UNUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Any], Tensor], s
 @pytest.mark.parametrize("name", UNUSED)
 def test_a_temperature_that_cannot_be_used_is_said_once(name: str) -> None:
     build, forward, reason = UNUSED[name]
-    options = {"forward": forward, "loader": batches(3), "batches": 3}
+    options: dict[str, Any] = {"forward": forward, "loader": batches(3), "batches": 3}
     masks, said = masks_of(build(), **options)
     (text,) = said
     assert re.search(SAID + reason, text)
@@ -236,7 +236,7 @@ def test_views_are_divided_each() -> None:
             m(b[0]) / divide @ (m(b[0].flip(3)) / divide).T, torch.arange(20)
         )
 
-    options = {"loader": batches()}
+    options: dict[str, Any] = {"loader": batches()}
     masks, said = masks_of(body(), forward=views(1), **options)
     by_hand, _ = masks_of(body(), Plain, forward=views(200), **options)
     assert not said
@@ -244,14 +244,14 @@ def test_views_are_divided_each() -> None:
 
 
 def test_a_bert_with_its_own_loss_and_with_ours() -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(
-        vocab_size=40,
-        intermediate_size=16,
-        num_labels=3,
-        **sizes,
-        attn_implementation="eager",
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_labels": 3,
+        "attn_implementation": "eager",
+    }
+    config = BertConfig(vocab_size=40, intermediate_size=16, **sizes)
     ids, labels = torch.arange(40).view(4, 10), torch.arange(4) % 3
 
     def build() -> nn.Module:
@@ -326,7 +326,8 @@ def test_a_temperature_that_is_none(temperature: Any) -> None:
 
 
 def test_looking_for_the_outputs_leaves_no_trace() -> None:
-    for build, forward, *_ in [*USED.values(), *UNUSED.values()]:
+    unused = [(build, forward) for build, forward, _ in UNUSED.values()]
+    for build, forward in [*USED.values(), *unused]:
         model = build()
         with unchanged(model):
             saliency(model, batches(), "grasp", forward=forward)

@@ -54,6 +54,7 @@ class Apply(nn.Module):
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
+        self.zero: Tensor
         self.register_buffer("zero", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 }
 
 
-def with_offset(model: nn.Sequential) -> nn.Sequential:
+def with_offset(model: Any) -> nn.Sequential:
     nn.init.constant_(model[1].bias, 0.5)
     return model
 
@@ -237,7 +238,7 @@ def test_a_first_layer_without_bias_has_the_cause_that_it_has_with_one(
 
 
 def test_convolutions_have_causes_too() -> None:
-    model = chain(
+    model: Any = chain(
         nn.Conv2d(3, 4, 3, padding=1),
         Apply(lambda x, zero: torch.relu(x - 100)),
         nn.Conv2d(4, 4, 3),
@@ -313,7 +314,7 @@ def test_a_real_network_with_a_dead_stage() -> None:
 
 @pytest.mark.parametrize("method", RANKED_BY_WEIGHT)
 def test_weights_of_0_are_their_own_cause_where_gates_stay_closed(method: str) -> None:
-    model = chain(linear(5, 6), nn.Tanh(), linear(6, 4))
+    model: Any = chain(linear(5, 6), nn.Tanh(), linear(6, 4))
     nn.init.zeros_(model[2].weight)
     said = warned(deepcopy(model), method=method, open_gates=False, steps=1)
     assert sentence("1 of 2 layers (2.weight)", WEIGHTS) in said
@@ -322,7 +323,7 @@ def test_weights_of_0_are_their_own_cause_where_gates_stay_closed(method: str) -
 
 
 def test_what_lies_behind_weights_of_0_gets_no_gradient_through_them() -> None:
-    model = chain(linear(5, 6), nn.Tanh(), linear(6, 4))
+    model: Any = chain(linear(5, 6), nn.Tanh(), linear(6, 4))
     nn.init.zeros_(model[2].weight)
     assert warned(model, open_gates=False) == [
         sentence("1 of 2 layers (0.weight)", ends_at("addmm")),
@@ -340,7 +341,7 @@ def test_magnitudes_are_silent_only_where_the_weights_are_0() -> None:
 
 
 def test_a_square_of_the_gradient_does_not_mind_weights_of_0() -> None:
-    model = chain(linear(5, 6), nn.Tanh(), linear(6, 4))
+    model: Any = chain(linear(5, 6), nn.Tanh(), linear(6, 4))
     nn.init.zeros_(model[2].weight)
     assert warned(model, method="grasp_it", open_gates=False, steps=1) == [
         sentence("1 of 2 layers (0.weight)", ends_at("addmm"))
@@ -361,7 +362,7 @@ def test_grasp_gives_nothing_to_a_layer_without_curvature() -> None:
     # The loss is linear in the outputs: they are the sum of what a layer makes of its
     # inputs, and the Hessian is 0 although the gradient is not.
     model = chain(linear(5, 4))
-    options = {"loss_fn": lambda outputs, targets: outputs.sum()}
+    options: dict[str, Any] = {"loss_fn": lambda outputs, targets: outputs.sum()}
     assert saliency(model, vectors(), "snip", **options)["0.weight"].all()
     assert warned(model, method="grasp", **options) == [
         sentence("1 of 1 layers (0.weight)", METHOD)
@@ -399,7 +400,7 @@ def test_grasp_names_the_end_of_the_gradient_where_there_is_one() -> None:
 def test_synflow_has_causes_of_its_own_network() -> None:
     # In absolute values the units fire, while a softmax over one element stays flat.
     make, _ = NETWORKS["units that never fire"]
-    model = chain(linear(5, 6), nn.ReLU(), linear(6, 4))
+    model: Any = chain(linear(5, 6), nn.ReLU(), linear(6, 4))
     nn.init.constant_(model[0].bias, -100.0)
     assert causes_in(model, method="snip") == {
         "0.weight": ends_at("relu"),

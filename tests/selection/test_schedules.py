@@ -183,7 +183,8 @@ def test_a_count_is_guarded_against_the_rounding_of_the_density() -> None:
 )
 def test_any_real_number_is_a_sparsity(sparsity: Any) -> None:
     expected = 1600 - int(1600 * Fraction(float(sparsity)).limit_denominator(100))
-    assert kept_per_step("linear", np.int64(1), sparsity, 1600) == [expected]
+    one: Any = np.int64(1)
+    assert kept_per_step("linear", one, sparsity, 1600) == [expected]
 
 
 # Schedules of the user

@@ -48,7 +48,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = torch.tanh(self.norm1(self.conv1(x)))
-        return x + self.norm2(self.conv2(inner))
+        return x + self.norm2(self.conv2(inner))  # type: ignore[no-any-return]
 
 
 def made(*layers: nn.Module, seed: int = 0) -> nn.Sequential:
@@ -61,8 +61,8 @@ def made(*layers: nn.Module, seed: int = 0) -> nn.Sequential:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 2)
             nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.get_buffer("running_mean"))
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2)
     return model.double()
 
 
@@ -110,10 +110,8 @@ class Sets:
     passes: dict[str, str] = field(default_factory=dict)
 
     def sizes(self, model: nn.Module) -> dict[str, int]:
-        return {
-            name: model.get_submodule(layer).weight.shape[0]
-            for layer, name in self.writes.items()
-        }
+        layers: dict[str, Any] = dict(model.named_modules())
+        return {name: len(layers[layer].weight) for layer, name in self.writes.items()}
 
 
 CHAIN = Sets({"0": "a", "3": "b", "6": "c"}, {"3": "a", "6": "b", "8": "c"}, {"1": "a"})
@@ -193,7 +191,7 @@ def gated(
             def read(_: Any, args: Any, stay: Tensor = kept[name]) -> Tensor:
                 (x,) = args
                 features = stay.repeat_interleave(x.shape[1] // len(stay))
-                return x * along(features, x)
+                return x * along(features, x)  # type: ignore[no-any-return]
 
             module = model.get_submodule(layer)
             hooks.callback(module.register_forward_pre_hook(read).remove)
@@ -259,7 +257,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
     assert same(one.state_dict(), other.state_dict())
 
 
-def marked(model: nn.Module) -> nn.Module:
+def marked(model: Any) -> Any:
     """With hooks, gradients, a frozen layer, a part in evaluation mode and a memory."""
     cross_entropy(model(images()[0][0]), images()[0][1]).backward()
     model[0].requires_grad_(False)

@@ -14,7 +14,7 @@ from force_plugin import Diagnosis, StageDiagnosis
 Batch = tuple[Tensor, Tensor]
 WITH_LOSS = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it"]
 WITH_FORWARD = [*WITH_LOSS, "synflow"]
-ONE_SHOT = {"steps": 1, "progress": False, "on_collapse": "warn"}
+ONE_SHOT: dict[str, Any] = {"steps": 1, "progress": False, "on_collapse": "warn"}
 
 
 class Block(nn.Module):
@@ -28,7 +28,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.second(torch.relu(self.first(x))))
+        y: Tensor = self.norm(self.second(torch.relu(self.first(x))))
+        return x + y
 
 
 class Crooked(nn.Module):
@@ -50,13 +51,14 @@ class Crooked(nn.Module):
         self.unused = unused
         if dead:
             nn.init.constant_(self.dead.bias, -100.0)
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         x = self.body(self.stem(x))
-        outputs = self.head(x + torch.relu(self.dead(x)))
+        outputs: Tensor = self.head(x + torch.relu(self.dead(x)))
         return outputs if self.unused else outputs + self.aux(x)
 
 

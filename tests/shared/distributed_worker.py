@@ -9,6 +9,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from force_plugin.methods.base import SaliencyMethod
 
 Batch = tuple[Tensor, Tensor]
 Masks = dict[str, Tensor]
-STEPS = {"steps": 4, "progress": False, "on_collapse": "warn"}
+STEPS: dict[str, Any] = {"steps": 4, "progress": False, "on_collapse": "warn"}
 
 
 class Network(nn.Module):
@@ -53,7 +54,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.body(torch.relu(self.norm(self.stem(x)))))
-        return self.head(x.flatten(1))
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
 
 
 class Routed(nn.Module):
@@ -72,7 +73,7 @@ class Routed(nn.Module):
         y = torch.tanh(self.shared(x))
         if x[0, 0] > 0:
             y = y + self.gain * torch.tanh(self.branch(y))
-        return self.head(y)
+        return self.head(y)  # type: ignore[no-any-return]
 
 
 def images(count: int = 6) -> list[Batch]:
@@ -130,8 +131,9 @@ def train(model: nn.Module, batches: list[Batch]) -> dict[str, Any]:
     }
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor | None) -> Tensor:
     """The values of a tensor that may be sharded."""
+    assert tensor is not None
     return (
         (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
         .detach()
@@ -139,7 +141,7 @@ def whole(tensor: Tensor) -> Tensor:
     )
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(model: Any) -> Any:
     """Two layers together, one by itself, and the rest, as FSDP2 is used."""
     for unit in ([model.stem, model.norm], model.body, model):
         fully_shard(unit)
@@ -194,6 +196,8 @@ def one_rank_fails(rank: int) -> dict[str, str]:
 def run(rank: int) -> dict[str, Any]:
     batches = part(images(), rank)
     seen: dict[str, Any] = {}
+    model: Any
+    options: dict[str, Any]
 
     for name in METHODS:
         for per_step in (1, 2, None):
@@ -222,7 +226,9 @@ def run(rank: int) -> dict[str, Any]:
         str(diagnose(model, batches)) for model in (wrapped, wrapped.module)
     ]
     seen["wrapped, then pruned"] = train(wrapped, batches)
-    for how, wrap in {"wrapped": DistributedDataParallel, "sharded": shard}.items():
+    wraps: dict[str, Callable[[nn.Module], nn.Module]]
+    wraps = {"wrapped": DistributedDataParallel, "sharded": shard}
+    for how, wrap in wraps.items():
         for form in ("pruned", "permanent"):
             inner = Network()
             force_prune(inner, batches, 0.8, **STEPS)
@@ -230,18 +236,15 @@ def run(rank: int) -> dict[str, Any]:
                 make_permanent(inner)
             seen[f"{form}, then {how}"] = train(wrap(inner), batches)
 
-    nested, pruned = Network(), Network()
+    nested: Any = Network()
+    pruned = Network()
     nested.body = DistributedDataParallel(nested.body)
     force_prune(pruned, batches, 0.5, **STEPS)
     for what, model in {"nested": nested, "pruned and sharded": shard(pruned)}.items():
         for name in ("force_prune", "saliency"):
             call = getattr(force_plugin, name)
             options = {"sparsity": 0.8} if name == "force_prune" else {}
-            seen[f"{what} {name}"] = failed(
-                lambda call=call, model=model, options=options: call(
-                    model, batches, **options
-                )
-            )
+            seen[f"{what} {name}"] = failed(partial(call, model, batches, **options))
 
     touched: list[int] = []
 
@@ -252,10 +255,7 @@ def run(rank: int) -> dict[str, Any]:
     for method in ("force", "magnitude"):
         model = Network(seed=rank)
         seen[f"seeds {method}"] = failed(
-            lambda model=model, method=method: force_prune(
-                model, watched(), 0.8, method=method, **STEPS
-            ),
-            model,
+            partial(force_prune, model, watched(), 0.8, method=method, **STEPS), model
         )
     seen["seeds saliency"] = failed(lambda: saliency(Network(seed=rank), watched()))
     seen["read"] = touched
@@ -268,8 +268,7 @@ def run(rank: int) -> dict[str, Any]:
         model = Network()
         options = {"sparsity": 0.8, **STEPS, option: values[rank]}
         seen[f"other {option}"] = failed(
-            lambda model=model, options=options: force_prune(model, batches, **options),
-            model,
+            partial(force_prune, model, batches, **options), model
         )
     seen |= {f"fails: {k}": v for k, v in one_rank_fails(rank).items()}
 
@@ -294,11 +293,7 @@ def run(rank: int) -> dict[str, Any]:
         x = torch.ones(4, 4, dtype=torch.float64) * (1 - 1e6 * rank)
         options = {"method": "snip", "progress": False, "forward": forward}
         seen["dead on one"].append(
-            failed(
-                lambda model=model, x=x, options=options: force_prune(
-                    model, [(x, routed(0)[1])], 0.5, **options
-                )
-            )
+            failed(partial(force_prune, model, [(x, routed(0)[1])], 0.5, **options))
         )
 
     # A rank by itself.
@@ -332,14 +327,15 @@ def run(rank: int) -> dict[str, Any]:
         )
 
     if rank == 1:
-        select = force_plugin.pruning.loop.top_k_masks
+        loop: Any = force_plugin.pruning.loop
+        select = loop.top_k_masks
 
         def other(scores: Masks, *rest: Any) -> tuple[Masks, float]:
             masks, threshold = select(scores, *rest)
             first = next(iter(masks))
             return masks | {first: masks[first].roll(1)}, threshold
 
-        force_plugin.pruning.loop.top_k_masks = other
+        loop.top_k_masks = other
     model = Network()
     seen["other masks"] = failed(
         lambda: force_prune(model, batches, 0.8, **STEPS), model

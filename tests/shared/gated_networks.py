@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from force_plugin import SaliencyMethod, SparsityReport, force_prune, saliency
-from force_plugin.scoring.probe import Probe
+from force_plugin.methods import Measurements
 
 NORMS = "normalisation weights"
 SCALES = "branch scales"
@@ -50,7 +50,9 @@ def named_in(report: SparsityReport) -> dict[str, list[str]]:
     found = {}
     for text in report.warnings:
         if "gates opened" in text:
-            count, kind, names = re.fullmatch(pattern, text).groups()
+            match = re.fullmatch(pattern, text)
+            assert match is not None, text
+            count, kind, names = match.groups()
             assert kind not in found
             found[kind] = names.split(", ")
             assert len(found[kind]) == int(count)
@@ -106,16 +108,17 @@ class Block(nn.Module):
         self.first = nn.Linear(6, 6)
         self.norm = norm(6)
         self.second = nn.Linear(6, 6)
-        self.gate = norm(6)
+        self.gate: Any = norm(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.gate(self.second(torch.relu(self.norm(self.first(x)))))
+        y: Tensor = self.gate(self.second(torch.relu(self.norm(self.first(x)))))
+        return x + y
 
 
-def residual(norm: type[nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
+def residual(norm: type[nn.Module] = nn.BatchNorm1d) -> Any:
     """A small network with one closed gate, in float64."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), Block(norm), nn.Linear(6, 4)).double()
+    model: Any = nn.Sequential(nn.Linear(5, 6), Block(norm), nn.Linear(6, 4)).double()
     nn.init.zeros_(model[1].gate.weight)
     return model
 
@@ -135,6 +138,8 @@ class Gated(nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.k1: nn.Module
+        self.k3: nn.Module
         if maps:
             self.k1 = nn.Sequential(
                 nn.Unflatten(1, (1, 1, 5)), nn.Conv2d(1, 6, 3, padding=1)
@@ -156,7 +161,8 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.k1(x)
         more = [getattr(self, name) for name in self.more]
-        return self.k3(self.join(x, self.k2(x), self.q7, *more))
+        y: Tensor = self.k3(self.join(x, self.k2(x), self.q7, *more))
+        return y
 
 
 def scaled(x: Tensor, f: Tensor, g: Tensor) -> Tensor:
@@ -179,7 +185,9 @@ class Dense(SaliencyMethod):
         return weight.clone()
 
 
-def shuffled(count: int = 24, generator: torch.Generator | None = None) -> DataLoader:
+def shuffled(
+    count: int = 24, generator: torch.Generator | None = None
+) -> DataLoader[Any]:
     data = torch.Generator().manual_seed(1)
     inputs = torch.randn(count, 5, dtype=torch.float64, generator=data)
     dataset = TensorDataset(inputs, torch.arange(count) % 4)
@@ -190,7 +198,7 @@ class TrainThenEvaluate(SaliencyMethod):
     """The gradient in training mode, and what its batch statistics leave behind."""
 
     @classmethod
-    def measure(cls, probe: Probe) -> Mapping[str, Tensor]:
+    def measure(cls, probe: Measurements) -> Mapping[str, Tensor]:
         first = probe.gradients()
         with probe.evaluation_mode():
             second = probe.gradients()

@@ -43,7 +43,7 @@ class Running:
         env: Mapping[str, object] | None = None,
         cwd: str | Path | None = None,
     ) -> None:
-        variables = {"OMP_NUM_THREADS": "1"} | (env or {})
+        variables: dict[str, object] = {"OMP_NUM_THREADS": "1", **(env or {})}
         paths = [str(variables.pop("PYTHONPATH", "")), str(ROOT)]
         paths.append(os.environ.get("PYTHONPATH", ""))
         self.words = list(map(str, words))
@@ -101,8 +101,8 @@ def ranks(
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": len(folders), "LOCAL_WORLD_SIZE": len(folders)}
-    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common: dict[str, object] = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common |= {"WORLD_SIZE": len(folders), "LOCAL_WORLD_SIZE": len(folders)}
     running = [
         Running(words, common | {"RANK": rank, "LOCAL_RANK": rank}, folder)
         for rank, folder in enumerate(folders)

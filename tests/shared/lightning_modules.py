@@ -31,7 +31,7 @@ class Small(lightning.LightningModule):
     def loss(self, *seen: Any) -> Tensor:
         outputs = self.net(seen[0])
         SEEN.append([copy.deepcopy(value) for value in (*seen, outputs.dtype)])
-        return outputs.float().square().mean()
+        return outputs.float().square().mean()  # type: ignore[no-any-return]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self.loss(batch, batch_idx, self.training, self.trainer.training)
@@ -40,8 +40,8 @@ class Small(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def rows(seed: int = 0, count: int = 12, **options: Any) -> DataLoader:
-    numbers = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+def rows(seed: int = 0, count: int = 12, **options: Any) -> DataLoader[Any]:
+    numbers: Any = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
     return DataLoader(numbers, **{"batch_size": 4, **options})
 
 

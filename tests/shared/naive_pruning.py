@@ -82,7 +82,7 @@ def agree(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
 # The methods once more, as plainly as possible.
 
 
-def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+def prunable(model: nn.Module) -> dict[str, Any]:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
     return {
         f"{name}.weight": module.weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5))
 
 
-def weights_of(model: nn.Sequential) -> list[tuple[nn.Module, str]]:
+def weights_of(model: nn.Sequential) -> list[tuple[Any, str]]:
     return [(model[0], "weight"), (model[3], "weight")]
 
 

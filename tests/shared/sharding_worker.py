@@ -80,7 +80,7 @@ class Gated(nn.Module):
         x = torch.tanh(self.stem(x))
         x = x + self.norm(torch.tanh(self.first(x)))
         x = x + self.gain * checkpoint(self._branch, x, use_reentrant=False)
-        return self.head(x) + self.last(x)
+        return self.head(x) + self.last(x)  # type: ignore[no-any-return]
 
     def _branch(self, x: Tensor) -> Tensor:
         return torch.tanh(self.second(x))
@@ -99,7 +99,7 @@ class Silent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.stem(x))
         x = x + self.dead(torch.relu(-x.abs())) + torch.sign(self.flat(x))
-        return self.head(x)
+        return self.head(x)  # type: ignore[no-any-return]
 
 
 class Tied(nn.Module):
@@ -125,7 +125,7 @@ class Normalised(SaliencyMethod):
     @staticmethod
     def score(weight: Tensor, gradient: Tensor) -> Tensor:
         score = (weight * gradient).abs()
-        return score / score.norm(dim=0, keepdim=True)
+        return score / score.norm(dim=0, keepdim=True)  # type: ignore[no-any-return]
 
 
 def reconstruct(model: nn.Module, batch: Batch) -> Tensor:
@@ -140,7 +140,8 @@ def vectors(count: int = 4) -> list[Batch]:
 def sharded(model: nn.Module, *units: str, **options: Any) -> nn.Module:
     for unit in units:
         fully_shard(model.get_submodule(unit), **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    return model
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -150,6 +151,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
         assert isinstance(p, DTensor)
         found[name] = p.to_local().detach().clone()
         if p.grad is not None:
+            assert isinstance(p.grad, DTensor)
             found[f"{name}.grad"] = p.grad.to_local().clone()
     hooks = [
         (n, len(m._forward_hooks), len(m._forward_pre_hooks))
@@ -301,14 +303,15 @@ def run(rank: int) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     # All methods, and how much of the scores a rank ever sees.
-    select, largest = force_plugin.pruning.loop.top_k_masks, [0]
+    loop: Any = force_plugin.pruning.loop
+    select, largest = loop.top_k_masks, [0]
 
-    def watched(scores: Masks, *rest: Any) -> tuple[Masks, float]:
+    def watched(scores: Masks, *rest: Any) -> Any:
         assert not any(isinstance(score, DTensor) for score in scores.values())
         largest[0] = max(largest[0], sum(score.numel() for score in scores.values()))
         return select(scores, *rest)
 
-    force_plugin.pruning.loop.top_k_masks = watched
+    loop.top_k_masks = watched
     for method in METHODS:
         for per_step in (1, 2, None):
             model = shard(Network())
@@ -325,7 +328,7 @@ def run(rank: int) -> dict[str, Any]:
         assert all(isinstance(score, DTensor) for score in scores.values())
         seen[f"scores {method}"] = {n: whole(score) for n, score in scores.items()}
     seen["held"] = largest[0]
-    force_plugin.pruning.loop.top_k_masks = select
+    loop.top_k_masks = select
     model = shard(Network())
     seen["rows"] = {
         n: whole(s) for n, s in saliency(model, batches, Normalised).items()
@@ -337,8 +340,8 @@ def run(rank: int) -> dict[str, Any]:
     for method in METHODS:
         model = shard(Network())
         torch.manual_seed(10 + rank)
-        options = {"method": method, "microbatch": 3, "channels_last": True}
-        force_prune(model, batches, 0.8, batches=2, **options, **STEPS)
+        usual = {"batches": 2, "microbatch": 3, "channels_last": True, **STEPS}
+        force_prune(model, batches, 0.8, method=method, **usual)
         seen[f"in parts {method}"] = get_masks(model)
 
     # Gates, shared weights, other ways to shard.
@@ -370,12 +373,13 @@ def run(rank: int) -> dict[str, Any]:
     }.items():
         force_prune(model, part(vectors(), rank), 0.5, forward=reconstruct, **STEPS)
         seen[how] = get_masks(model)
-    for how, (mesh, options) in {
+    meshes: dict[str, tuple[tuple[int, int] | None, dict[str, Any]]] = {
         "replicas": ((2, 1), {}),
         "no replicas": ((1, 2), {}),
         "columns": (None, {"shard_placement_fn": lambda p: Shard(min(1, p.ndim - 1))}),
         "not resharded": (None, {"reshard_after_forward": False}),
-    }.items():
+    }
+    for how, (mesh, options) in meshes.items():
         if mesh is not None:
             options["mesh"] = init_device_mesh(
                 "cpu", mesh, mesh_dim_names=("replicate", "shard")
@@ -384,7 +388,7 @@ def run(rank: int) -> dict[str, Any]:
         report = force_prune(model, batches, 0.8, **STEPS)
         seen[how] = get_masks(model), report.to_dict()
         # FSDP2 of torch 2.7 has no replicas on a CPU.
-        if "replicas" not in how or torch.__version__ >= (2, 8):
+        if "replicas" not in how or torch.__version__ >= "2.8":
             seen[f"{how}, trained"] = train(model, batches)
     torch.manual_seed(0)
     model = timm.create_model("test_vit2", num_classes=5, img_size=32).double().eval()

@@ -36,7 +36,7 @@ def images(size: int = 32, channels: int = 3, samples: int = 2) -> Tensor:
     return torch.randn(shape, generator=generator(1), dtype=torch.float64)
 
 
-def prunable(model: nn.Module) -> dict[str, nn.Module]:
+def prunable(model: nn.Module) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
@@ -80,7 +80,7 @@ def row_masks(model: nn.Module, seed: int = 0) -> Masks:
     return masks
 
 
-def without(layer: nn.Module, *, rows: Any = (), columns: Any = ()) -> None:
+def without(layer: Any, *, rows: Any = (), columns: Any = ()) -> None:
     """Prune rows and columns of a layer with PyTorch's own means."""
     mask = torch.ones_like(layer.weight)
     mask[list(rows)] = 0

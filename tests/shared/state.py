@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,8 @@ def state_of(model: nn.Module) -> dict[str, object]:
 
 def process_state(generators: Sequence[torch.Generator] = ()) -> dict[str, object]:
     """Random states and global modes."""
-    kind, keys, *rest = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    kind, keys, *rest = numpy
     return {
         "torch": torch.get_rng_state().numpy().tobytes(),
         "python": random.getstate(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 import timm
 import torch
@@ -24,7 +25,7 @@ class ExponentialMovingAverage(AveragedModel):
     """An average of the weights, as in torchvision's references."""
 
     def __init__(self, model: nn.Module) -> None:
-        def average(averaged: Tensor, value: Tensor, number: Tensor) -> Tensor:
+        def average(averaged: Tensor, value: Tensor, number: Any) -> Tensor:
             return DECAY * averaged + (1 - DECAY) * value
 
         super().__init__(model, avg_fn=average, use_buffers=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -53,7 +55,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 3) -> None:
     x, second_order = images(), getattr(optimizer, "is_second_order", False)
     x = x.to(next(model.parameters()))
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         optimizer.zero_grad()
         loss = model(x).square().sum()
         loss.backward(create_graph=second_order)
@@ -100,6 +102,6 @@ def tied() -> nn.Sequential:
     return model
 
 
-def _again_by_pytorch(model: nn.Module) -> None:
+def _again_by_pytorch(model: Any) -> None:
     for index in (0, 4, 6):
         prune.random_unstructured(model[index], "weight", 0.3)

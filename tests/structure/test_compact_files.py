@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -116,7 +117,7 @@ def test_modules_know_their_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_sizes_of_a_split_are_read_as_what_they_were(
-    kind: type, tmp_path: Path
+    kind: type[list[int]] | type[tuple[int, ...]], tmp_path: Path
 ) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), Mixed(kind([2, 6])))
@@ -312,9 +313,9 @@ def test_tied_weights_stay_tied_and_are_written_once(tmp_path: Path) -> None:
 def test_buffers_that_no_state_dict_has_are_those_of_the_receiver(
     tmp_path: Path,
 ) -> None:
-    small = small_tied()
+    small: Any = small_tied()
     save_compact(small, tmp_path / "small")
-    whole = Tied()
+    whole: Any = Tied()
     once, kept = whole.once, whole.kept
     load_compact(whole, tmp_path / "small")
     assert whole.once is once

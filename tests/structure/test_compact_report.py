@@ -20,7 +20,7 @@ from force_plugin import compact, compact_report
 from force_plugin.structure.compact_report import CompactReport, LayerSize
 
 
-def without_rows(layer: nn.Module, *rows: int) -> None:
+def without_rows(layer: Any, *rows: int) -> None:
     mask = torch.ones_like(layer.weight)
     mask[list(rows)] = 0
     prune.custom_from_mask(layer, "weight", mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import timm
@@ -88,7 +89,7 @@ def test_values_and_masks_are_the_rows_and_columns_that_stay(
     model = build(3, 20, 20, 4).float()
     masks = random_masks(model, 0.1 if build is mlp else 0.015)
     apply_masks(model, masks)
-    small = shrink(model, vectors(3) if build is mlp else images(5))
+    small: Any = shrink(model, vectors(3) if build is mlp else images(5))
     kept = kept_channels(list(masks.values()))
     assert any(not one.all() for one in kept)
     assert list(get_masks(small)) == list(masks)
@@ -219,7 +220,7 @@ def test_zeros_that_are_the_largest_of_some_channels_stay() -> None:
 
 
 def test_channels_of_a_residual_sum_go_if_all_that_write_them_are_gone() -> None:
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), ResidualBlock(8), nn.Conv2d(8, 2, 3)
     ).double()
     without(model[0], rows=[0, 1, 2, 3])
@@ -240,7 +241,7 @@ def test_channels_of_a_residual_sum_go_if_all_that_write_them_are_gone() -> None
 
 
 def test_a_whole_branch_goes_but_for_a_channel() -> None:
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), ResidualBlock(8), nn.Conv2d(8, 2, 3)
     ).double()
     without(model[1].conv2, rows=range(8))
@@ -371,7 +372,9 @@ class MixedBlock(nn.Module):
 
 
 def test_parts_of_a_residual_stream_pass_through_layers_of_their_own() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), MixedBlock(), MixedBlock())
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 1, bias=False), MixedBlock(), MixedBlock()
+    )
     model.append(nn.Conv2d(8, 2, 1)).double()
     for layer in (model[0], model[1].layer, model[2].layer):
         without(layer, rows=[1, 3, 7])
@@ -476,7 +479,7 @@ def test_features_of_flattened_channels_go_with_them() -> None:
 
 
 def test_a_squeeze_and_excitation_loses_channels_with_what_it_scales() -> None:
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(3, 16, 3, bias=False),
         nn.ReLU(),
         SqueezeExcite(16, rd_channels=4),
@@ -506,7 +509,7 @@ KINDS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_convolutions_of_all_kinds(kind: str) -> None:
     build, shape = KINDS[kind]
-    model = nn.Sequential(build(3, 8, 2), nn.ReLU(), build(8, 5, 2), nn.Tanh())
+    model: Any = nn.Sequential(build(3, 8, 2), nn.ReLU(), build(8, 5, 2), nn.Tanh())
     model.append(build(5, 4, 2)).double()
     inputs = torch.randn(shape, generator=generator()).double()
     axis = int("transposed" in kind)

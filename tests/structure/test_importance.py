@@ -180,7 +180,7 @@ def test_importance_is_the_sum_over_the_weights_of_each_channel(
 def test_importance_of_some_channels_is_in_their_order(
     network: str, layer: str, indices: list[int]
 ) -> None:
-    model = SUMS[network][0]()
+    model: Any = SUMS[network][0]()
     importance = SaliencyImportance(model, images())
     size = model.get_submodule(layer).out_channels
     whole = importance(outputs_group(model, layer, list(range(size))))
@@ -277,7 +277,8 @@ PRUNERS: dict[str, tuple[type, dict[str, Any]]] = {
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_pruner_prunes_a_residual_network_in_steps(pruner: str) -> None:
     kind, options = PRUNERS[pruner]
-    model, loader = residual(norm=True).float(), Counted(float_images())
+    model: Any = residual(norm=True).float()
+    loader = Counted(float_images())
     one = kind(
         model,
         loader[0][0],

@@ -147,13 +147,19 @@ CUT: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 
+
+def kept_aside(m: Any, h: Tensor, out: Tensor) -> Tensor:
+    m.kept = m.aux(pooled(h))
+    return out
+
+
 # It cannot be cut along, or torch-pruning takes the wrong inputs.
 STAYS: dict[str, Callable[[], nn.Module]] = {
     "detached": lambda: Branched(
         lambda m, h, out: (out, m.aux(pooled(h.detach()))), aux=nn.Linear(32, 5)
     ),
     "kept_aside": lambda: Branched(
-        lambda m, h, out: setattr(m, "kept", m.aux(pooled(h))) or out,
+        kept_aside,
         aux=nn.Linear(32, 5),
     ),
     "noise_of_one_width": lambda: Branched(
@@ -229,7 +235,7 @@ def test_compact_cuts_what_runs_in_training_only(name: str) -> None:
 
 
 def snapped(model: nn.Module, sparsity: float = 0.5, **options: Any) -> Any:
-    options = {"steps": 1, "forward": loss, "progress": False} | options
+    options = {"steps": 1, "forward": loss, "progress": False, **options}
     loader = [(images(), None)]
     return snap_prune(model, loader, images(2), sparsity, **options)
 
@@ -477,6 +483,7 @@ def test_buffers_and_parameters_are_those_of_before() -> None:
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.count: Tensor
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -529,14 +536,14 @@ def test_models_as_they_come(name: str) -> None:
     make, size, layer, left = MODELS[name]
     torch.manual_seed(0)
     model, x = make(), torch.randn(2, 3, size, size)
-    weight = model.get_submodule(layer).weight
+    weight: Any = model.get_submodule(layer).weight
     rows = torch.arange(len(weight)) < left
     mask = rows.view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
     apply_masks(model, {f"{layer}.weight": mask})
     if (bias := model.get_submodule(layer).bias) is not None:
         bias.data[~rows] = 0
     with unchanged(model):
-        small = compact(model, x, progress=False)
+        small: Any = compact(model, x, progress=False)
     assert len(small.get_submodule(layer).weight) == left
     for one, other in zip(in_training(small, x), in_training(model, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

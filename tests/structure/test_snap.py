@@ -59,11 +59,13 @@ def assert_cut(
 ) -> None:
     """The values of the layers are those of the channels that stay, bit for bit."""
     for layer in {**sets.writes, **sets.reads}:
-        before, after = model.get_submodule(layer), small.get_submodule(layer)
-        stay = kept.get(sets.writes.get(layer), torch.ones(len(before.weight)).bool())
+        before: Any = model.get_submodule(layer)
+        after: Any = small.get_submodule(layer)
+        everything = torch.ones(len(before.weight)).bool()
+        stay = kept.get(sets.writes.get(layer, ""), everything)
         weight = before.weight[stay]
         if before.weight.shape[1] > 1:
-            columns = kept.get(sets.reads.get(layer), torch.ones(1).bool())
+            columns = kept.get(sets.reads.get(layer, ""), torch.ones(1).bool())
             repeat = weight.shape[1] // len(columns)
             weight = weight[:, columns.repeat_interleave(repeat)]
         assert after.weight.shape == weight.shape, layer
@@ -132,7 +134,7 @@ def test_sensitivities_are_those_of_evaluation_mode() -> None:
 
 
 def test_heads_and_features_of_a_transformer_have_a_gate_each() -> None:
-    model = small_vit()
+    model: Any = small_vit()
     x, y = images(size=16)[0]
     gates = {
         name: torch.ones(size, dtype=torch.float64, requires_grad=True)
@@ -158,7 +160,7 @@ def test_heads_and_features_of_a_transformer_have_a_gate_each() -> None:
         one[one.argmax()] = torch.inf
     threshold = torch.cat(list(scores.values())).sort(descending=True).values[9]
     stay = {name: one >= threshold for name, one in scores.items()}
-    small = snapped(model, [(x, y)], 0.62, x, steps=0)
+    small: Any = snapped(model, [(x, y)], 0.62, x, steps=0)
     inner = small.blocks[0]
     width, hidden = stay["width"], stay["hidden"]
     assert torch.equal(inner.mlp.fc1.weight, block.mlp.fc1.weight[hidden][:, width])
@@ -182,7 +184,7 @@ def test_channels_that_are_an_output_stay_and_are_not_counted() -> None:
         return cross_entropy(logits, batch[1]) + features.square().mean()
 
     torch.manual_seed(0)
-    small = snapped(Two().double(), images(), 0.6, steps=0, forward=forward)
+    small: Any = snapped(Two().double(), images(), 0.6, steps=0, forward=forward)
     assert [y.shape[1] for y in small(images()[0][0])] == [3, 4]
     expected = snapped(chain(), images(), 0.6, steps=0)
     assert_same(small.network, expected)
@@ -295,7 +297,7 @@ def test_too_high_a_sparsity_names_one_that_is_possible(
     with unchanged(model), pytest.raises(ValueError, match=r"at most \S+") as caught:
         snapped(model, images(), sparsity)
     possible = float(str(caught.value).split("at most ")[1].split()[0])
-    small = snapped(model, images(), possible, steps=0)
+    small: Any = snapped(model, images(), possible, steps=0)
     layers = [layer for layer in small if isinstance(layer, nn.Linear)][:-1]
     assert [layer.out_features for layer in layers] == [1] * len(widths)
 
@@ -345,11 +347,11 @@ def test_at_random_no_batch_is_read() -> None:
 
 
 def test_at_random_every_channel_has_the_same_chance() -> None:
-    model = perceptron(4, 12)
+    model: Any = perceptron(4, 12)
     torch.manual_seed(0)
     kept = torch.zeros(16)
     for _ in range(60):
-        small = snapped(model, [], 0.5, method="random", steps=0)
+        small: Any = snapped(model, [], 0.5, method="random", steps=0)
         for place, layer in ((0, 1), (4, 3)):
             whole, rest = model[layer].bias, small[layer].bias
             kept[place : place + len(whole)] += torch.isin(whole, rest)
@@ -381,7 +383,7 @@ def opened_by_hand(model: nn.Module) -> nn.Module:
     return model
 
 
-def inner_widths(model: nn.Module) -> list[int]:
+def inner_widths(model: Any) -> list[int]:
     return [m.conv1.out_channels for m in model.modules() if hasattr(m, "conv2")]
 
 
@@ -422,7 +424,7 @@ def small_regnet() -> nn.Module:
     return RegNet(config, num_classes=3)
 
 
-def regnet_channels(model: nn.Module) -> int:
+def regnet_channels(model: Any) -> int:
     """One of each group of a convolution with groups is one channel."""
     found = model.stem.conv.out_channels
     for stage in (model.s1, model.s2, model.s3, model.s4):
@@ -434,7 +436,7 @@ def regnet_channels(model: nn.Module) -> int:
     return found
 
 
-def resnet_channels(model: nn.Module) -> int:
+def resnet_channels(model: Any) -> int:
     names = {
         "layer4.0.conv2",
         "layer3.0.conv3",
@@ -451,7 +453,7 @@ def resnet_channels(model: nn.Module) -> int:
     return sum(model.get_submodule(name).out_channels for name in names)
 
 
-def vit_channels(model: nn.Module) -> int:
+def vit_channels(model: Any) -> int:
     blocks = [(b.mlp.fc1.out_features, b.attn.num_heads) for b in model.blocks]
     return model.patch_embed.proj.out_channels + sum(map(sum, blocks))
 
@@ -520,7 +522,7 @@ def test_each_layer_of_a_set_keeps_a_channel() -> None:
         model.small.weight.mul_(1e-3)
         model.whole.weight[:2].mul_(1e-3)
     loader = [(torch.randn(8, 3, 4, 4), torch.randint(2, (8,)))]
-    small = snap_prune(model, loader, loader[0][0], 0.6, progress=False)
+    small: Any = snap_prune(model, loader, loader[0][0], 0.6, progress=False)
     assert len(small.small.weight) == 1
     assert len(small.whole.weight) == len(small.large.weight) + 1 == 2
 
@@ -574,7 +576,7 @@ def test_too_few_channels_for_each_layer_to_keep_one_are_an_error() -> None:
 def test_what_is_no_loader_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
     with pytest.raises(TypeError, match="loader: expected an iterable of batches"):
-        snap_prune(model, 5, torch.randn(1, 3, 8, 8), 0.5)
+        snap_prune(model, 5, torch.randn(1, 3, 8, 8), 0.5)  # type: ignore[arg-type]
 
 
 def test_model_without_layers_is_refused() -> None:

@@ -132,21 +132,21 @@ def test_result_trains_and_copies() -> None:
 @pytest.mark.parametrize("permanent", [False, True])
 def test_masks_are_taken_along(permanent: bool) -> None:
     build, sets = NETWORKS["residual with norms"]
-    model = build()
+    model: Any = build()
     force_prune(model, images(), 0.6, method="snip", progress=False)
     masks = get_masks(model)
     kept = naive_snap(model, sets, images(), 0.5, 1)
     if permanent:
         make_permanent(model)
     with unchanged(model):
-        small = snapped(model, images(), 0.5, steps=1)
+        small: Any = snapped(model, images(), 0.5, steps=1)
     found = get_masks(small)
     assert list(found) == list(masks)
     for name, mask in masks.items():
         layer = name.removesuffix(".weight")
-        rows = kept.get(sets.writes.get(layer), torch.ones(len(mask)).bool())
+        rows = kept.get(sets.writes.get(layer, ""), torch.ones(len(mask)).bool())
         columns = torch.ones(mask.shape[1]).bool()
-        columns = kept.get(sets.reads.get(layer), columns)
+        columns = kept.get(sets.reads.get(layer, ""), columns)
         assert torch.equal(found[name], mask[rows][:, columns])
         weight = small.get_submodule(layer).weight
         assert torch.equal(weight, model.get_submodule(layer).weight[rows][:, columns])
@@ -270,7 +270,7 @@ def test_model_and_batches_may_have_names_for_their_inputs() -> None:
         return cross_entropy(model(pixels=batch["pixels"])["logits"], batch["labels"])
 
     x, y = images()[0]
-    small = snap_prune(
+    small: Any = snap_prune(
         Named(),
         [{"pixels": x, "labels": y}],
         {"pixels": x[:1]},
@@ -295,7 +295,8 @@ def test_no_more_samples_than_a_microbatch_pass_at_once(score: str) -> None:
         passed.add(len(batch[0]))
         return cross_entropy(model(batch[0]), batch[1])
 
-    model, options = chain(), {"forward": forward, "microbatch": 2}
+    model = chain()
+    options: dict[str, Any] = {"forward": forward, "microbatch": 2}
     if score == "snap":
         snapped(model, images(), 0.6, **options)
     else:
