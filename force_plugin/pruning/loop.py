@@ -152,6 +152,7 @@ def force_prune(
           of the dense network's weights have a saliency other than 0;
         - more than one half of the kept weights is idle: nothing reaches their
           channels, or nothing leads on from there;
+        - the gradients of the pruned network are NaN or infinite;
         - less than one half of the matrix and kernel weights is prunable.
 
     Raises:
