@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,7 +18,7 @@ from harness.intervals import half_width
 
 Results = dict[Run, Result]
 
-COLORS = dict(zip(METHODS, mpl.color_sequences["tab20"][::2], strict=False))
+COLORS = dict(zip(METHODS, cycle(mpl.color_sequences["tab20"][::2]), strict=False))
 COLORS |= {"synflow": "black", "random": "grey"}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds_of_methods import WITH_PASSES
 from networks import perceptron, waves
 from state import unchanged
 from torch import Tensor, nn
@@ -415,9 +416,7 @@ class Unused(nn.Module):
         return self.body(x)
 
 
-@pytest.mark.parametrize(
-    "method", ["force", "iter_snip", "snip", "grasp", "grasp_it", "synflow", "snip_it"]
-)
+@pytest.mark.parametrize("method", WITH_PASSES)
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_weight_without_gradient_is_named(method: str, batches: int) -> None:
     message = r"no gradient reached spare\.weight at step 1: .*parameters="

@@ -1,4 +1,4 @@
 """The options of ``force-prune``, and the files that ``force-prune`` writes.
 
-May import :mod:`force_plugin.pruning`, and everything that pruning may import.
+May import the doors ``hold``, ``lightning`` and ``zoo``, and the rooms below them.
 """

@@ -1,4 +1,4 @@
 """Move, cut and describe batches: tensors in containers, as loaders yield them.
 
-May import :mod:`force_plugin.errors` only.
+May import the modules ``files`` and ``errors``, but not ``model``.
 """

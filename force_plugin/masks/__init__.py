@@ -1,5 +1,5 @@
 """Masks on a model: applied, read, saved, loaded, made permanent, checked.
 
-This folder imports :mod:`force_plugin.methods`, and the folders that ``methods`` may
-import.
+May import ``report``, ``methods`` and ``scoring``, and the rooms below them. Files of
+masks also have the package's version.
 """

@@ -3,8 +3,7 @@
 A method measures and scores. It does not import the probe, but only the protocol of
 the measurements that it needs (:class:`Measurements`).
 
-This folder imports :mod:`force_plugin.selection`, and the folders that ``selection``
-may import.
+May import ``selection`` and the rooms below it, but not ``scoring``.
 """
 
 from force_plugin.methods.base import SaliencyMethod, elementwise

@@ -3,5 +3,5 @@
 These are the weights and their names, masks on weights, and functions that restore a
 model's attributes.
 
-This folder imports nothing of this package but the errors.
+May import the modules ``files`` and ``errors``, but not ``data``.
 """

@@ -1,4 +1,4 @@
 """Distributed jobs: equal results on every rank, and models in shards.
 
-This folder imports :mod:`force_plugin.model` and the errors.
+May import ``model`` and ``data``, and the modules below them.
 """

@@ -1,7 +1,6 @@
 """Measurements of a partly pruned network that leave no trace in the network.
 
-This folder imports :mod:`force_plugin.selection`, and the folders that ``selection``
-may import, but no method.
+May import ``selection`` and the rooms below it, but not ``methods``.
 """
 
 from force_plugin.scoring.probe import Probe

@@ -21,6 +21,7 @@ from faults import (
     share_of,
     vgg,
 )
+from kinds_of_methods import ITERATIVE
 from networks import tiny_resnet
 from state import unchanged
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], list[Batch]]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["force", "iter_snip", "grasp_it", "snip_it"])
+@pytest.mark.parametrize("method", ITERATIVE)
 @pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.1, 0.5])
 @pytest.mark.parametrize("name", SOUND)
 def test_what_is_pruned_a_little_has_not_collapsed(

@@ -11,8 +11,6 @@ import timm
 import torch
 from diagnosed import (
     ONE_SHOT,
-    WITH_FORWARD,
-    WITH_LOSS,
     Batch,
     Crooked,
     emptied,
@@ -20,6 +18,7 @@ from diagnosed import (
     straight,
     widest,
 )
+from kinds_of_methods import WITH_PASSES
 from networks import images, vectors
 from state import unchanged
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ def test_emptied_layers_are_counted_as_a_sort_of_all_scores_counts(method: str) 
     model = Crooked()
     sparsities = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
     options: dict[str, Any] = {}
-    if method in WITH_FORWARD:
+    if method in WITH_PASSES:
         options["parameters"] = [(model.get_submodule(n[:-7]), "weight") for n in USED]
     torch.manual_seed(3)
     diagnosis = diagnose(model, vectors(), method, sparsities=sparsities, **options)
@@ -105,7 +104,7 @@ def test_emptied_layers_are_counted_as_a_sort_of_all_scores_counts(method: str) 
     assert list(diagnosis.emptied) == list(sparsities)
 
 
-@pytest.mark.parametrize("method", [*WITH_FORWARD, "magnitude"])
+@pytest.mark.parametrize("method", [*WITH_PASSES, "magnitude"])
 def test_pruning_at_once_empties_as_many_layers_as_were_foretold(method: str) -> None:
     sparsities = (0.5, 0.8, 0.9, 0.95, 0.98)
     foretold = diagnose(
@@ -222,7 +221,7 @@ def test_scores_with_a_sign_share_by_their_magnitudes() -> None:
 # Findings
 
 
-@pytest.mark.parametrize("method", WITH_FORWARD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_gates_are_those_that_a_report_names(method: str) -> None:
     model = Crooked(unused=False)
     diagnosis = diagnose(model, vectors(), method)
@@ -287,7 +286,7 @@ def test_silent_layers_come_with_their_cause() -> None:
     ]
 
 
-@pytest.mark.parametrize("method", [*WITH_LOSS, "synflow"])
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_silent_layers_are_those_of_a_pruning(method: str) -> None:
     diagnosis = diagnose(Crooked(unused=False), vectors(), method)
     report = force_prune(
@@ -320,7 +319,7 @@ def test_without_gates_hidden_layers_are_the_silent_ones_and_advice_is_withheld(
     assert sentences(diagnosis, "open_gates") == []
 
 
-@pytest.mark.parametrize("method", WITH_FORWARD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_a_layer_that_is_not_used_is_named_and_the_others_are_diagnosed(
     method: str,
 ) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diagnosed import ONE_SHOT, WITH_FORWARD, Batch, Crooked, emptied, straight
+from diagnosed import ONE_SHOT, Batch, Crooked, emptied, straight
+from kinds_of_methods import WITH_PASSES
 from networks import vectors
 from state import unchanged
 from torch import Tensor, nn
@@ -286,7 +287,7 @@ def with_a_past(**options: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("method", [*WITH_FORWARD, "magnitude"])
+@pytest.mark.parametrize("method", [*WITH_PASSES, "magnitude"])
 @pytest.mark.parametrize("kind", ["fresh", "pruned", "eval"])
 def test_a_diagnosis_leaves_no_trace(method: str, kind: str) -> None:
     model = with_a_past()

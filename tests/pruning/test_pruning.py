@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds_of_methods import WITH_LOSS
 from naive_pruning import (
     WEIGHTS,
     Batch,
@@ -41,9 +42,6 @@ from force_plugin import (
     saliency,
     sparsity_report,
 )
-
-WITH_LOSS = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it"]
-
 
 # Exactly as many.
 

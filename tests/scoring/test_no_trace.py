@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kinds_of_methods import ITERATIVE, WITH_LOSS, WITH_PASSES
 from state import differences, process_state, state_of, unchanged
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
@@ -33,9 +34,7 @@ from force_plugin.hold import save_pruned
 
 Batch = tuple[Tensor, Tensor]
 
-WITH_LOSS = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it"]
-WITH_FORWARD = [*WITH_LOSS, "synflow"]
-QUIET = [*WITH_FORWARD, "magnitude"]
+QUIET = [*WITH_PASSES, "magnitude"]
 """Every method but "random", which advances the global generator by design."""
 
 
@@ -284,7 +283,7 @@ def test_a_loader_that_raises_leaves_no_trace(
 
 
 @pytest.mark.parametrize("at", [1, 2])
-@pytest.mark.parametrize("method", ["force", "iter_snip", "grasp_it", "snip_it"])
+@pytest.mark.parametrize("method", ITERATIVE)
 def test_a_loader_that_raises_at_a_later_step_leaves_no_trace(
     method: str, at: int
 ) -> None:
@@ -320,7 +319,7 @@ def test_a_loss_that_fails_leaves_no_trace(
 
 
 @pytest.mark.parametrize("calls", [0, 1])
-@pytest.mark.parametrize("method", WITH_FORWARD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_an_interrupt_inside_of_the_network_leaves_no_trace(
     method: str, calls: int
 ) -> None:

@@ -30,6 +30,7 @@ from gated_networks import (
     shuffled,
     vectors,
 )
+from kinds_of_methods import WITH_PASSES
 from networks import images
 from state import assert_same, unchanged
 from timm.layers import LayerScale
@@ -39,8 +40,6 @@ from torch.nn.functional import cross_entropy
 
 from force_plugin import SaliencyMethod, force_prune, saliency
 from force_plugin.methods import Measurements
-
-EVERY_METHOD = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it", "synflow"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def opened(closed: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm, nn.RMSNorm])
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_every_method_scores_the_open_network(
     method: str, norm: type[nn.Module]
 ) -> None:
@@ -74,7 +73,7 @@ def test_every_method_scores_the_open_network(
     assert_opens(model, ["1.gate.weight"], kind, method=method)
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_every_method_scores_an_open_network_as_it_is(method: str) -> None:
     model = residual()
     # A gate that lets a single channel pass is not closed.
@@ -122,7 +121,7 @@ def seed_everything(seed: int) -> None:
 
 
 @pytest.mark.parametrize("batches", [1, 2, None])
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_random_numbers_and_buffers_are_those_of_a_single_pass(
     method: str, batches: int | None
 ) -> None:
@@ -141,7 +140,7 @@ def test_random_numbers_and_buffers_are_those_of_a_single_pass(
     assert all(score.any() for score in results[0].values())
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_random_numbers_stay_in_step_where_nothing_is_closed(method: str) -> None:
     model = opened_by_hand(Restless(), RESTLESS_GATES)
     results = []
@@ -151,7 +150,7 @@ def test_random_numbers_stay_in_step_where_nothing_is_closed(method: str) -> Non
     assert_same(*results)
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_all_steps_prune_as_in_the_open_network(method: str) -> None:
     masks, histories = [], []
     for network, gates in (
@@ -176,7 +175,7 @@ def test_all_steps_prune_as_in_the_open_network(method: str) -> None:
     assert torch.equal(*histories)
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_batch_norms_in_evaluation_mode_use_the_statistics_they_have(
     method: str,
 ) -> None:
@@ -234,7 +233,7 @@ def test_looking_for_gates_costs_a_pass_only_where_there_are_some(
 # The model stays as it is.
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_a_closed_network_and_its_gradients_stay_as_they_are(method: str) -> None:
     model, generator = Restless(), torch.Generator().manual_seed(4)
     ((inputs, targets),) = vectors()
@@ -455,7 +454,7 @@ def test_the_report_has_a_line_a_kind_with_every_name_and_the_largest_value() ->
     )
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", WITH_PASSES)
 def test_the_report_of_every_method_names_the_gates(method: str) -> None:
     report = force_prune(
         Restless(),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from kinds_of_methods import ITERATIVE
 from networks import batches
 from state import same, unchanged
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:1 of 4 layers:UserWarning")
 
 Batch = tuple[Tensor, Tensor]
 STEPS: dict[str, Any] = {"steps": 3, "progress": False, "on_collapse": "warn"}
-ITERATIVE = ["force", "iter_snip", "grasp_it", "snip_it"]
 
 
 class Network(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from dead_ends import INPUT, DeadEnd, ends_at, sentence
+from kinds_of_methods import WITH_PASSES
 from networks import vectors
 from state import unchanged
 from torch import Tensor, nn
@@ -25,9 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the network collapsed:UserWarnin
 
 
 Batch = tuple[Tensor, Tensor]
-
-
-WITH_LOSS = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it"]
 
 
 RANKED_BY_WEIGHT = ["force", "iter_snip", "snip", "grasp", "snip_it", "synflow"]
@@ -448,7 +446,7 @@ def test_a_detached_layer_is_an_error_and_not_a_silent_layer() -> None:
     model = chain(
         linear(5, 6), Apply(lambda x, zero: x.detach()), linear(6, 6), linear(6, 4)
     )
-    for method in [*WITH_LOSS, "synflow"]:
+    for method in WITH_PASSES:
         with (
             unchanged(model),
             pytest.raises(NoGradientError, match=r"^no gradient reached 0\.weight"),

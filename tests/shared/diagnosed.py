@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from force_plugin import Diagnosis, StageDiagnosis
 
 Batch = tuple[Tensor, Tensor]
-WITH_LOSS = ["force", "iter_snip", "snip", "grasp", "grasp_it", "snip_it"]
-WITH_FORWARD = [*WITH_LOSS, "synflow"]
 ONE_SHOT: dict[str, Any] = {"steps": 1, "progress": False, "on_collapse": "warn"}
 
 
