@@ -145,7 +145,8 @@ def _written(
         targets += args[:1]
     found = []
     for target in targets:
-        several = target if isinstance(target, tuple | list) else [target]
+        # No union, which the torch.compile of torch 2.7 does not know.
+        several = target if isinstance(target, (tuple, list)) else [target]
         found += [one for one in several if isinstance(one, PrunedTensor)]
     return found
 
@@ -188,19 +189,23 @@ class _Masked(torch.autograd.Function):
         return None, None, None, None
 
 
-def _getters(*names: str) -> set[Callable[..., Any]]:
-    return {getattr(Tensor, name).__get__ for name in names}
+def _getters(*names: str) -> list[Callable[..., Any]]:
+    return [getattr(Tensor, name).__get__ for name in names]
 
 
-_OF_ITSELF = _getters("is_leaf", "grad_fn", "grad") | {Tensor.stride}
+# Dicts, as the torch.compile of torch 2.7 fails where a set is asked.
+_OF_ITSELF = dict.fromkeys([*_getters("is_leaf", "grad_fn", "grad"), Tensor.stride])
 """Its own graph, and the strides, by which torch.compile knows it."""
 
-_OF_THE_PARAMETER = _getters("shape", "dtype", "device", "ndim", "requires_grad") | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.is_floating_point,
-}
+_OF_THE_PARAMETER = dict.fromkeys(
+    [
+        *_getters("shape", "dtype", "device", "ndim", "requires_grad"),
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.is_floating_point,
+    ]
+)
 """What needs no product."""
 
 
