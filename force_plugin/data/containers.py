@@ -354,7 +354,8 @@ def _state(value: Any) -> dict[str, Any]:
 
 def _is_record(value: Any) -> bool:
     """Whether it has attributes for its items, and says so."""
-    declared = ("__dataclass_fields__", "__attrs_attrs__", "__pydantic_fields__")
+    # Not __pydantic_fields__, which pydantic has from 2.10 on only.
+    declared = ("__dataclass_fields__", "__attrs_attrs__", "__pydantic_validator__")
     if isinstance(value, nn.Module):
         return False
     return isinstance(value, SimpleNamespace | Namespace | UserDict | UserList) or any(
