@@ -359,7 +359,8 @@ def _state(value: Any) -> dict[str, Any]:
 
 def _is_record(value: Any) -> bool:
     """Return whether a value's class declares attributes as its items."""
-    declared = ("__dataclass_fields__", "__attrs_attrs__", "__pydantic_fields__")
+    # __pydantic_fields__ is missing before pydantic 2.10.
+    declared = ("__dataclass_fields__", "__attrs_attrs__", "__pydantic_validator__")
     if isinstance(value, nn.Module):
         return False
     return isinstance(value, SimpleNamespace | Namespace | UserDict | UserList) or any(

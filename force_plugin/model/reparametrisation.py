@@ -156,7 +156,8 @@ def _written(
         targets += args[:1]
     found = []
     for target in targets:
-        several = target if isinstance(target, tuple | list) else [target]
+        # No union, which the torch.compile of torch 2.7 does not know.
+        several = target if isinstance(target, (tuple, list)) else [target]
         found += [one for one in several if isinstance(one, PrunedTensor)]
     return found
 
@@ -203,19 +204,23 @@ class _Masked(torch.autograd.Function):
         return None, None, None, None
 
 
-def _getters(*names: str) -> set[Callable[..., Any]]:
-    return {getattr(Tensor, name).__get__ for name in names}
+def _getters(*names: str) -> list[Callable[..., Any]]:
+    return [getattr(Tensor, name).__get__ for name in names]
 
 
-_OF_ITSELF = _getters("is_leaf", "grad_fn", "grad") | {Tensor.stride}
+# Dictionaries, as torch.compile of torch 2.7 cannot look into a set.
+_OF_ITSELF = dict.fromkeys([*_getters("is_leaf", "grad_fn", "grad"), Tensor.stride])
 """Functions that read the tensor itself: its graph, and strides for torch.compile."""
 
-_OF_THE_PARAMETER = _getters("shape", "dtype", "device", "ndim", "requires_grad") | {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.is_floating_point,
-}
+_OF_THE_PARAMETER = dict.fromkeys(
+    [
+        *_getters("shape", "dtype", "device", "ndim", "requires_grad"),
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.is_floating_point,
+    ]
+)
 """Functions that need only the parameter, and no product."""
 
 

@@ -49,6 +49,9 @@ class Ranks:
         self.size = dist.get_world_size() if together else 1
         self.rank = dist.get_rank() if together else 0
         self._device = torch.device("cpu")
+        # destroy_process_group of torch 2.7 holds the GIL while it waits for gloo's
+        # threads. A thread that frees a tensor waits for the GIL. So none frees these.
+        self._exchanged: list[Tensor] = []
         if isinstance(model, nn.Module):
             self._device = next((p.device for p in model.parameters()), self._device)
 
@@ -156,6 +159,7 @@ class Ranks:
         vote = self.size if error is None else self.rank
         votes = torch.tensor([vote, next_up, -next_up], device=self._device)
         dist.all_reduce(votes, dist.ReduceOp.MIN)
+        self._exchanged = [votes]
         failed, least, most = votes.tolist()
         if failed == self.size and least == -most:
             return
@@ -169,6 +173,7 @@ class Ranks:
         text = _said(error).encode()[:_LETTERS]
         letters = torch.frombuffer(bytearray(text.ljust(_LETTERS)), dtype=torch.uint8)
         letters = letters.to(self._device)
+        self._exchanged.append(letters)
         dist.broadcast(letters, failed)
         if error is None:
             said = bytes(letters.tolist()).decode(errors="ignore")

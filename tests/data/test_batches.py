@@ -499,7 +499,7 @@ def test_a_mapping_that_cannot_be_made_again_is_an_error() -> None:
         def __len__(self) -> int:
             return 2
 
-    message = r"batch: expected mappings .* got a Lazy: .*; put a dict or a dataclass"
+    message = r"(?s)batch: expected mappings .* got a Lazy: .*; put a dict or a datacl"
     model = nn.Linear(6, 4)
     before = copy(model.state_dict())
     with pytest.raises(BatchError, match=message):

@@ -39,6 +39,9 @@ class Reader(nn.Module):
         return self.layers[1].weight  # type: ignore[return-value]
 
 
+TORCH_2_7 = torch.__version__.startswith("2.7.")
+
+
 class Tied(Reader):
     """An autoencoder that calls its only layer, and reads the weight for the rest."""
 
@@ -249,6 +252,8 @@ def test_a_weight_that_is_read_trains_however_the_model_runs(
         pytest.skip("PyTorch's own error, for a GRU that is not called")
     if (way, reader) in (("compiled", "function"), ("checkpointed", "recomputed")):
         pytest.skip("PyTorch refuses to be given such a tensor there, with an error")
+    if way == "compiled" and reader in ("loop", "helped") and TORCH_2_7:
+        pytest.skip("torch 2.7 compiles no .T and no methods of such a tensor")
     torch.manual_seed(0)
     model = READERS[reader]().double()
     dense, x = copy.deepcopy(model), torch.randn(3, 5, 6, dtype=torch.float64)

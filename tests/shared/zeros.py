@@ -55,6 +55,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 3) -> None:
     x, second_order = images(), getattr(optimizer, "is_second_order", False)
     x = x.to(next(model.parameters()))
 
+    @torch.enable_grad()  # timm's AdaHessian does so from 1.0.31 on only
     def closure() -> Any:
         optimizer.zero_grad()
         loss = model(x).square().sum()
