@@ -122,7 +122,7 @@ class SNIPIt(SNIP):
     """
 
     steps = 7
-    schedule = "snip_it"
+    schedule: ClassVar[str | None] = "snip_it"
 
     @classmethod
     def measure(cls, probe: Measurements) -> Mapping[str, Tensor]:  # noqa: D102

@@ -167,7 +167,7 @@ def test_snip_is_that_of_its_public_code(case: str) -> None:
 class WithOtherCounts(SNIPIt):
     """SNIP-it on the schedule that ``force_prune`` is given."""
 
-    schedule = None  # type: ignore[assignment]
+    schedule = None
 
 
 class OneStep(WithOtherCounts):
