@@ -653,7 +653,10 @@ def test_one_process_of_several_says_what_was_loaded(
         ),
         (tiny_resnet()[:-1], "where 10.bias is nothing instead of (10,), 10.weight"),
         (nn.Conv2d(3, 3, 1), "is Conv2d, where weight is (3, 3, 1, 1) instead of"),
-        (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "Sequential, where 1.num"),
+        (
+            nn.Sequential(nn.Flatten(), nn.LazyLinear(3)),
+            "1.num_batches_tracked is nothing instead of ()",
+        ),
         (
             tiny_resnet().requires_grad_(False),
             "is Sequential, where no parameter requires a gradient.",
