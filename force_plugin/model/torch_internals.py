@@ -81,6 +81,15 @@ def put_parameter(module: nn.Module, key: str, parameter: Tensor) -> None:
     module._parameters[key] = parameter  # type: ignore[assignment]
 
 
+def put_buffer(module: nn.Module, key: str, buffer: Tensor) -> None:
+    """Put a tensor in the place of a buffer, and tell nobody.
+
+    ``setattr`` calls the hooks of ``register_module_buffer_registration_hook``, and a
+    ``__setattr__`` of the module's class, which may refuse or count what is written.
+    """
+    module._buffers[key] = buffer
+
+
 def read_through(module: nn.Module, key: str, read: Callable[[Any], Tensor]) -> None:
     """Have a function of a parameter in its place for everything that reads it.
 

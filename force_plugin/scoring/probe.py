@@ -88,8 +88,7 @@ class Probe:
         self._compiled = Compiled(model, passes.compile, self._device, shards)
         self._feed = Feed(loader, passes, self._device, shards, on_batch)
         self._causes = Causes(model, self.parameters, passes.autocast, self._device)
-        remember = lambda: self._stand_ins.remember(self.gates)  # noqa: E731
-        self._loss = Loss(model, passes, self._feed, self._causes, remember)
+        self._loss = Loss(model, passes, self._feed, self._causes, self._remember)
         self._gradients = Gradients(self._stand_ins, self._feed, self._loss_of, shards)
         self._synflow = SynapticFlow(
             model, self._stand_ins, self._opening, self._feed, shards
@@ -261,6 +260,10 @@ class Probe:
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         self._stand_ins.put(self._opening.values(), self._exit)
         self._stand_ins.mask(self.masks)
+
+    def _remember(self) -> Callable[[], None]:
+        """Return a function that undoes what a pass may change."""
+        return self._stand_ins.remember(self.gates)
 
     def _loss_of(self, batch: Any, temperature: float) -> Tensor:
         """Return the loss of a batch, with gates open."""

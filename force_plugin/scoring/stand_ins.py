@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from force_plugin.model.registered import own_buffers
 from force_plugin.model.reparametrisation import show_all
 from force_plugin.model.restoring import random_states, snapshot
-from force_plugin.model.torch_internals import put_parameter, read_through
+from force_plugin.model.torch_internals import put_buffer, put_parameter, read_through
 from force_plugin.model.weights import Weight, is_scripted
 from force_plugin.parallel.shards import Reader, Shards
 
@@ -69,9 +69,9 @@ class StandIns:
             for key, buffer in own_buffers(module).items():
                 if id(buffer) not in copies:
                     copies[id(buffer)] = buffer.detach().clone()
-                setattr(module, key, copies[id(buffer)])
+                put_buffer(module, key, copies[id(buffer)])
                 if is_scripted(module):  # TorchScript keeps its buffers in C++
-                    undo.callback(setattr, module, key, buffer)
+                    undo.callback(put_buffer, module, key, buffer)
         for name, parameter in self._parameters.items():
             leaf = nn.Parameter(
                 values.get(name, parameter.local).clone(),

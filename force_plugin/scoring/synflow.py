@@ -13,7 +13,7 @@ from force_plugin.errors import BatchError, NoGradientError
 from force_plugin.model.registered import own_buffers, own_parameters
 from force_plugin.model.reparametrisation import show_all
 from force_plugin.model.restoring import restored
-from force_plugin.model.torch_internals import put_parameter
+from force_plugin.model.torch_internals import put_buffer, put_parameter
 from force_plugin.model.weights import is_scripted
 from force_plugin.parallel.shards import Shards
 from force_plugin.scoring.feed import Feed
@@ -151,7 +151,7 @@ class SynapticFlow:
             for key, buffer in own_buffers(module).items():
                 if id(buffer) not in buffers:
                     buffers[id(buffer)] = _positive(buffer, dtype)
-                setattr(module, key, buffers[id(buffer)])
+                put_buffer(module, key, buffers[id(buffer)])
             for key, parameter in own_parameters(module).items():
                 put_parameter(module, key, self._twin(parameter, dtype))
         show_all(self._model)

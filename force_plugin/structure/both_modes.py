@@ -25,6 +25,7 @@ from force_plugin.model.restoring import random_states, restored
 from force_plugin.model.torch_internals import (
     NormBase,
     TorchDispatchMode,
+    put_buffer,
     put_parameter,
 )
 from force_plugin.model.weights import named_parameters
@@ -68,7 +69,7 @@ def in_mode(model: nn.Module, mode: Mode, seed: int = 0) -> Iterator[None]:
                 if isinstance(module, NormBase):
                     module.eval()
                 for key, buffer in own_buffers(module).items():
-                    setattr(module, key, buffer.clone())
+                    put_buffer(module, key, buffer.clone())
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)

@@ -20,7 +20,7 @@ from force_plugin.masks.permanent import make_permanent
 from force_plugin.model.registered import own_buffers, own_parameters
 from force_plugin.model.reparametrisation import remove
 from force_plugin.model.restoring import restored
-from force_plugin.model.torch_internals import REGISTRIES, put_parameter
+from force_plugin.model.torch_internals import REGISTRIES, put_buffer, put_parameter
 from force_plugin.model.weights import (
     HELD,
     Weight,
@@ -189,7 +189,7 @@ def rebuilt(model: nn.Module, cut: nn.Module) -> nn.Module:
         own = own_buffers(original)
         for key, buffer in own_buffers(module).items():
             if key in own:
-                setattr(module, key, buffer.to(own[key].dtype))
+                put_buffer(module, key, buffer.to(own[key].dtype))
     found = named_parameters(cut)
     pairs = [(found[name], mask) for name, mask, _ in masks]
     prune_with(pairs)

@@ -19,7 +19,7 @@ from force_plugin.files import read_safetensors, write_whole
 from force_plugin.masks.apply import apply_masks
 from force_plugin.masks.permanent import make_permanent
 from force_plugin.model.module_names import name_some, named_buffers, named_modules
-from force_plugin.model.torch_internals import is_persistent, put_parameter
+from force_plugin.model.torch_internals import is_persistent, put_buffer, put_parameter
 from force_plugin.model.weights import (
     Weight,
     mask_of,
@@ -103,7 +103,7 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
             flat = np.unpackbits(bits, count=new.numel()).astype(bool)
             masks[name] = torch.from_numpy(flat).view(new.shape)
     for name, (module, key) in _buffers(model).items():
-        setattr(module, key, tensors[name].to(getattr(module, key)))
+        put_buffer(module, key, tensors[name].to(getattr(module, key)))
     if masks:
         apply_masks(model, masks)
         if json.loads(header["permanent"]):

@@ -34,6 +34,7 @@ from force_plugin.model.torch_internals import (
     metadata,
     own_iterator,
     parameter_order,
+    put_buffer,
     put_parameter,
     read_through,
     registries,
@@ -157,6 +158,21 @@ def a_parameter_put_in_the_place_of_another() -> None:
     finally:
         handle.remove()
     assert module.weight is leaf and not told and names(module) == ["weight", "scale"]
+
+
+def a_buffer_put_in_the_place_of_another() -> None:
+    class Closed(Every):
+        closed = False
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self.closed:
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    module = Closed()
+    Closed.closed = True
+    put_buffer(module, "drawn", ones := torch.ones(2))
+    assert module.drawn is ones and "drawn" not in module.state_dict()
 
 
 def a_parameter_that_is_read_through_a_function() -> None:
@@ -337,6 +353,7 @@ def shapes_in_a_graph() -> None:
         the_registries_of_a_module,
         a_module_that_was_not_initialised,
         a_parameter_put_in_the_place_of_another,
+        a_buffer_put_in_the_place_of_another,
         a_parameter_that_is_read_through_a_function,
         another_name_for_a_parameter,
         buffers_of_a_state_dict,

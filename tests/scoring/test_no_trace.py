@@ -19,6 +19,10 @@ from state import differences, process_state, state_of, unchanged
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.utils import prune
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -716,3 +720,25 @@ def test_what_cannot_be_restored_keeps_nothing_else_from_it(call: str) -> None:
     assert settings_of(model) == before and not model[0].training
     assert all(p is model.get_parameter(n) for n, p in parameters.items())
     assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
+
+
+@pytest.mark.parametrize("method", WITH_PASSES)
+def test_nobody_is_told_of_what_stands_in_for_parameters_and_buffers(
+    method: str,
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    told: list[str] = []
+
+    def note(module: nn.Module, name: str, tensor: Any) -> None:
+        told.append(name)
+
+    handles = [
+        register_module_buffer_registration_hook(note),
+        register_module_parameter_registration_hook(note),
+    ]
+    try:
+        saliency(model, [(torch.randn(5, 6), torch.arange(5) % 4)], method)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not told
