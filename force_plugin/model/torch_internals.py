@@ -34,7 +34,7 @@ __all__ = [  # from where PyTorch's own documentation imports them, or with a re
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 """Attributes of a module that hold what it has registered, each a dictionary."""
 
-OF_A_CALL = ("forward", "_compiled_call_impl")
+_BOUND = ("forward", "_compiled_call_impl")
 """Attributes that some trainers set on an instance, and bind to the module itself."""
 
 
@@ -64,7 +64,7 @@ def uninitialised(
         children: Submodules by name, ``None`` too.
     """
     made: nn.Module = object.__new__(kind)
-    own = {key: value for key, value in attributes.items() if key not in OF_A_CALL}
+    own = {key: value for key, value in attributes.items() if key not in _BOUND}
     vars(made).update(own | vars(nn.Module()), training=False)
     contents = (parameters, buffers, children)
     vars(made).update(zip(REGISTRIES, map(dict, contents), strict=True))
