@@ -36,6 +36,7 @@ from force_plugin.methods.criteria import (
     SynFlow,
 )
 from force_plugin.methods.registry import METHODS
+from force_plugin.methods.steady_force import SteadyFORCE
 from force_plugin.pruning.diagnosis import Diagnosis, StageDiagnosis, diagnose
 from force_plugin.pruning.loop import force_prune, saliency
 from force_plugin.report.sparsity import LayerReport, SparsityReport, sparsity_report
@@ -84,6 +85,7 @@ __all__ = [
     "SaliencyMethod",
     "SparsityReport",
     "StageDiagnosis",
+    "SteadyFORCE",
     "SynFlow",
     "apply_masks",
     "compact",

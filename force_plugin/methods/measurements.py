@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -22,12 +22,17 @@ class Measurements(Protocol):
         weights: The dense weights θ by parameter name, without gradient.
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         step: Number of the present step, from 1.
+        kept: Number of weights that the mask keeps, in the whole network.
+        memory: What a method keeps from step to step, by names of its own. It is empty
+            at the first step.
     """
 
     shards: Shards
     weights: dict[str, Tensor]
     masks: Mapping[str, Tensor] | None
     step: int
+    kept: int
+    memory: dict[str, Any]
 
     @property
     def loss(self) -> float:
@@ -44,6 +49,13 @@ class Measurements(Protocol):
 
     def synflow_gradients(self) -> dict[str, Tensor]:
         """Return ``|∂R/∂θ|`` at ``|θ ⊙ c|``, in float64, without data."""
+
+    def spreads(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Return a context that measures the outputs of the scored layers.
+
+        At its end the dictionary has, by parameter name, the standard deviation of each
+        output channel over the passes within the context.
+        """
 
     def evaluation_mode(self) -> AbstractContextManager[None]:
         """Return a context in which every module is in evaluation mode."""

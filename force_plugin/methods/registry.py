@@ -22,6 +22,7 @@ from force_plugin.methods.criteria import (
 )
 from force_plugin.methods.measurements import Measurements
 from force_plugin.methods.scores import is_ours
+from force_plugin.methods.steady_force import SteadyFORCE
 from force_plugin.selection.schedules import (
     arguments_of,
     check_arguments,
@@ -31,6 +32,7 @@ from force_plugin.selection.schedules import (
 
 METHODS: dict[str, type[SaliencyMethod]] = {
     "force": FORCE,
+    "steady_force": SteadyFORCE,
     "iter_snip": IterSNIP,
     "snip": SNIP,
     "grasp": GraSP,

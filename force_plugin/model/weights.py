@@ -57,7 +57,7 @@ class Weight:
         This goes for the weight of a convolution, of a linear layer, or of a module
         that behaves as a linear layer, unless an embedding shares the weight.
         """
-        if self._axis is None:
+        if self.channel_axis is None:
             return False
         shared = len(self.owners) > 1 and self.dense.dim() == 2
         return not shared or not any(looks_up(*owner) for owner in self.owners)
@@ -72,7 +72,7 @@ class Weight:
         names, and parameters with a first dimension of 1. The weight of a layer always
         counts.
         """
-        if self._axis is not None:
+        if self.channel_axis is not None:
             return True
         if is_lazy(self.dense) or not self.dense.is_floating_point():
             return False
@@ -89,7 +89,7 @@ class Weight:
 
         The weight of transformers' ``Conv1D`` is an example.
         """
-        return self._axis == 1
+        return self.channel_axis == 1
 
     @property
     def shape(self) -> torch.Size:
@@ -101,8 +101,11 @@ class Weight:
         return values.t() if self.transposed else values
 
     @property
-    def _axis(self) -> int | None:
-        """The axis of the output channels; ``None`` if no layer has the parameter."""
+    def channel_axis(self) -> int | None:
+        """The axis of the output channels; ``None`` if no layer has the parameter.
+
+        It is 0 for all convolutions, transposed convolutions too.
+        """
         layers = [module for module, tensor in self.owners if tensor == "weight"]
         if any(isinstance(module, PRUNABLE_MODULES) for module in layers):
             return 0

@@ -233,15 +233,14 @@ def force_prune(
                 if step == 1:
                     doubts.on_first_scores(scores, earlier, probe)
                 among = earlier if criterion.regrows else masks or earlier
-                masks, threshold = top_k_masks(
-                    scores, min(kept, available), shards.totals, among
-                )
+                kept = min(kept, available)
+                masks, threshold = top_k_masks(scores, kept, shards.totals, among)
                 shards.require_same(
                     f"the masks of step {step}", _REPORT, *masks.values()
                 )
                 doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
                 del scores  # make room for the gradients of the next step
-                probe.prune(masks)
+                probe.prune(masks, kept)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
                 bar.update()
             if kept_after[-1] < total:

@@ -25,6 +25,7 @@ from force_plugin.scoring.malloc import freed_memory_kept
 from force_plugin.scoring.nonfinite import Causes
 from force_plugin.scoring.open_gates import Opening
 from force_plugin.scoring.passes import Loader, Passes
+from force_plugin.scoring.spreads import Spreads
 from force_plugin.scoring.stand_ins import StandIns
 from force_plugin.scoring.synflow import SynapticFlow
 from force_plugin.scoring.undone_writes import protected
@@ -55,6 +56,8 @@ class Probe:
         masks: The mask c by parameter name, or ``None`` as long as nothing is pruned.
         parameters: Every parameter of the model, by name.
         step: Number of the present step, from 1.
+        kept: Number of weights that the mask keeps, in the whole network.
+        memory: What a method keeps from step to step, by names of its own.
 
     Raises:
         ValueError: The passes are to be compiled, and the network is sharded.
@@ -76,6 +79,8 @@ class Probe:
         self.parameters = shards.parameters
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
+        self.kept = sum(weight.dense.numel() for weight in weights)
+        self.memory: dict[str, Any] = {}
         self._passes = passes
         self._loader = loader
         self._opening = Opening(
@@ -93,6 +98,8 @@ class Probe:
         self._synflow = SynapticFlow(
             model, self._stand_ins, self._opening, self._feed, shards
         )
+        scored = {weight.name: weight for weight in weights}
+        self._spreads = Spreads(scored, self._device, shards)
         self._last_look = LastLook(
             model, self._stand_ins, passes, self._feed, self._loss_of, shards
         )
@@ -130,13 +137,15 @@ class Probe:
         self._synflow.close()
         self._exit.close()
 
-    def prune(self, masks: Mapping[str, Tensor]) -> None:
+    def prune(self, masks: Mapping[str, Tensor], kept: int) -> None:
         """Begin the next step, in which the network is measured with these masks.
 
         Args:
             masks: Bool tensors by parameter name, True = kept.
+            kept: Number of weights that the masks keep, in the whole network.
         """
         self.masks = masks
+        self.kept = kept
         self.step += 1
         self._stand_ins.mask(masks)
 
@@ -198,6 +207,11 @@ class Probe:
         self._passes.refuse_compile("the network anew at each step")
         self._open()
         return self._synflow.gradients(self.step, self._device)
+
+    def spreads(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Return a context that measures layers, as :meth:`Spreads.measured` does."""
+        self._open()
+        return self._spreads.measured(self._exit)
 
     def explain_zero_saliency(self, names: Sequence[str]) -> dict[str, str]:
         """Return why each weight has a saliency of 0; may make the last pass again."""
