@@ -71,6 +71,8 @@ class SaliencyMethod(Reparametrisation):
             methods). Default: ``None``, the caller chooses.
         schedule: Name of the schedule, if the method fixes the schedule. Default:
             ``None``, the caller chooses.
+        refining: Number of the last steps that stay at the final density, at most half
+            of all steps. Default: 0.
         looks: Whether the scores come from passes of the network, so that closed gates
             matter. Default: True.
 
@@ -86,6 +88,7 @@ class SaliencyMethod(Reparametrisation):
     regrows: ClassVar[bool] = False
     steps: ClassVar[int | None] = None
     schedule: ClassVar[str | None] = None
+    refining: ClassVar[int] = 0
     looks: ClassVar[bool] = True
 
     def __init__(self, amount: float | int) -> None:  # noqa: D107 (the class has it)

@@ -14,6 +14,20 @@ from torch import Tensor
 from force_plugin.parallel.shards import Shards
 
 
+class Causes(Protocol):
+    """Finds the causes of values that are not finite."""
+
+    @property
+    def precision(self) -> str:
+        """The narrowest floating-point type of the passes."""
+
+    def broken(self) -> list[str]:
+        """Return names of parameters that are not finite, and of buffers with NaN."""
+
+    def wider(self) -> str:
+        """Return advice against an overflow, as the end of a sentence."""
+
+
 class Measurements(Protocol):
     """Measures a network with the masks of the last step.
 
@@ -33,6 +47,10 @@ class Measurements(Protocol):
     step: int
     kept: int
     memory: dict[str, Any]
+
+    @property
+    def causes(self) -> Causes:
+        """Finds the causes of values that are not finite."""
 
     @property
     def loss(self) -> float:
@@ -65,13 +83,3 @@ class Measurements(Protocol):
 
         Its error names the method.
         """
-
-    def broken(self) -> list[str]:
-        """Return names of parameters that are not finite, and of buffers with NaN."""
-
-    @property
-    def precision(self) -> str:
-        """The narrowest floating-point type of the passes."""
-
-    def wider(self) -> str:
-        """Return advice against an overflow, as the end of a sentence."""

@@ -159,7 +159,7 @@ class Scorer:
             return
         # The names of weights whose signal is not finite either.
         guilty = [name for name in names if not self._sound.get(name)]
-        if found := probe.broken():
+        if found := probe.causes.broken():
             cause = f"there is a NaN or inf in {name_some(found)}"
             advice = "look at the initialisation, or where these values come from"
         elif not guilty:
@@ -175,13 +175,14 @@ class Scorer:
             names = guilty
             cause = f"what {method.__name__}.measure returned for it is NaN or inf"
             advice = "look at this method, at the data and the initialisation"
-            advice += probe.wider()
+            advice += probe.causes.wider()
         elif method.overflow:
             cause, advice = method.overflow
         else:
             names = guilty
-            cause = f"its gradient is NaN or inf, or too large for {probe.precision}"
-            advice = f"look at the data and the initialisation{probe.wider()}"
+            precision, wider = probe.causes.precision, probe.causes.wider()
+            cause = f"its gradient is NaN or inf, or too large for {precision}"
+            advice = f"look at the data and the initialisation{wider}"
         raise NotFiniteError(
             f"the saliency of {name_some(names)} is not finite at step {probe.step}: "
             f"{cause}",

@@ -31,38 +31,45 @@ class SteadyFORCE(FORCE):
         s_i = |\theta_i \, g_i(\theta \odot c_{t-1})|
 
     A pruned weight counts as if its channel had all of its weights again, and it has to
-    be better than a kept weight by a factor of 2. Here k is the output channel of
+    be better than a kept weight by a factor of 4. Here k is the output channel of
     weight i, and σ is measured at the output of its layer, on the batches of the step:
 
     .. math::
 
         r_i = 1 \text{ if } c_{t-1,i} = 1, \qquad
-        r_i = \tfrac12 \min(1, \sigma_k / \sigma_k^{\text{dense}}) \text{ if not}
+        r_i = \tfrac14 \min(1, \sigma_k / \sigma_k^{\text{dense}}) \text{ if not}
 
     The ranking is by a running average. The older its saliencies are, the less they
-    count, by the cube of the share of weights that has stayed since:
+    count, by the cube of the share of weights that has stayed since. A weight that has
+    no saliency any more is forgotten:
 
     .. math::
 
-        S_t = \rho_t S_{t-1} + (1 - \rho_t) \, r \odot s, \qquad
-        \rho_t = \min\bigl(0.9, (\lVert c_{t-1} \rVert_0 / \lVert c_{t-2}
-        \rVert_0)^3\bigr), \qquad S_1 = s
+        S_1 = s, \qquad S_t = \rho_t S_{t-1} + (1 - \rho_t) \, r \odot s
+        \text{ where } s > 0, \qquad S_t = 0 \text{ elsewhere}
 
-    The first step is that of FORCE. If a layer's module does not return its output
-    channels as a convolution or a linear layer does, the minimum counts as 1.
+    .. math::
+
+        \rho_t = \min\bigl(0.7, (\lVert c_{t-1} \rVert_0 / \lVert c_{t-2}
+        \rVert_0)^3\bigr)
+
+    The last two steps stay at the final density: kept weights without any saliency make
+    room for others. If a layer's module does not return its output channels as a
+    convolution or a linear layer does, the minimum counts as 1.
 
     Source: this project; ``docs/steady-force.md`` has the study. The saliency is that
     of de Jorge et al. 2021 (arXiv 2006.09081), Algorithm 1.
 
     Attributes:
-        returning: Factor of the saliency of a pruned weight. Default: 0.5.
+        returning: Factor of the saliency of a pruned weight. Default: 0.25.
         forgetting: Exponent of the share of weights that has stayed. Default: 3.
-        longest: The largest share of the old average. Default: 0.9.
+        longest: The largest share of the old average. Default: 0.7.
     """
 
-    returning: ClassVar[float] = 0.5
+    refining: ClassVar[int] = 2
+    returning: ClassVar[float] = 0.25
     forgetting: ClassVar[float] = 3.0
-    longest: ClassVar[float] = 0.9
+    longest: ClassVar[float] = 0.7
 
     @classmethod
     def scores(cls, probe: Measurements) -> dict[str, Tensor]:  # noqa: D102
@@ -72,6 +79,7 @@ class SteadyFORCE(FORCE):
         if masks is None:
             probe.memory[_MEMORY] = (scores, spreads, probe.kept)
             return scores
+        average: dict[str, Tensor]
         average, dense, kept = probe.memory[_MEMORY]
         share = min(cls.longest, (probe.kept / kept) ** cls.forgetting)
         for name, score in scores.items():
@@ -90,6 +98,8 @@ def _update(
 ) -> None:
     """Move an average towards a score, which counts less where a mask is False.
 
+    The average becomes 0 where the score is 0.
+
     Args:
         average: Running average; it is overwritten.
         score: Scores of the step.
@@ -100,4 +110,4 @@ def _update(
     tensors = (average, score, mask, factor.expand_as(score))
     rows = max(1, _CHUNK // max(1, score[:1].numel()))
     for old, own, kept, less in zip(*(t.split(rows) for t in tensors), strict=True):
-        old.lerp_(torch.where(kept, own, own * less), new)
+        old.lerp_(torch.where(kept, own, own * less), new).mul_(own != 0)

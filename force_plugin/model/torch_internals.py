@@ -53,7 +53,7 @@ def channel_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
         population, divided by the number of values.
     """
     wide = values.float() if values.itemsize < 4 else values
-    mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)  # type: ignore[attr-defined]
+    mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
     return mean, variance
 
 

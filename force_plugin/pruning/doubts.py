@@ -106,6 +106,7 @@ class Doubts:
 
     Attributes:
         problems: The reasons, a sentence each.
+        begun: Whether there were scores before.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -116,6 +117,7 @@ class Doubts:
         shards: Shards = WHOLE,
     ) -> None:
         self.problems: list[str] = []
+        self.begun = False
         self._steps = len(kept)
         self._left = kept[-1]
         self._raise = on_collapse == "raise"
@@ -149,6 +151,7 @@ class Doubts:
             among: Masks of the weights that can be chosen; empty: all weights.
             probe: The probe that has measured the scores.
         """
+        self.begun = True
         self._weights, self._parameters = probe.weights, probe.parameters
         self._reads = not math.isnan(probe.loss)
         alive = self._shards.totals.count(scores)

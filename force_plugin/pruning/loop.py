@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -22,9 +22,11 @@ from force_plugin.model.weights import (
 from force_plugin.model.weights_to_prune import find_weights
 from force_plugin.parallel.ranks import Ranks, unwrap
 from force_plugin.parallel.shards import Shards
+from force_plugin.pruning.descent import Descent
 from force_plugin.pruning.doubts import Doubts
 from force_plugin.report.sparsity import SparsityReport, report_of
 from force_plugin.scoring import gates
+from force_plugin.scoring.disconnection import Disconnected
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
 from force_plugin.scoring.probe import Probe
 from force_plugin.selection.schedules import (
@@ -49,6 +51,7 @@ def force_prune(
     schedule: str | Schedule = "exponential",
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
     on_collapse: Literal["raise", "warn"] = "raise",
+    guard: bool = True,
     progress: bool = True,
     **options: Unpack[PassOptions],
 ) -> SparsityReport:
@@ -139,6 +142,12 @@ def force_prune(
             no longer depend on the inputs. ``"raise"`` (the default) raises an error
             and leaves the model unchanged. ``"warn"`` warns and prunes the model.
             ``"magnitude"`` and ``"random"`` read no data and cannot tell.
+        guard: If the masks of a step disconnect the network, go back to the masks
+            before, and take the step in smaller ones (default: True). If smaller steps
+            do not help either, no pruned weight returns until the step is done. The
+            ranking stays that of the method, and the report names such steps. ``False``
+            goes on as the papers do, as long as a gradient reaches any weight. Methods
+            with a single step, ``"magnitude"`` and ``"random"`` have no guard.
         progress: Show a progress bar with step and density on standard error (default:
             True).
 
@@ -186,7 +195,11 @@ def force_prune(
             )
         total = sum(weight.dense.numel() for weight in weights)
         kept_after = kept_per_step(
-            criterion.schedule or schedule, criterion.steps or steps, sparsity, total
+            criterion.schedule or schedule,
+            criterion.steps or steps,
+            sparsity,
+            total,
+            criterion.refining,
         )
         # The masks of an earlier pruning, if any. Removed weights never come back.
         earlier = {
@@ -209,7 +222,7 @@ def force_prune(
         if parameters is None:
             rest = passed_over(model, shards.parameters, {w.name for w in weights})
             doubts.problems += Coverage(total, rest).doubts()
-        masks: dict[str, Tensor] = {}
+        descent = Descent(kept_after, total, guard and criterion.looks)
         probe = Probe(
             model,
             weights,
@@ -220,6 +233,7 @@ def force_prune(
                 and bar.set_postfix_str(f"batch {number} of the step")
             ),
             shards=shards,
+            watching=descent.guarded,
         )
         bar = tqdm(
             total=len(kept_after),
@@ -228,29 +242,34 @@ def force_prune(
             disable=not progress or ranks.rank > 0,
         )
         with bar, probe:
-            for step, kept in enumerate(kept_after, start=1):
-                scores = scores_of(criterion, probe)
-                if step == 1:
+            for scores in _measured(criterion, probe, descent, doubts):
+                step, before = descent.step, descent.masks
+                if not doubts.begun:
                     doubts.on_first_scores(scores, earlier, probe)
-                among = earlier if criterion.regrows else masks or earlier
-                kept = min(kept, available)
+                returns = criterion.regrows and not descent.holding
+                among = earlier if returns else before or earlier
+                kept = min(descent.next, available)
                 masks, threshold = top_k_masks(scores, kept, shards.totals, among)
                 shards.require_same(
                     f"the masks of step {step}", _REPORT, *masks.values()
                 )
                 doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
                 del scores  # make room for the gradients of the next step
-                probe.prune(masks, kept)
+                descent.go(masks)
+                probe.prune(masks, kept, step + 1)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
-                bar.update()
-            if kept_after[-1] < total:
-                doubts.on_flow(*probe.flow())
+                bar.update(descent.taken - bar.n)
 
-        kept_in, emptied = shards.totals.count(masks), doubts.emptied()
+        kept_in, emptied = shards.totals.count(descent.masks), doubts.emptied()
         # Warn before the model is touched, as a filter may turn warnings into errors.
         said = [*doubts.problems, *(["; ".join(emptied)] if emptied else [])]
         _warn(said, ranks)
-        remarks = [*gates.remarks_on(probe.gates), *doubts.problems, *emptied]
+        remarks = [
+            *gates.remarks_on(probe.gates),
+            *doubts.problems,
+            *emptied,
+            *descent.said(len(kept_after)),
+        ]
     # 60 and "exponential" are the defaults, so the caller may not have chosen them.
     if steps not in (len(kept_after), 60):
         remarks.append(f"steps={steps} was not used: {method_name} has its own number")
@@ -263,12 +282,35 @@ def force_prune(
         )
     report = report_of(model, shards.parameters, weights, kept_in, remarks, method_name)
     # The model is changed last, as nothing can fail after that.
-    pairs = [(weight, masks[weight.name]) for weight in weights]
+    pairs = [(weight, descent.masks[weight.name]) for weight in weights]
     if shards.sharded:
         prune_in_place(pairs, shards)
     else:
         prune_with(pairs, criterion)
     return report
+
+
+def _measured(
+    criterion: type[SaliencyMethod], probe: Probe, descent: Descent, doubts: Doubts
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the scores of each step, and look at the network after the last step.
+
+    If a step has disconnected the network, it is taken again.
+    """
+    while True:
+        try:
+            while not descent.done:
+                # The scores get no name here, so that the caller can free them.
+                yield scores_of(criterion, probe)
+            flow = probe.flow() if descent.sparse else None
+            if flow is None or flow[0] is not False or not descent.back():
+                break
+        except Disconnected:
+            descent.back()
+        probe.watching = descent.guarded
+        probe.prune(descent.masks, descent.kept, descent.step)
+    if flow is not None:
+        doubts.on_flow(*flow)
 
 
 @torch.inference_mode(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from force_plugin.scoring.passes import Passes
 from force_plugin.scoring.stand_ins import StandIns
 
 EvaluationMode = Callable[[], AbstractContextManager[None]]
+Run = Callable[[], object]
 
 
 class LastLook:
@@ -81,25 +83,11 @@ class LastLook:
         if self._feed.last is None:
             return None, 0, []
         self._masks, self._evaluation = masks, evaluation
-        batch, _ = next(self._feed.split(self._feed.last))
-        inputs = batch[0] if is_pair(batch) else batch
-        forward = self._passes.forward
-
-        def run(inputs: Any = inputs) -> object:
-            with self._passes.autocasting(self._feed.device):
-                if forward is not None:
-                    return forward(self._model, self._feed.moved(batch))
-                self._model(self._feed.moved(inputs))
-                return None
-
+        batch, run, few = self._runs()
         ranks = self._shards.ranks
         kept = sum(self._shards.totals.count(self._masks).values())
-        # If a pass failed on one rank only, the other ranks of a sharded network would
-        # wait for it.
-        few_serve = isinstance(inputs, Tensor) and not self._shards.sharded
-        if forward is None and few_serve:
-            # With fewer samples, a sparse unit may stay at 0.
-            found = self._find_flow(lambda: run(inputs[:8]))
+        if few is not None:
+            found = self._find_flow(few)
             idle = self._count_idle(found)
             if ranks.any(bool(found.connected)) and 2 * idle <= kept:
                 return True, idle, self._not_finite(found)
@@ -120,6 +108,47 @@ class LastLook:
         if ranks.any(bool(reached)):
             return True, 0, broken
         return (None if ranks.any(reached is None) else False), 0, broken
+
+    def connected(
+        self, masks: Mapping[str, Tensor], evaluation: EvaluationMode
+    ) -> bool:
+        """Whether the outputs depend on the inputs, as far as can be known.
+
+        The arguments are those of :meth:`flow`. The answer is that of :meth:`flow`, but
+        without a look at the loss. The caller has to undo the effects of the passes.
+        """
+        if self._feed.last is None:
+            return True
+        self._masks, self._evaluation = masks, evaluation
+        _, run, few = self._runs()
+        ranks = self._shards.ranks
+        for passes in (run,) if few is None else (few, run):
+            if ranks.any(bool(self._find_flow(passes).connected)):
+                return True
+        dense = ranks.any(bool(self._find_dense_flow(run).connected))
+        return self._responds(run) if dense else True
+
+    def _runs(self) -> tuple[Any, Run, Run | None]:
+        """Return a batch, a pass with this batch, and a pass with a few samples of it.
+
+        The last is ``None`` if the samples are not known, or if the network is sharded:
+        if a pass failed on one rank only, the other ranks would wait for it.
+        """
+        batch, _ = next(self._feed.split(self._feed.last))
+        inputs = batch[0] if is_pair(batch) else batch
+        forward = self._passes.forward
+
+        def run(inputs: Any = inputs) -> object:
+            with self._passes.autocasting(self._feed.device):
+                if forward is not None:
+                    return forward(self._model, self._feed.moved(batch))
+                self._model(self._feed.moved(inputs))
+                return None
+
+        known = isinstance(inputs, Tensor) and not self._shards.sharded
+        # With fewer samples, a sparse unit may stay at 0.
+        few = partial(run, inputs[:8]) if forward is None and known else None
+        return batch, run, few
 
     def _find_dense_flow(self, run: Callable[[], object]) -> Flow:
         try:

@@ -16,6 +16,7 @@ from force_plugin.model.weights import Weight
 from force_plugin.parallel.shards import Shards
 from force_plugin.scoring import dead_gradients
 from force_plugin.scoring.compiled import Compiled
+from force_plugin.scoring.disconnection import Watch
 from force_plugin.scoring.feed import Feed
 from force_plugin.scoring.gates import Gate
 from force_plugin.scoring.gradients import Gradients, refuse_recomputation
@@ -49,6 +50,7 @@ class Probe:
             Gradients are averaged over their batches, and all of them open the same
             gates. If the network is sharded, each tensor of a weight's shape is this
             process's shard.
+        watching: Whether gradients of a disconnected network are an error.
 
     Attributes:
         shards: The ``shards`` argument.
@@ -58,6 +60,8 @@ class Probe:
         step: Number of the present step, from 1.
         kept: Number of weights that the mask keeps, in the whole network.
         memory: What a method keeps from step to step, by names of its own.
+        causes: Finds the causes of values that are not finite.
+        watching: The ``watching`` argument.
 
     Raises:
         ValueError: The passes are to be compiled, and the network is sharded.
@@ -72,6 +76,7 @@ class Probe:
         *,
         on_batch: Callable[[int], object] = lambda number: None,
         shards: Shards | None = None,
+        watching: bool = False,
     ) -> None:
         shards = Shards(model) if shards is None else shards
         self.model = model
@@ -81,6 +86,7 @@ class Probe:
         self.step = 1
         self.kept = sum(weight.dense.numel() for weight in weights)
         self.memory: dict[str, Any] = {}
+        self.watching = watching
         self._passes = passes
         self._loader = loader
         self._opening = Opening(
@@ -92,8 +98,8 @@ class Probe:
         self._stand_ins = StandIns(model, self.parameters, self.weights, shards)
         self._compiled = Compiled(model, passes.compile, self._device, shards)
         self._feed = Feed(loader, passes, self._device, shards, on_batch)
-        self._causes = Causes(model, self.parameters, passes.autocast, self._device)
-        self._loss = Loss(model, passes, self._feed, self._causes, self._remember)
+        self.causes = Causes(model, self.parameters, passes.autocast, self._device)
+        self._loss = Loss(model, passes, self._feed, self.causes, self._remember)
         self._gradients = Gradients(self._stand_ins, self._feed, self._loss_of, shards)
         self._synflow = SynapticFlow(
             model, self._stand_ins, self._opening, self._feed, shards
@@ -103,6 +109,7 @@ class Probe:
         self._last_look = LastLook(
             model, self._stand_ins, passes, self._feed, self._loss_of, shards
         )
+        self._watch = Watch(shards.totals, self._connected)
         # The model's own buffers. A pass writes to their stand-ins only.
         self._buffers = dict(model.named_buffers())
         self._exit = ExitStack()
@@ -137,17 +144,18 @@ class Probe:
         self._synflow.close()
         self._exit.close()
 
-    def prune(self, masks: Mapping[str, Tensor], kept: int) -> None:
-        """Begin the next step, in which the network is measured with these masks.
+    def prune(self, masks: Mapping[str, Tensor], kept: int, step: int) -> None:
+        """Begin a step, in which the network is measured with these masks.
 
         Args:
-            masks: Bool tensors by parameter name, True = kept.
+            masks: Bool tensors by parameter name, True = kept; empty: a dense network.
             kept: Number of weights that the masks keep, in the whole network.
+            step: Number of the step, from 1.
         """
-        self.masks = masks
+        self.masks = masks or None
         self.kept = kept
-        self.step += 1
-        self._stand_ins.mask(masks)
+        self.step = step
+        self._stand_ins.mask(self.masks)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the mean of ∂L/∂θ at θ ⊙ c over the step's batches.
@@ -160,9 +168,13 @@ class Probe:
 
         Raises:
             NoGradientError: A weight got no gradient from any batch.
+            Disconnected: The network is disconnected, and :attr:`watching` is true.
         """
         self._open()
-        return self._gradients.mean(self.step)
+        gradients = self._gradients.mean(self.step)
+        if self.watching:
+            self._watch.look(gradients, self.masks)
+        return gradients
 
     def hessian_gradients(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """Return Hg at θ ⊙ c, with g held constant; both are summed over the batches.
@@ -206,7 +218,10 @@ class Probe:
         """
         self._passes.refuse_compile("the network anew at each step")
         self._open()
-        return self._synflow.gradients(self.step, self._device)
+        gradients = self._synflow.gradients(self.step, self._device)
+        if self.watching:
+            self._watch.look(gradients, self.masks)
+        return gradients
 
     def spreads(self) -> AbstractContextManager[dict[str, Tensor]]:
         """Return a context that measures layers, as :meth:`Spreads.measured` does."""
@@ -244,19 +259,6 @@ class Probe:
         self._open()
         return in_evaluation_mode(self.model)
 
-    def broken(self) -> list[str]:
-        """Return names of parameters that are not finite, and of buffers with NaN."""
-        return self._causes.broken()
-
-    @property
-    def precision(self) -> str:
-        """The narrowest floating-point type of the passes."""
-        return self._causes.precision
-
-    def wider(self) -> str:
-        """Return advice against an overflow: a wider type, if there is one."""
-        return self._causes.wider()
-
     def _open(self) -> None:
         """Put stand-ins in the place of weights and buffers."""
         if self._stand_ins.leaves:
@@ -274,6 +276,13 @@ class Probe:
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         self._stand_ins.put(self._opening.values(), self._exit)
         self._stand_ins.mask(self.masks)
+
+    def _connected(self) -> bool:
+        """Whether the network is connected, without a trace of the look."""
+        rewind = self._remember()
+        connected = self._last_look.connected(self.masks or {}, self.evaluation_mode)
+        rewind()
+        return connected
 
     def _remember(self) -> Callable[[], None]:
         """Return a function that undoes what a pass may change."""

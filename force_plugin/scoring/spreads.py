@@ -54,8 +54,8 @@ class Spreads:
 
         Yields:
             A dictionary. At the end of the context it gets the spreads by parameter
-            name, :math:`\\sqrt{\\sigma^2 + 10^{-5}}`, over the batches of all ranks.
-            Each tensor has as many dimensions as the weight, and broadcasts with it.
+            name, √(σ² + 10⁻⁵), over the batches of all ranks. Each tensor has as many
+            dimensions as the weight, and broadcasts with it.
         """
         if not self._sums:
             self._watch(undo)

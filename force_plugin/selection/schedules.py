@@ -65,7 +65,11 @@ def count_kept(total: int, density: float) -> int:
 
 
 def kept_per_step(
-    schedule: str | Schedule, steps: int, sparsity: float, total: int
+    schedule: str | Schedule,
+    steps: int,
+    sparsity: float,
+    total: int,
+    refining: int = 0,
 ) -> list[int]:
     """Return the number of weights to keep after each step.
 
@@ -75,6 +79,8 @@ def kept_per_step(
         steps: Number of steps T ≥ 1.
         sparsity: Fraction of the weights removed at the end, in [0, 1).
         total: Number of prunable weights.
+        refining: Number of the last steps that stay at the final density, at most T / 2
+            (default: 0). The schedule is that of the other steps.
 
     Returns:
         T counts that never increase. The last count is ⌊(1 − sparsity) · total⌋.
@@ -94,6 +100,8 @@ def kept_per_step(
             + (f"; {sparsity} % is {sparsity / 100:.12g}" if 1 < sparsity < 100 else "")
         )
     check_count("steps", steps)
+    refining = min(refining, steps // 2)
+    steps -= refining
     density_at = find_schedule(schedule)
 
     # In floating point, 1 - 0.9999 is 3e-13 off 0.0001, and a root would carry this
@@ -125,7 +133,7 @@ def kept_per_step(
             + ", ".join(f"{d:.4g}" for d in densities[:8])
             + (", ..." if steps > 8 else "")
         )
-    return kept
+    return kept + [last] * refining
 
 
 def find_schedule(schedule: str | Schedule, name: str = "schedule") -> Schedule:

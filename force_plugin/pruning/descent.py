@@ -1,0 +1,137 @@
+"""The way down to the wanted sparsity, with steps back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+# A step is tried again this many times, each time with half of the way.
+_TRIALS = 6
+# From this trial on, no pruned weight returns.
+_HOLDING = 2
+
+
+class _Place(NamedTuple):
+    """Masks, the number of weights that they keep, and the step that chose them."""
+
+    masks: Mapping[str, Tensor]
+    kept: int
+    step: int
+
+
+class Descent:
+    """The numbers of weights to keep, one after the other.
+
+    If the masks of a step disconnect the network, :meth:`back` returns to the masks
+    before. Then the step is taken in two: the first goes half of the way, by the
+    geometric mean of the numbers of weights. The ranking stays that of the method.
+    If the network is disconnected again, no pruned weight may return until the step is
+    done.
+
+    Args:
+        kept_after: Number of weights to keep after each step.
+        total: Number of prunable weights.
+        guard: Whether steps are taken again.
+
+    Attributes:
+        masks: The masks of the last step; empty before the first step.
+        kept: Number of weights that these masks keep.
+        step: Number of the next step, from 1.
+        guarded: Whether a step that disconnects the network can be taken again.
+    """
+
+    def __init__(self, kept_after: Sequence[int], total: int, guard: bool) -> None:  # noqa: D107
+        self._total = total
+        self._here = _Place({}, total, 0)
+        self._before = self._here
+        self._ahead = [(n, kept) for n, kept in enumerate(kept_after, start=1)][::-1]
+        self._trials = 0
+        self._taken_again: dict[int, int] = {}
+        self._held: set[int] = set()
+        self.guarded = guard
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:  # noqa: D102 (the class has it)
+        return self._here.masks
+
+    @property
+    def kept(self) -> int:  # noqa: D102
+        return self._here.kept
+
+    @property
+    def step(self) -> int:  # noqa: D102
+        return self._ahead[-1][0]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the last step has removed any weight."""
+        return self._here.kept < self._total
+
+    @property
+    def taken(self) -> int:
+        """Number of steps that were taken."""
+        return self._here.step
+
+    @property
+    def done(self) -> bool:
+        """Whether every step was taken."""
+        return not self._ahead
+
+    @property
+    def holding(self) -> bool:
+        """Whether no pruned weight may return in the next step."""
+        return self._trials >= _HOLDING and self.step in self._taken_again
+
+    @property
+    def next(self) -> int:
+        """Number of weights to keep after the next step."""
+        return self._ahead[-1][1]
+
+    def go(self, masks: Mapping[str, Tensor]) -> None:
+        """Take the next step.
+
+        Args:
+            masks: The masks that the method has chosen.
+        """
+        step, kept = self._ahead.pop()
+        if self._trials and step not in self._taken_again:
+            self._trials = 0  # the step that had to be taken again is done
+        self._before, self._here = self._here, _Place(masks, kept, step)
+
+    def back(self) -> bool:
+        """Return to the masks before the last step, which will be taken in two.
+
+        Returns:
+            Whether this was done. It is not done if the step was tried often enough, or
+            cannot be divided. Then no other step is taken again either.
+        """
+        step, kept, start = self._here.step, self._here.kept, self._before.kept
+        middle = round(math.sqrt(start * kept))
+        if not self.guarded or self._trials == _TRIALS or not kept < middle < start:
+            self.guarded = False
+            return False
+        self._trials += 1
+        self._taken_again[step] = self._taken_again.get(step, 0) + 1
+        self._ahead += [(step, kept), (step, middle)]
+        if self.holding:
+            self._held.add(step)
+        self._here = self._before
+        return True
+
+    def said(self, steps: int) -> list[str]:
+        """Return sentences about the steps that were taken again.
+
+        Args:
+            steps: Number of steps that the caller asked for.
+        """
+        found = []
+        for step, times in self._taken_again.items():
+            held = ", in which no pruned weight returned" * (step in self._held)
+            found.append(
+                f"step {step} of {steps} would have disconnected the network, and was "
+                f"taken in {times + 1} smaller steps{held}"
+            )
+        return found

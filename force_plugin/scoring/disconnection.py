@@ -1,0 +1,64 @@
+"""Whether the masks of a step disconnect the network, seen from its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from force_plugin.parallel.totals import Totals
+
+# The first rows of a tensor with about this many values are looked at first.
+_FEW = 2**14
+
+
+class Disconnected(Exception):
+    """The network is disconnected: its outputs do not depend on its inputs."""
+
+
+class Watch:
+    """Raises :class:`Disconnected` if a network is disconnected.
+
+    A disconnected network has a layer without any live weight: a kept weight whose
+    gradient is not 0. The layer that reads the inputs is one. So the outputs are looked
+    at only if another layer than before has no live weight, which costs nearly nothing.
+
+    Args:
+        totals: Sums over the processes that hold shards of the network.
+        connected: Whether the outputs of the network depend on its inputs.
+    """
+
+    def __init__(self, totals: Totals, connected: Callable[[], bool]) -> None:  # noqa: D107
+        self._totals = totals
+        self._connected = connected
+        self._idle: set[str] = set()  # layers without a live weight, while connected
+
+    def look(
+        self, gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
+    ) -> None:
+        """Look at the gradients of a step.
+
+        Args:
+            gradients: Gradients of all weights, by parameter name.
+            masks: The masks of the network; ``None``: the network is dense.
+
+        Raises:
+            Disconnected: The outputs do not depend on the inputs.
+        """
+        masks = masks or {}
+        found = self._totals.sum(
+            *(_is_live(g, masks.get(name)) for name, g in gradients.items())
+        )
+        idle = {name for name, live in zip(gradients, found, strict=True) if not live}
+        if masks and not idle <= self._idle and not self._connected():
+            raise Disconnected
+        self._idle |= idle
+
+
+def _is_live(gradient: Tensor, mask: Tensor | None) -> bool:
+    rows = max(1, _FEW // max(1, gradient[:1].numel()))
+    for some in (slice(rows), slice(rows, None)):
+        kept = gradient[some] if mask is None else gradient[some] * mask[some]
+        if kept.any():
+            return True
+    return False
