@@ -54,8 +54,12 @@ class SteadyFORCE(FORCE):
         \rVert_0)^3\bigr)
 
     The last two steps stay at the final density: kept weights without any saliency make
-    room for others. If a layer's module does not return its output channels as a
-    convolution or a linear layer does, the minimum counts as 1.
+    room for others. This is left out if the way down is too steep, as on a linear
+    schedule with few steps: if the other steps would end with the removal of more than
+    seven eighths of what is left.
+
+    If a layer's module does not return its output channels as a convolution or a linear
+    layer does, the minimum in r counts as 1.
 
     Source: this project; ``docs/steady-force.md`` has the study. The saliency is that
     of de Jorge et al. 2021 (arXiv 2006.09081), Algorithm 1.

@@ -222,7 +222,8 @@ def force_prune(
         if parameters is None:
             rest = passed_over(model, shards.parameters, {w.name for w in weights})
             doubts.problems += Coverage(total, rest).doubts()
-        descent = Descent(kept_after, total, guard and criterion.looks)
+        guarded = guard and criterion.looks and len(kept_after) > 1
+        descent = Descent(kept_after, total, guarded)
         probe = Probe(
             model,
             weights,

@@ -141,6 +141,7 @@ def test_a_network_that_is_disconnected_on_the_way_is_an_error_with_the_step() -
     options = {
         "loader": [images()],
         "method": Second,
+        "guard": False,
         "sparsity": 0.8,
         "schedule": lambda step, steps, last: [0.6, 0.4, last][step - 1],
     }

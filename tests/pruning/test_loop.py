@@ -324,6 +324,7 @@ def test_a_collapse_is_reported_with_its_step(method: str, regrow: bool) -> None
             method=method,
             schedule="linear",
             on_collapse="warn",
+            guard=False,
             progress=False,
         )
     assert any("collapsed" in text for text in report.warnings)
