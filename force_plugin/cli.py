@@ -172,6 +172,7 @@ def _prune(
             channels_last=args.channels_last,
             compile=args.compile,
             on_collapse=args.on_collapse,
+            guard=args.guard,
             progress=not args.quiet,
         )
     with ranks:

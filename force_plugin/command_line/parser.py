@@ -170,6 +170,13 @@ def make_parser() -> Parser:
         "the same (default: %(default)s)",
     )
     pruning.add_argument(
+        "--guard",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take a step again, in smaller ones, that would disconnect the network "
+        "(default: take it again)",
+    )
+    pruning.add_argument(
         "--microbatch",
         type=_count,
         metavar="N",

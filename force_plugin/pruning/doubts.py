@@ -10,6 +10,7 @@ from torch import Tensor
 
 from force_plugin.errors import CollapseError
 from force_plugin.methods.base import SaliencyMethod
+from force_plugin.methods.steady_force import SteadyFORCE
 from force_plugin.model.module_names import name_layers
 from force_plugin.model.weights import Weight
 from force_plugin.parallel.shards import WHOLE, Shards
@@ -85,13 +86,14 @@ class DeadChannels:
         if share <= self._share or ratio <= _OVERRATED:
             return
         self._share = share
-        remedy = "iter_snip, where nothing returns, may serve better"
         self.said = (
             f"at step {step} of {self._steps}, channels without any weight had "
             f"{100 * share:.0f} % of the saliency, {ratio:,.0f} times as much a "
             "weight as what was kept (as a rule because a normalisation divides by "
             "next to nothing there), and they return at the cost of others. "
-            + ("I" + remedy[1:] if self._fixed else f"Fewer steps, or {remedy}")
+            + ("Take " if self._fixed else "Take fewer steps, ")
+            + 'method="steady_force", which does not overrate them, or "iter_snip", '
+            "where nothing returns"
         )
 
 
@@ -122,6 +124,7 @@ class Doubts:
         self._left = kept[-1]
         self._raise = on_collapse == "raise"
         self._regrows = criterion.regrows
+        self._steady = issubclass(criterion, SteadyFORCE)
         self._fixed = criterion.steps is not None
         self._reads = True  # whether the scores depend on the batches
         self._shards = shards
@@ -278,6 +281,7 @@ class Doubts:
                 "depend on them, as nothing reaches their channels, or nothing leads "
                 "on from there. Take "
                 + self._advice("more" if self._steps == 1 else "another number of")
+                + ', such as "steady_force"' * (self._regrows and not self._steady)
             )
 
     def _disconnect(self, what: str) -> None:

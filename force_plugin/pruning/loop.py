@@ -87,7 +87,8 @@ def force_prune(
         sparsity: Fraction of the prunable weights to remove, 0 ≤ sparsity < 1; exactly
             ⌊(1 − sparsity) · m⌋ of m weights stay.
         method: A name of ``force_plugin.METHODS`` or a subclass of
-            :class:`~force_plugin.SaliencyMethod`.
+            :class:`~force_plugin.SaliencyMethod`. ``"steady_force"`` is a FORCE that
+            holds with few steps and at high sparsity.
         steps: T, the number of steps (default: 60). The FORCE paper takes 60, the
             SynFlow paper 100. Some methods fix the number: ``"snip"``, ``"grasp"``,
             ``"magnitude"`` and ``"random"`` take 1 step, ``"snip_it"`` takes 7.
@@ -234,7 +235,6 @@ def force_prune(
                 and bar.set_postfix_str(f"batch {number} of the step")
             ),
             shards=shards,
-            watching=descent.guarded,
         )
         bar = tqdm(
             total=len(kept_after),
@@ -298,6 +298,7 @@ def _measured(
 
     If a step has disconnected the network, it is taken again.
     """
+    probe.watch.on = descent.guarded
     while True:
         try:
             while not descent.done:
@@ -308,7 +309,7 @@ def _measured(
                 break
         except Disconnected:
             descent.back()
-        probe.watching = descent.guarded
+        probe.watch.on = descent.guarded
         probe.prune(descent.masks, descent.kept, descent.step)
     if flow is not None:
         doubts.on_flow(*flow)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from force_plugin.parallel.totals import Totals
+from force_plugin.parallel.shards import Shards
+from force_plugin.scoring.last_look import EvaluationMode, LastLook
 
 # The first rows of a tensor with about this many values are looked at first.
 _FEW = 2**14
@@ -24,34 +25,55 @@ class Watch:
     at only if another layer than before has no live weight, which costs nearly nothing.
 
     Args:
-        totals: Sums over the processes that hold shards of the network.
-        connected: Whether the outputs of the network depend on its inputs.
+        last_look: Tells whether the outputs of the network depend on its inputs.
+        remember: Returns a function that undoes what a pass may change.
+        shards: The division of the network among the processes.
+
+    Attributes:
+        on: Whether :meth:`look` looks. Default: False.
     """
 
-    def __init__(self, totals: Totals, connected: Callable[[], bool]) -> None:  # noqa: D107
-        self._totals = totals
-        self._connected = connected
+    def __init__(  # noqa: D107 (the class has it)
+        self,
+        last_look: LastLook,
+        remember: Callable[[], Callable[[], None]],
+        shards: Shards,
+    ) -> None:
+        self.on = False
+        self._last_look = last_look
+        self._remember = remember
+        self._totals = shards.totals
         self._idle: set[str] = set()  # layers without a live weight, while connected
 
     def look(
-        self, gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None
+        self,
+        gradients: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None,
+        evaluation: EvaluationMode,
     ) -> None:
         """Look at the gradients of a step.
 
         Args:
             gradients: Gradients of all weights, by parameter name.
             masks: The masks of the network; ``None``: the network is dense.
+            evaluation: A context with all modules in evaluation mode.
 
         Raises:
             Disconnected: The outputs do not depend on the inputs.
         """
+        if not self.on:
+            return
         masks = masks or {}
         found = self._totals.sum(
             *(_is_live(g, masks.get(name)) for name, g in gradients.items())
         )
         idle = {name for name, live in zip(gradients, found, strict=True) if not live}
-        if masks and not idle <= self._idle and not self._connected():
-            raise Disconnected
+        if masks and not idle <= self._idle:
+            rewind = self._remember()
+            connected = self._last_look.connected(masks, evaluation)
+            rewind()
+            if not connected:
+                raise Disconnected
         self._idle |= idle
 
 

@@ -50,7 +50,6 @@ class Probe:
             Gradients are averaged over their batches, and all of them open the same
             gates. If the network is sharded, each tensor of a weight's shape is this
             process's shard.
-        watching: Whether gradients of a disconnected network are an error.
 
     Attributes:
         shards: The ``shards`` argument.
@@ -61,7 +60,7 @@ class Probe:
         kept: Number of weights that the mask keeps, in the whole network.
         memory: What a method keeps from step to step, by names of its own.
         causes: Finds the causes of values that are not finite.
-        watching: The ``watching`` argument.
+        watch: Raises :class:`Disconnected` from a measurement, if it is on.
 
     Raises:
         ValueError: The passes are to be compiled, and the network is sharded.
@@ -76,7 +75,6 @@ class Probe:
         *,
         on_batch: Callable[[int], object] = lambda number: None,
         shards: Shards | None = None,
-        watching: bool = False,
     ) -> None:
         shards = Shards(model) if shards is None else shards
         self.model = model
@@ -86,7 +84,6 @@ class Probe:
         self.step = 1
         self.kept = sum(weight.dense.numel() for weight in weights)
         self.memory: dict[str, Any] = {}
-        self.watching = watching
         self._passes = passes
         self._loader = loader
         self._opening = Opening(
@@ -109,7 +106,7 @@ class Probe:
         self._last_look = LastLook(
             model, self._stand_ins, passes, self._feed, self._loss_of, shards
         )
-        self._watch = Watch(shards.totals, self._connected)
+        self.watch = Watch(self._last_look, self._remember, shards)
         # The model's own buffers. A pass writes to their stand-ins only.
         self._buffers = dict(model.named_buffers())
         self._exit = ExitStack()
@@ -168,23 +165,19 @@ class Probe:
 
         Raises:
             NoGradientError: A weight got no gradient from any batch.
-            Disconnected: The network is disconnected, and :attr:`watching` is true.
         """
         self._open()
         gradients = self._gradients.mean(self.step)
-        if self.watching:
-            self._watch.look(gradients, self.masks)
+        self.watch.look(gradients, self.masks, self.evaluation_mode)
         return gradients
 
     def hessian_gradients(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """Return Hg at θ ⊙ c, with g held constant; both are summed over the batches.
 
         Args:
-            temperature: Divides the model's outputs before the loss. If the loss comes
-                from ``forward``, the outputs are divided when they leave the model. If
-                ``forward`` calls a single module inside the model instead, the outputs
-                of this module are divided. If the loss is computed inside the model or
-                from several modules, it is not used, and :attr:`problems` says so.
+            temperature: Divides the outputs before the loss, as the attribute of
+                :class:`force_plugin.GraSP` does. If it cannot be used, :attr:`problems`
+                says so.
 
         Returns:
             Hg by parameter name, which the caller may overwrite.
@@ -219,8 +212,7 @@ class Probe:
         self._passes.refuse_compile("the network anew at each step")
         self._open()
         gradients = self._synflow.gradients(self.step, self._device)
-        if self.watching:
-            self._watch.look(gradients, self.masks)
+        self.watch.look(gradients, self.masks, self.evaluation_mode)
         return gradients
 
     def spreads(self) -> AbstractContextManager[dict[str, Tensor]]:
@@ -276,13 +268,6 @@ class Probe:
             self._exit.enter_context(torch.compiler.set_stance("force_eager"))
         self._stand_ins.put(self._opening.values(), self._exit)
         self._stand_ins.mask(self.masks)
-
-    def _connected(self) -> bool:
-        """Whether the network is connected, without a trace of the look."""
-        rewind = self._remember()
-        connected = self._last_look.connected(self.masks or {}, self.evaluation_mode)
-        rewind()
-        return connected
 
     def _remember(self) -> Callable[[], None]:
         """Return a function that undoes what a pass may change."""

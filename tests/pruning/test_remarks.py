@@ -145,8 +145,8 @@ def test_the_saliency_of_dead_channels_is_weighed_against_what_was_kept() -> Non
         f"{100 * dead / (dead + kept):.0f} % of the saliency, "
         f"{(dead / 6) / (kept / 24):,.0f} times as much a weight as what was kept (as "
         "a rule because a normalisation divides by next to nothing there), and they "
-        "return at the cost of others. Fewer steps, or iter_snip, where nothing "
-        "returns, may serve better"
+        'return at the cost of others. Take fewer steps, method="steady_force", which '
+        'does not overrate them, or "iter_snip", where nothing returns'
     ]
     assert "Take fewer steps, more batches" in warnings[0]
 

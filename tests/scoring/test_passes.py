@@ -372,7 +372,8 @@ def test_compiled_passes_give_the_same_masks(method: str) -> None:
         assert outputs.grad_fn is not None
         passes.append("CompiledFunction" in outputs.grad_fn.name())
         if passes[-1]:  # nothing looks on that would have to be compiled, too
-            assert not model.body._forward_hooks
+            # But for a method that looks at the outputs of layers itself.
+            assert not model.body._forward_hooks or method == "steady_force"
             assert type(model.body._parameters) is dict
         return cross_entropy(outputs, targets)
 

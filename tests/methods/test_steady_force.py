@@ -1,0 +1,250 @@
+"""SteadyFORCE is what its formulas say, on every kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle, pairwise
+from typing import Any
+
+import pytest
+import torch
+from state import same
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
+
+from force_plugin import FORCE, SteadyFORCE, force_prune, get_masks, saliency
+from force_plugin.selection.schedules import kept_per_step
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Mixed(nn.Module):
+    """A layer of each kind, with normalisations of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(8, 12, 2, stride=2, groups=2)
+        self.norms = nn.GroupNorm(3, 12)
+        self.wide = nn.Linear(12, 16)
+        self.layers = nn.LayerNorm(16)
+        self.turned = Conv1D(10, 16)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.norms(self.up(torch.relu(self.grouped(x)))))
+        x = torch.relu(self.layers(self.wide(x.flatten(2).mean(2))))
+        turned: Tensor = self.turned(x)
+        return turned
+
+
+def batches(count: int = 3, size: int = 24) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, 3, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(10, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def by_channel(name: str, spread: Tensor, weight: Tensor) -> Tensor:
+    """The spread of a weight's output channel, at each weight, entry by entry."""
+    found = torch.empty_like(weight)
+    for place in torch.cartesian_prod(*map(torch.arange, weight.shape)):
+        where = tuple(place.tolist())
+        channel = where[0]
+        if name.startswith("up"):  # [inputs, outputs of a group], 2 groups of 4 and 6
+            channel = 6 * (where[0] // 4) + where[1]
+        if name.startswith("turned"):  # [inputs, outputs]
+            channel = where[1]
+        found[where] = spread[channel]
+    return found
+
+
+def naive(
+    loader: list[Batch], sparsity: float, steps: int, schedule: str = "exponential"
+) -> dict[str, Tensor]:
+    """The masks by the formulas of the class, in a plain loop."""
+    model = Mixed()
+    modules = {f"{n}.weight": m for n, m in model.named_children() if "norm" not in n}
+    del modules["layers.weight"]
+    dense = {n: m.weight.detach().clone() for n, m in modules.items()}
+    total = sum(w.numel() for w in dense.values())
+    masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in dense.items()}
+    average: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
+    counts = [total, *kept_per_step(schedule, steps, sparsity, total, refining=2)]
+    before = total
+    for (now, kept), batch in zip(pairwise(counts), cycle(loader), strict=False):
+        spreads: dict[str, Tensor] = {}
+
+        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            name = next(n for n, m in modules.items() if m is module)
+            flat = output.detach().transpose(0, 1).flatten(1)
+            spreads[name] = (flat.var(1, correction=0) + 1e-5).sqrt()  # noqa: B023
+
+        hooks = [m.register_forward_hook(note) for m in modules.values()]
+        for name, module in modules.items():
+            module.weight.data = dense[name] * masks[name]
+        model.zero_grad()
+        cross_entropy(model(batch[0]), batch[1]).backward()
+        for hook in hooks:
+            hook.remove()
+        if not first:
+            first = spreads
+        rate = 1 - min(0.7, (now / before) ** 3)
+        for name, module in modules.items():
+            score = (dense[name] * module.weight.grad).abs()
+            shrunk = (spreads[name] / first[name]).clamp(max=1)
+            factor = by_channel(name, shrunk, score) / 4
+            reduced = torch.where(masks[name], score, factor * score)
+            old = average.get(name, score)
+            average[name] = ((1 - rate) * old + rate * reduced) * (score != 0)
+        before = now
+        everything = torch.cat([s.flatten() for s in average.values()])
+        threshold = everything.topk(kept).values[-1]
+        masks = {name: s >= threshold for name, s in average.items()}
+    return masks
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "linear"])
+@pytest.mark.parametrize(
+    ("sparsity", "steps"), [(0.5, 4), (0.8, 6), (0.85, 3), (0.7, 1)]
+)
+def test_the_masks_are_those_of_a_naive_loop(
+    sparsity: float, steps: int, schedule: str
+) -> None:
+    model, loader = Mixed(), batches()
+    options: dict[str, Any] = {"steps": steps, "schedule": schedule, "progress": False}
+    options |= {"guard": False, "on_collapse": "warn"}
+    force_prune(model, loader, sparsity, method="steady_force", **options)
+    assert same(get_masks(model), naive(loader, sparsity, steps, schedule))
+
+
+def test_the_first_step_is_that_of_force() -> None:
+    scores = saliency(Mixed(), batches(), "steady_force", batches=2)
+    assert same(scores, saliency(Mixed(), batches(), "force", batches=2))
+
+
+def test_microbatches_have_the_spread_of_the_whole_batch() -> None:
+    class Plain(Mixed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Identity()  # type: ignore[assignment]
+
+    found = []
+    for microbatch in (None, 5):
+        model = Plain()
+        force_prune(
+            model,
+            batches(),
+            0.8,
+            method=SteadyFORCE,
+            steps=5,
+            microbatch=microbatch,
+            progress=False,
+        )
+        found.append(get_masks(model))
+    assert same(found[0], found[1])
+
+
+@contextmanager
+def attributes(**values: float) -> Iterator[type[SteadyFORCE]]:
+    yield type("Changed", (SteadyFORCE,), values)
+
+
+@pytest.mark.parametrize("name", ["returning", "forgetting", "longest", "refining"])
+def test_each_attribute_matters(name: str) -> None:
+    with attributes(**{name: {"refining": 0}.get(name, 0.01)}) as changed:
+        found = []
+        for method in (SteadyFORCE, changed):
+            model = Mixed()
+            force_prune(model, batches(), 0.6, method=method, steps=8, progress=False)
+            found.append(get_masks(model))
+    assert not same(found[0], found[1])
+
+
+def test_without_its_bounds_it_is_force() -> None:
+    class Unbounded(SteadyFORCE):
+        returning, longest, refining = 1.0, 0.0, 0
+
+        @classmethod
+        def scores(cls, probe: Any) -> dict[str, Tensor]:
+            probe.spreads = nothing
+            return super().scores(probe)
+
+    @contextmanager
+    def nothing() -> Iterator[dict[str, Tensor]]:
+        yield {}
+
+    found = []
+    for method in (FORCE, Unbounded):
+        model = Mixed()
+        force_prune(model, batches(), 0.6, method=method, steps=6, progress=False)
+        found.append(get_masks(model))
+    assert same(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        ("exponential", 1, [10]),
+        ("exponential", 2, [100, 10]),
+        ("exponential", 4, [316, 100, 31, 10]),
+        ("exponential", 5, [215, 46, 10, 10, 10]),
+        ("linear", 4, [752, 505, 257, 10]),
+        ("linear", 200, [995, 990]),
+    ],
+)
+def test_the_last_steps_refine_unless_the_way_is_too_steep(
+    schedule: str, steps: int, expected: list[int]
+) -> None:
+    found = kept_per_step(schedule, steps, 0.99, 1000, refining=2)
+    assert len(found) == steps
+    assert found[: len(expected)] == expected
+    assert found[-1] == 10
+
+
+CALLS: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "as a module": lambda module, x: module(x),
+    "by its weight": lambda module, x: nn.functional.linear(x, module.weight),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_layer_that_is_not_called_as_a_module_counts_as_full(call: str) -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(6, 8, bias=False)
+            self.second = nn.Linear(8, 4)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.second(torch.relu(self.norm(CALLS[call](self.first, x))))
+            return out
+
+    generator = torch.Generator().manual_seed(0)
+    loader = [(torch.randn(32, 6, generator=generator), torch.arange(32) % 4)]
+    seen = []
+
+    class Seen(SteadyFORCE):
+        @classmethod
+        def scores(cls, probe: Any) -> dict[str, Tensor]:
+            with probe.spreads() as spreads:
+                probe.gradients()
+            seen.append({*spreads})
+            return super().scores(probe)
+
+    force_prune(Reading(), loader, 0.5, method=Seen, steps=3, progress=False)
+    wanted = {"second.weight"} | ({"first.weight"} if call == "as a module" else set())
+    assert seen == [wanted] * 3
