@@ -157,6 +157,7 @@ def test_the_masks_file_says_what_made_the_masks(tmp_path: Path) -> None:
         "channels_last": False,
         "compile": False,
         "on_collapse": "raise",
+        "guard": True,
         "seed": 3,
         "device": metadata["device"],
         "processes": 1,
@@ -498,7 +499,7 @@ def test_help_names_every_option_with_its_default() -> None:
     assert run.stdout.startswith("usage: force-prune")
     assert "examples:" in run.stdout
     _, *options = run.stdout.partition("examples:")[0].split("\n  --")
-    assert len(options) == 23
+    assert len(options) == 24
     without_default = ("download", "quiet", "sparsity")
     for option in options:
         assert "(default:" in option or option.startswith(without_default)

@@ -32,8 +32,8 @@ from force_plugin.selection.schedules import (
 
 METHODS: dict[str, type[SaliencyMethod]] = {
     "force": FORCE,
-    "steady_force": SteadyFORCE,
     "iter_snip": IterSNIP,
+    "steady_force": SteadyFORCE,
     "snip": SNIP,
     "grasp": GraSP,
     "grasp_it": GraSPIt,
