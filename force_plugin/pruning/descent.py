@@ -8,10 +8,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from force_plugin.model.module_names import name_some
+from force_plugin.parallel.totals import ALL_HERE, Totals
+
 # A step is tried again this many times, each time with half of the way.
-_TRIALS = 6
+_TRIALS = 10
 # From this trial on, no pruned weight returns.
 _HOLDING = 2
+# From this trial on, layers are spared.
+_SPARING = 3
 
 
 class _Place(NamedTuple):
@@ -29,12 +34,14 @@ class Descent:
     before. Then the step is taken in two: the first goes half of the way, by the
     geometric mean of the numbers of weights. The ranking stays that of the method.
     If the network is disconnected again, no pruned weight may return until the step is
-    done.
+    done. If it still is, some of the layers that have lost their last live weight are
+    spared: those with the fewest weights. They lose no more weights.
 
     Args:
         kept_after: Number of weights to keep after each step.
         total: Number of prunable weights.
         guard: Whether steps are taken again.
+        totals: Sums over the processes that each hold a shard of the masks.
 
     Attributes:
         masks: The masks of the last step; empty before the first step.
@@ -43,7 +50,13 @@ class Descent:
         guarded: Whether a step that disconnects the network can be taken again.
     """
 
-    def __init__(self, kept_after: Sequence[int], total: int, guard: bool) -> None:  # noqa: D107
+    def __init__(  # noqa: D107 (the class has it)
+        self,
+        kept_after: Sequence[int],
+        total: int,
+        guard: bool,
+        totals: Totals = ALL_HERE,
+    ) -> None:
         self._total = total
         self._here = _Place({}, total, 0)
         self._before = self._here
@@ -51,6 +64,8 @@ class Descent:
         self._trials = 0
         self._taken_again: dict[int, int] = {}
         self._held: set[int] = set()
+        self._spared: dict[str, int] = {}  # and the step since which they are
+        self._totals = totals
         self.guarded = guard
 
     @property
@@ -101,8 +116,21 @@ class Descent:
             self._trials = 0  # the step that had to be taken again is done
         self._before, self._here = self._here, _Place(masks, kept, step)
 
-    def back(self) -> bool:
+    def sparing(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return scores by which spared layers keep the weights that they have.
+
+        Args:
+            scores: Scores of all weights. They are not written to.
+        """
+        masks = self._here.masks
+        spared = {n: scores[n].masked_fill(masks[n], math.inf) for n in self._spared}
+        return {**scores, **spared}
+
+    def back(self, lost: Sequence[str] = ()) -> bool:
         """Return to the masks before the last step, which will be taken in two.
+
+        Args:
+            lost: Names of the layers that have lost their last live weight.
 
         Returns:
             Whether this was done. It is not done if the step was tried often enough, or
@@ -118,6 +146,12 @@ class Descent:
         self._ahead += [(step, kept), (step, middle)]
         if self.holding:
             self._held.add(step)
+        if self._trials >= _SPARING and self._before.masks:
+            left = self._totals.count({n: self._here.masks[n] for n in lost})
+            fewest = min(left.values(), default=0)
+            for name, count in left.items():
+                if count == fewest:
+                    self._spared.setdefault(name, step)
         self._here = self._before
         return True
 
@@ -133,5 +167,12 @@ class Descent:
             found.append(
                 f"step {step} of {steps} would have disconnected the network, and was "
                 f"taken in {times + 1} smaller steps{held}"
+            )
+        if self._spared:
+            first = min(self._spared.values())
+            names = name_some([*self._spared])
+            found.append(
+                f"from step {first} of {steps} on, {names} lost no weight, as the "
+                "network would have been disconnected"
             )
         return found

@@ -145,10 +145,12 @@ def force_prune(
             ``"magnitude"`` and ``"random"`` read no data and cannot tell.
         guard: If the masks of a step disconnect the network, go back to the masks
             before, and take the step in smaller ones (default: True). If smaller steps
-            do not help either, no pruned weight returns until the step is done. The
-            ranking stays that of the method, and the report names such steps. ``False``
-            goes on as the papers do, as long as a gradient reaches any weight. Methods
-            with a single step, ``"magnitude"`` and ``"random"`` have no guard.
+            do not help, no pruned weight returns until the step is done. If this does
+            not help either, the layers whose last live weights are at stake lose no
+            more weights. Else the ranking stays that of the method. The report names
+            such steps and layers. ``False`` goes on as the papers do, as long as a
+            gradient reaches any weight. Methods with a single step, ``"magnitude"`` and
+            ``"random"`` have no guard.
         progress: Show a progress bar with step and density on standard error (default:
             True).
 
@@ -224,7 +226,7 @@ def force_prune(
             rest = passed_over(model, shards.parameters, {w.name for w in weights})
             doubts.problems += Coverage(total, rest).doubts()
         guarded = guard and criterion.looks and len(kept_after) > 1
-        descent = Descent(kept_after, total, guarded)
+        descent = Descent(kept_after, total, guarded, shards.totals)
         probe = Probe(
             model,
             weights,
@@ -250,12 +252,13 @@ def force_prune(
                 returns = criterion.regrows and not descent.holding
                 among = earlier if returns else before or earlier
                 kept = min(descent.next, available)
-                masks, threshold = top_k_masks(scores, kept, shards.totals, among)
+                ranked = descent.sparing(scores)
+                masks, threshold = top_k_masks(ranked, kept, shards.totals, among)
                 shards.require_same(
                     f"the masks of step {step}", _REPORT, *masks.values()
                 )
                 doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
-                del scores  # make room for the gradients of the next step
+                del scores, ranked  # make room for the gradients of the next step
                 descent.go(masks)
                 probe.prune(masks, kept, step + 1)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
@@ -305,10 +308,11 @@ def _measured(
                 # The scores get no name here, so that the caller can free them.
                 yield scores_of(criterion, probe)
             flow = probe.flow() if descent.sparse else None
-            if flow is None or flow[0] is not False or not descent.back():
-                break
-        except Disconnected:
-            descent.back()
+            if flow is not None and flow[0] is False and descent.guarded:
+                scores_of(criterion, probe)  # says which layers are idle
+            break
+        except Disconnected as cut:
+            descent.back(cut.layers)
         probe.watch.on = descent.guarded
         probe.prune(descent.masks, descent.kept, descent.step)
     if flow is not None:

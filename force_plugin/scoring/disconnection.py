@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -14,7 +14,16 @@ _FEW = 2**14
 
 
 class Disconnected(Exception):
-    """The network is disconnected: its outputs do not depend on its inputs."""
+    """The network is disconnected: its outputs do not depend on its inputs.
+
+    Args:
+        layers: Names of the weights of the layers that have lost their last live weight
+            since the network was connected.
+    """
+
+    def __init__(self, layers: Sequence[str]) -> None:  # noqa: D107
+        super().__init__()
+        self.layers = layers
 
 
 class Watch:
@@ -73,7 +82,7 @@ class Watch:
             connected = self._last_look.connected(masks, evaluation)
             rewind()
             if not connected:
-                raise Disconnected
+                raise Disconnected([n for n in gradients if n in idle - self._idle])
         self._idle |= idle
 
 

@@ -49,13 +49,13 @@ def test_a_descent_goes_half_of_the_way_when_it_has_to_go_back() -> None:
 
 
 def test_a_descent_gives_up_in_the_end() -> None:
-    descent = Descent([10], 1000, guard=True)
+    descent = Descent([1000], 10**9, guard=True)
     times = 0
     descent.go(NONE)
     while descent.back():
         times += 1
         descent.go(NONE)
-    assert times == 6
+    assert times == 10
     assert not descent.guarded
     assert not descent.back()
 
@@ -114,13 +114,32 @@ def test_where_the_guard_has_nothing_to_do_the_masks_are_the_same() -> None:
     assert same(found[0], found[1])
 
 
-def test_what_no_smaller_step_helps_is_an_error_and_the_model_as_it_was() -> None:
-    class Emptying(IterSNIP):
-        @classmethod
-        def scores(cls, probe: Any) -> dict[str, Tensor]:
-            scores = super().scores(probe)
-            return {n: s - 1e9 if n == "3.weight" else s for n, s in scores.items()}
+class Emptying(IterSNIP):
+    """Ranks all weights of one layer last."""
 
+    @classmethod
+    def scores(cls, probe: Any) -> dict[str, Tensor]:
+        scores = super().scores(probe)
+        return {n: s - 1e9 if n == "3.weight" else s for n, s in scores.items()}
+
+
+def test_a_layer_that_the_method_would_empty_is_spared() -> None:
     model = vgg(norm=False, bias=False)
+    with pytest.raises(CollapseError, match="disconnected"):
+        prune(model, Emptying, 0.9, steps=4, guard=False)
+    report = force_prune(
+        model, [images()], 0.9, method=Emptying, steps=4, progress=False
+    )
+    assert report.kept == int(0.1 * report.total + 1e-9)
+    assert any("3.weight lost no weight, as the" in text for text in report.warnings)
+    x = images()[0][:4].requires_grad_()
+    model(x).cos().sum().backward()
+    assert x.grad is not None
+    assert x.grad.any()
+
+
+def test_what_the_guard_cannot_help_is_an_error_and_the_model_as_it_was() -> None:
+    model = vgg(norm=False, bias=False)
+    total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     with unchanged(model), pytest.raises(CollapseError, match="disconnected"):
-        prune(model, Emptying, 0.95)
+        prune(model, IterSNIP, 1 - 2 / total, steps=3)  # fewer weights than layers
