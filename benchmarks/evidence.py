@@ -3,6 +3,7 @@
     python benchmarks/evidence.py                   # resumes where it stopped
     python benchmarks/evidence.py --questions methods --seeds 3 4 --sparsities 0 0.99
     python benchmarks/evidence.py --preset long     # ten epochs, one sparsity
+    python benchmarks/evidence.py --preset steady --out benchmarks/evidence_steady.jsonl
     python benchmarks/evidence.py --preset gpu      # larger networks, more epochs
     python benchmarks/evidence.py --preset digits --seeds 0 --questions methods
     python benchmarks/evidence_plots.py             # tables and plots of the results
@@ -14,6 +15,8 @@ alike. The questions:
 methods  Accuracy against sparsity, by method.
 steps    FORCE and Iter SNIP in few and many steps T, on both schedules.
 batches  SNIP and GraSP, which score once, with more batches.
+steady   SteadyFORCE and Iter SNIP in few and many steps, on both networks and both
+         schedules, and SteadyFORCE, Iter SNIP, FORCE and SynFlow at 99.9 %.
 sanity   Masks shuffled within each layer, and masks with new initial values (Frankle
          et al. 2021, arXiv 2009.08576).
 
@@ -24,8 +27,9 @@ Each run counts the live weights too: kept weights with a saliency other than 0.
 
 The data are all of Fashion-MNIST: ``apt-get install dataset-fashion-mnist`` on Debian,
 or torchvision's folder given as ``--data``. The preset ``cpu`` trains small networks
-for an epoch: 576 runs of half a minute, two to three hours on two cores. ``long``
-trains six methods for ten epochs, to see whether the results change; it takes an hour.
+for an epoch: 576 runs of half a minute, two to three hours on two cores. ``steady``
+takes as long. ``long`` trains six methods for ten epochs, to see whether the results
+change; it takes an hour.
 ``digits`` uses scikit-learn's digits and is a trial.
 
 A finished run is a line of JSON in ``--out`` and is not run again. A run is identified
@@ -84,7 +88,14 @@ SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 STEPS = (1, 2, 5, 10, 20, 60, 120)
 BATCHES = (1, 3, 10, 30, 60, 200)
 CHECKED = ("force", "iter_snip", "snip", "grasp", "synflow", "magnitude")
-QUESTIONS = ("methods", "steps", "batches", "sanity")
+USUAL = ("methods", "steps", "batches", "sanity")
+QUESTIONS = (*USUAL, "steady")
+# The question "steady": SteadyFORCE beside Iter SNIP with every number of steps, and
+# beside others where the methods part.
+STEADY_STEPS = (5, 10, 20, 60, 120)
+STEADY_SPARSITIES = (0.95, 0.99, 0.995)
+STEADY_SEEDS = (0, 1, 2)
+EXTREME = (("steady_force", 60), ("iter_snip", 60), ("force", 60), ("synflow", 100))
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1, 2)
     sparsities: tuple[float, ...] = SPARSITIES
     methods: tuple[str, ...] = tuple(METHODS)
-    questions: tuple[str, ...] = QUESTIONS
+    questions: tuple[str, ...] = USUAL
 
 
 PRESETS = {
@@ -133,6 +144,13 @@ PRESETS = {
         sparsities=(0.99,),
         methods=("force", "iter_snip", "snip", "grasp", "synflow", "random"),
         questions=("methods",),
+    ),
+    "steady": Preset(
+        "fashion",
+        ("resnet_small", "vgg_small"),
+        epochs=1,
+        seeds=(0, 1, 2, 3, 4),
+        questions=("steady",),
     ),
     "gpu": Preset("fashion", ("resnet18", "vgg16"), epochs=30, seeds=(0, 1, 2, 3, 4)),
     "digits": Preset("digits", ("resnet_small", "vgg_small"), epochs=6),
@@ -173,6 +191,7 @@ def pruned(run: Run) -> tuple[nn.Module, Result]:
         schedule=run.schedule,
         batches=run.batches,
         on_collapse="warn",
+        guard=run.preset == "steady",  # the others are as published
         progress=False,
     )
     if run.mask == "shuffled":
@@ -219,6 +238,8 @@ def plan(
                     for sparsity in PRESETS[preset].sparsities
                     for run in methods.values()
                 ]
+            if "steady" in questions:
+                runs += steady(dense)
             if network != PRESETS[preset].networks[0]:
                 continue  # the other questions use one network
             if "steps" in questions:
@@ -245,6 +266,23 @@ def plan(
                     for mask in ("own", "shuffled", "reinitialised")
                 ]
     return list(dict.fromkeys(runs))
+
+
+def steady(dense: Run) -> list[Run]:
+    """Return the runs of the question "steady" on one network, with one seed."""
+    runs = [
+        replace(dense, sparsity=0.999, method=method, steps=steps)
+        for method, steps in EXTREME
+    ]
+    if dense.seed not in STEADY_SEEDS:
+        return runs
+    return runs + [
+        replace(dense, sparsity=sparsity, method=method, steps=steps, schedule=schedule)
+        for sparsity in STEADY_SPARSITIES
+        for steps in STEADY_STEPS
+        for schedule in ("exponential", "linear")
+        for method in ("steady_force", "iter_snip")
+    ]
 
 
 _shared: dict[str, Any] = {}

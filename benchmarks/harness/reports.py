@@ -6,8 +6,11 @@ from collections.abc import Iterable
 
 
 def is_disconnected(warnings: Iterable[str]) -> bool:
-    """Return whether the mask has disconnected the outputs from the inputs."""
-    return any("disconnected" in warning for warning in warnings)
+    """Return whether the mask has disconnected the outputs from the inputs.
+
+    A step that the guard has taken again is only said to be one that would have.
+    """
+    return any("disconnected" in w and "would have" not in w for w in warnings)
 
 
 def gates_opened(warnings: Iterable[str]) -> int:
