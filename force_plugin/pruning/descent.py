@@ -114,7 +114,8 @@ class Descent:
         step, kept = self._ahead.pop()
         if self._trials and step not in self._taken_again:
             self._trials = 0  # the step that had to be taken again is done
-        self._before, self._here = self._here, _Place(masks, kept, step)
+        place = _Place(masks, kept, step)
+        self._before, self._here = self._here if self.guarded else place, place
 
     def sparing(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return scores by which spared layers keep the weights that they have.
@@ -133,17 +134,20 @@ class Descent:
             lost: Names of the layers that have lost their last live weight.
 
         Returns:
-            Whether this was done. It is not done if the step was tried often enough, or
-            cannot be divided. Then no other step is taken again either.
+            Whether this was done. It is not done if the step was tried often enough.
+            Then no other step is taken again either.
         """
         step, kept, start = self._here.step, self._here.kept, self._before.kept
-        middle = round(math.sqrt(start * kept))
-        if not self.guarded or self._trials == _TRIALS or not kept < middle < start:
+        if not self.guarded or self._trials >= _TRIALS:
             self.guarded = False
             return False
-        self._trials += 1
+        # A step that removes nothing has only let weights return.
+        self._trials = max(self._trials + 1, _HOLDING if kept == start else 0)
         self._taken_again[step] = self._taken_again.get(step, 0) + 1
-        self._ahead += [(step, kept), (step, middle)]
+        self._ahead.append((step, kept))
+        middle = round(math.sqrt(start * kept))
+        if kept < middle < start:
+            self._ahead.append((step, middle))
         if self.holding:
             self._held.add(step)
         if self._trials >= _SPARING and self._before.masks:

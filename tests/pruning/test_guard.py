@@ -63,7 +63,20 @@ def test_a_descent_gives_up_in_the_end() -> None:
 def test_a_descent_does_not_divide_what_cannot_be_divided() -> None:
     descent = Descent([9], 10, guard=True)
     descent.go(NONE)
-    assert not descent.back()
+    assert descent.back()
+    assert descent.next == 9
+    descent.go(NONE)
+    assert descent.done
+
+
+def test_where_a_step_removes_nothing_no_weight_returns_the_second_time() -> None:
+    descent = Descent([5, 5], 10, guard=True)
+    descent.go({"w": torch.ones(5)})
+    descent.go({"w": torch.ones(5)})
+    assert descent.back()
+    assert (descent.next, descent.holding) == (5, True)
+    descent.go({"w": torch.ones(5)})
+    assert descent.done
 
 
 @pytest.fixture
