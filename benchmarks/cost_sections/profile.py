@@ -17,6 +17,7 @@ from force_plugin import force_prune
 from force_plugin.methods.base import SaliencyMethod
 from force_plugin.methods.registry import scores_of
 from force_plugin.pruning.doubts import Doubts
+from force_plugin.pruning.loop import _measured
 from force_plugin.scoring.gradients import Gradients, Sums
 from force_plugin.scoring.probe import Probe
 from force_plugin.selection.top_k import top_k_masks
@@ -45,12 +46,12 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     ours = {
         "forward": spent(Probe._loss_of, Gradients.mean),
         "backward": spent(Sums.add_gradients, Gradients.mean),
-        "scores": spent(scores_of, force_prune) - gradients,
+        "scores": spent(scores_of, _measured) - gradients,
         "selection": spent(top_k_masks, force_prune),
         "masks on stand-ins": spent(Probe.prune, force_prune),
         "notes": spent(Doubts.on_selection, force_prune)
         + spent(Doubts.on_first_scores, force_prune),
-        "connected": spent(Probe.flow, force_prune),
+        "connected": spent(Probe.flow, _measured),
     }
     theirs = {
         "forward": spent(forward, bare),

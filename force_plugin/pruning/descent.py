@@ -78,7 +78,7 @@ class Descent:
 
     @property
     def step(self) -> int:  # noqa: D102
-        return self._ahead[-1][0]
+        return self._ahead[-1][0] if self._ahead else self._here.step + 1
 
     @property
     def sparse(self) -> bool:
