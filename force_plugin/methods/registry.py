@@ -113,6 +113,8 @@ def _check(method: type[SaliencyMethod]) -> None:
     _check_function(method, "measure", "@classmethod measure(cls, probe)", 1)
     if method.steps is not None:
         check_count(f"{method.__name__}.steps", method.steps)
+    if method.refining != 0:
+        check_count(f"{method.__name__}.refining", method.refining)
     if method.schedule is not None:
         find_schedule(method.schedule, f"{method.__name__}.schedule")
 

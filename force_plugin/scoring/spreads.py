@@ -105,12 +105,8 @@ class Spreads:
             values = values.unsqueeze(0)
         mean, variance = (s.to(sums.dtype) for s in channel_statistics(values))
         count = values.numel() // channels
-        sums.add_(
-            torch.stack(
-                [torch.ones_like(mean), mean, variance + mean.square()],
-            ),
-            alpha=count,
-        )
+        moments = torch.ones_like(mean), mean, variance + mean.square()
+        sums.add_(torch.stack(moments), alpha=count)
 
 
 def _channels(weight: Weight) -> int:
@@ -123,10 +119,10 @@ def _beside(weight: Weight, channels: Tensor) -> Tensor:
     """Return a number for each output channel in a shape that fits the weight."""
     convolution = _transposed_convolution(weight)
     rest = [1] * (weight.dense.dim() - 2)
+    if weight.transposed:
+        return channels.view(1, -1)
     if convolution is None:
-        return (
-            channels.view(1, -1) if weight.transposed else channels.view(-1, 1, *rest)
-        )
+        return channels.view(-1, 1, *rest)
     # A weight [inputs, outputs of a group, ...].
     rows = channels.view(convolution.groups, -1)
     inputs = convolution.in_channels // convolution.groups

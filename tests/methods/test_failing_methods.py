@@ -76,6 +76,11 @@ METHODS_OF_ONES_OWN: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         r"^Mine\.steps: expected an integer, got float$",
     ),
+    "fewer than no steps of refinement": (
+        method_of(lambda weight, signal: weight, refining=-1),
+        ValueError,
+        r"^Mine\.refining: expected at least 1, got -1$",
+    ),
     "another schedule": (
         method_of(lambda weight, signal: weight, schedule="cosine"),
         ValueError,
