@@ -53,7 +53,11 @@ def channel_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
         population, divided by the number of values.
     """
     wide = values.float() if values.itemsize < 4 else values
-    mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
+    if wide.device.type == "cpu":
+        mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
+    else:
+        others = [axis for axis in range(wide.dim()) if axis != 1]
+        variance, mean = torch.var_mean(wide, others, correction=0)
     return mean, variance
 
 
