@@ -71,7 +71,7 @@ class WithoutSpread(SteadyFORCE):
 
 
 @contextmanager
-def _nothing() -> Iterator[dict[str, Tensor]]:
+def _nothing(among: object) -> Iterator[dict[str, Tensor]]:
     yield {}
 
 

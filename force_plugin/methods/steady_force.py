@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,23 @@ from torch import Tensor
 from force_plugin.methods.criteria import FORCE
 from force_plugin.methods.measurements import Measurements
 
-_MEMORY = "steady_force"
+_MEMORY, _SCALE_FREE = "steady_force", "scale_free"
 # A chunk of this many weights stays in the cache.
 _CHUNK = 2**17
+
+
+class _Past(NamedTuple):
+    """What is kept from step to step.
+
+    ``average`` is S. ``free`` has the names of the weights behind a normalisation, and
+    ``dense`` the spreads of their layers in the dense network. ``kept`` is the number
+    of weights of the last mask.
+    """
+
+    average: dict[str, Tensor]
+    free: set[str]
+    dense: Mapping[str, Tensor]
+    kept: int
 
 
 class SteadyFORCE(FORCE):
@@ -30,14 +45,28 @@ class SteadyFORCE(FORCE):
 
         s_i = |\theta_i \, g_i(\theta \odot c_{t-1})|
 
-    A pruned weight counts as if its channel had all of its weights again, and it has to
-    be better than a kept weight by a factor of 4. Here k is the output channel of
-    weight i, and σ is measured at the output of its layer, on the batches of the step:
+    A pruned weight has to be better than a kept weight by a factor of 4. Behind a
+    normalisation it also counts as if its channel had all of its weights again. Here k
+    is the output channel of weight i, and σ is measured at the output of its layer, on
+    the batches of the step:
 
     .. math::
 
         r_i = 1 \text{ if } c_{t-1,i} = 1, \qquad
-        r_i = \tfrac14 \min(1, \sigma_k / \sigma_k^{\text{dense}}) \text{ if not}
+        r_i = \tfrac14 \min(1, \sigma_k / \sigma_k^{\text{dense}})
+        \text{ behind a normalisation}, \qquad r_i = \tfrac14 \text{ elsewhere}
+
+    A normalisation follows if the scale of the channels does not matter to the loss of
+    the dense network: if the sum of θ ⊙ g over each channel is 0. This is measured.
+
+    Each saliency is divided by the root of the saliency that its layer ℓ has. SynFlow's
+    saliency has the same sum in each layer, and FORCE's has not. The root is half of
+    the way, by the geometric mean:
+
+    .. math::
+
+        N_\ell = \sum_{j \in \ell} c_{t-1,j} \, s_j, \qquad
+        u_i = \frac{r_i s_i}{\sqrt{\max(N_\ell, \, r_i s_i)}}
 
     The ranking is by a running average. The older its saliencies are, the less they
     count, by the cube of the share of weights that has stayed since. A weight that has
@@ -45,7 +74,7 @@ class SteadyFORCE(FORCE):
 
     .. math::
 
-        S_1 = s, \qquad S_t = \rho_t S_{t-1} + (1 - \rho_t) \, r \odot s
+        S_1 = u, \qquad S_t = \rho_t S_{t-1} + (1 - \rho_t) \, u
         \text{ where } s > 0, \qquad S_t = 0 \text{ elsewhere}
 
     .. math::
@@ -66,52 +95,93 @@ class SteadyFORCE(FORCE):
 
     Attributes:
         returning: Factor of the saliency of a pruned weight. Default: 0.25.
+        levelling: Power of the layer's saliency by which is divided. Default: 0.5.
         forgetting: Exponent of the share of weights that has stayed. Default: 3.
         longest: The largest share of the old average. Default: 0.7.
     """
 
     refining: ClassVar[int] = 2
     returning: ClassVar[float] = 0.25
+    levelling: ClassVar[float] = 0.5
     forgetting: ClassVar[float] = 3.0
     longest: ClassVar[float] = 0.7
 
     @classmethod
+    def measure(cls, probe: Measurements) -> Mapping[str, Tensor]:  # noqa: D102
+        gradients = probe.gradients()
+        if probe.masks is None:
+            probe.memory[_SCALE_FREE] = probe.scale_free(gradients)
+        return gradients
+
+    @classmethod
     def scores(cls, probe: Measurements) -> dict[str, Tensor]:  # noqa: D102
-        with probe.spreads() as spreads:
-            scores = super().scores(probe)
         masks = probe.masks
-        if masks is None:
-            probe.memory[_MEMORY] = (scores, spreads, probe.kept)
+        past: _Past | None = None if masks is None else probe.memory[_MEMORY]
+        with probe.spreads(None if past is None else past.free) as spreads:
+            scores = super().scores(probe)
+        sums = _sums(scores, masks, probe)
+        if masks is None or past is None:
+            for name, score in scores.items():
+                for part in _split(score):
+                    _level(part, sums[name], cls.levelling)
+            free = probe.memory[_SCALE_FREE]
+            probe.memory[_MEMORY] = _Past(scores, free, spreads, probe.kept)
             return scores
-        average: dict[str, Tensor]
-        average, dense, kept = probe.memory[_MEMORY]
-        share = min(cls.longest, (probe.kept / kept) ** cls.forgetting)
+        new = 1 - min(cls.longest, (probe.kept / past.kept) ** cls.forgetting)
         for name, score in scores.items():
-            factor = torch.full_like(score[:1], cls.returning)
-            if name in spreads and name in dense:
-                shrunk = cls.returning * (spreads[name] / dense[name]).clamp_max(1)
-                whole = shrunk.to(score.dtype).expand(probe.shards.shape(name, score))
-                factor = probe.shards.local(name, whole)
-            _update(average[name], score, masks[name], factor, 1 - share)
-        probe.memory[_MEMORY] = (average, dense, probe.kept)
-        return average
+            factor = cls._factor(name, score, spreads, past.dense, probe)
+            tensors = past.average[name], score, masks[name], factor
+            for average, own, mask, r in zip(*map(_split, tensors), strict=True):
+                idle = own == 0
+                own.mul_(torch.where(mask, 1, r))
+                _level(own, sums[name], cls.levelling)
+                average.lerp_(own, new).masked_fill_(idle, 0)
+        probe.memory[_MEMORY] = past._replace(kept=probe.kept)
+        return past.average
+
+    @classmethod
+    def _factor(
+        cls,
+        name: str,
+        score: Tensor,
+        spreads: Mapping[str, Tensor],
+        dense: Mapping[str, Tensor],
+        probe: Measurements,
+    ) -> Tensor:
+        """Return r of the weights of a layer that are pruned."""
+        if name not in spreads or name not in dense:
+            return score.new_tensor(cls.returning).expand_as(score)
+        shrunk = (spreads[name] / dense[name]).clamp_max(1)
+        whole = (cls.returning * shrunk).to(score.dtype)
+        return probe.shards.local(name, whole.expand(probe.shards.shape(name, score)))
 
 
-def _update(
-    average: Tensor, score: Tensor, mask: Tensor, factor: Tensor, new: float
-) -> None:
-    """Move an average towards a score, which counts less where a mask is False.
+def _sums(
+    scores: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
+    probe: Measurements,
+) -> dict[str, float]:
+    """Return the sum of the scores of the kept weights of each layer."""
+    sums = []
+    for name, score in scores.items():
+        # MPS has no float64.
+        wide = torch.float32 if score.device.type == "mps" else torch.float64
+        parts: Iterable[Tensor] = _split(score)
+        if masks is not None:
+            parts = map(torch.mul, parts, _split(masks[name]))
+        sums.append(torch.stack([part.sum(dtype=wide) for part in parts]).sum())
+    totals = probe.shards.totals.sum(*torch.stack(sums).tolist())
+    return dict(zip(scores, totals, strict=True))
 
-    The average becomes 0 where the score is 0.
 
-    Args:
-        average: Running average; it is overwritten.
-        score: Scores of the step.
-        mask: Mask of the network while the scores were measured.
-        factor: Factor of the scores where the mask is False; broadcasts with them.
-        new: Share of the new scores in the average, in [0, 1].
-    """
-    tensors = (average, score, mask, factor.expand_as(score))
-    rows = max(1, _CHUNK // max(1, score[:1].numel()))
-    for old, own, kept, less in zip(*(t.split(rows) for t in tensors), strict=True):
-        old.lerp_(torch.where(kept, own, own * less), new).mul_(own != 0)
+def _level(score: Tensor, total: float, power: float) -> None:
+    """Divide scores by a power of their layer's sum, or of themselves if larger."""
+    least = max(total, torch.finfo(score.dtype).tiny)
+    score.mul_(score.clamp_min(least).pow_(-power))
+
+
+def _split(tensor: Tensor) -> Sequence[Tensor]:
+    """Split a tensor into chunks of rows that stay in the cache."""
+    rows = max(1, _CHUNK // max(1, tensor[:1].numel()))
+    parts: Sequence[Tensor] = tensor.split(rows)
+    return parts

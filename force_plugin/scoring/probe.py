@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,7 @@ from force_plugin.scoring.malloc import freed_memory_kept
 from force_plugin.scoring.nonfinite import Causes
 from force_plugin.scoring.open_gates import Opening
 from force_plugin.scoring.passes import Loader, Passes
+from force_plugin.scoring.scale_free import scale_free
 from force_plugin.scoring.spreads import Spreads
 from force_plugin.scoring.stand_ins import StandIns
 from force_plugin.scoring.synflow import SynapticFlow
@@ -101,8 +102,12 @@ class Probe:
         self._synflow = SynapticFlow(
             model, self._stand_ins, self._opening, self._feed, shards
         )
-        scored = {weight.name: weight for weight in weights}
-        self._spreads = Spreads(scored, self._device, shards)
+        self._layers = {
+            weight.name: weight
+            for weight in weights
+            if weight.channel_axis is not None and weight.dense.dim() > 1
+        }
+        self._spreads = Spreads(self._layers, self._device, shards)
         self._last_look = LastLook(
             model, self._stand_ins, passes, self._feed, self._loss_of, shards
         )
@@ -215,10 +220,20 @@ class Probe:
         self.watch.look(gradients, self.masks, self.evaluation_mode)
         return gradients
 
-    def spreads(self) -> AbstractContextManager[dict[str, Tensor]]:
+    def spreads(
+        self, among: Container[str] | None = None
+    ) -> AbstractContextManager[dict[str, Tensor]]:
         """Return a context that measures layers, as :meth:`Spreads.measured` does."""
         self._open()
-        return self._spreads.measured(self._exit)
+        return self._spreads.measured(self._exit, among)
+
+    def scale_free(self, gradients: Mapping[str, Tensor]) -> set[str]:
+        """Return weights whose scale does not matter, as :func:`scale_free` does.
+
+        Args:
+            gradients: Gradients of the dense network.
+        """
+        return scale_free(self._layers, self.weights, gradients, self.shards)
 
     def explain_zero_saliency(self, names: Sequence[str]) -> dict[str, str]:
         """Return why each weight has a saliency of 0; may make the last pass again."""

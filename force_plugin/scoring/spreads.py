@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ class Spreads:
     convolution or a linear layer has them.
 
     Args:
-        weights: The weights of the layers, by parameter name.
+        weights: The weights of layers with output channels, by parameter name.
         device: The device of the network.
         shards: The division of parameters among the processes that measure together.
     """
@@ -33,24 +33,24 @@ class Spreads:
     def __init__(  # noqa: D107 (the class has it)
         self, weights: Mapping[str, Weight], device: torch.device, shards: Shards
     ) -> None:
-        self._weights = {
-            name: weight
-            for name, weight in weights.items()
-            if weight.channel_axis is not None and weight.dense.dim() > 1
-        }
+        self._weights = weights
         self._device = device
         self._shards = shards
         # Number of values, their sum and the sum of their squares, for each channel.
         self._sums: dict[str, Tensor] = {}
+        self._among: Container[str] = ()
 
     @contextmanager
-    def measured(self, undo: ExitStack) -> Iterator[dict[str, Tensor]]:
+    def measured(
+        self, undo: ExitStack, among: Container[str] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """Measure the passes within the context.
 
         Args:
             undo: Collects callbacks that remove the hooks. The hooks stay in place
                 between measurements, as a compiled network would be compiled again
                 for new hooks.
+            among: Names of the weights whose layers are measured; default: all.
 
         Yields:
             A dictionary. At the end of the context it gets the spreads by parameter
@@ -59,12 +59,14 @@ class Spreads:
         """
         if not self._sums:
             self._watch(undo)
+        self._among = self._weights if among is None else among
         for sums in self._sums.values():
             sums.zero_()
         spreads: dict[str, Tensor] = {}
         yield spreads
-        self._shards.ranks.average(self._sums)
-        for name, (count, total, squares) in self._sums.items():
+        measured = {n: sums for n, sums in self._sums.items() if n in self._among}
+        self._shards.ranks.average(measured)
+        for name, (count, total, squares) in measured.items():
             if not count.all():
                 continue  # the module was not called, or returns something else
             mean = total / count
@@ -90,6 +92,8 @@ class Spreads:
         self, name: str, axis: int, module: nn.Module, args: Any, output: Any
     ) -> None:
         """Add the outputs of a call of a layer; a forward hook."""
+        if name not in self._among:
+            return
         sums = self._sums[name]
         channels = sums.shape[1]
         if not isinstance(output, Tensor) or not output.is_floating_point():

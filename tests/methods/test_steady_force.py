@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Mixed(nn.Module):
-    """A layer of each kind, with normalisations of several kinds."""
+    """A layer of each kind behind a batch normalisation, and others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,19 +29,27 @@ class Mixed(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(8)
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.grouped_norm = nn.BatchNorm2d(8)
         self.up = nn.ConvTranspose2d(8, 12, 2, stride=2, groups=2)
-        self.norms = nn.GroupNorm(3, 12)
+        self.up_norm = nn.BatchNorm2d(12)
         self.wide = nn.Linear(12, 16)
-        self.layers = nn.LayerNorm(16)
-        self.turned = Conv1D(10, 16)
+        self.layer_norm = nn.LayerNorm(16)
+        self.turned = Conv1D(14, 16)
+        nn.init.normal_(self.turned.weight)  # so that epsilon is small beside it
+        self.turned_norm = nn.BatchNorm1d(14)
+        self.head = nn.Linear(14, 10)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
-        x = torch.relu(self.norms(self.up(torch.relu(self.grouped(x)))))
-        x = torch.relu(self.layers(self.wide(x.flatten(2).mean(2))))
-        turned: Tensor = self.turned(x)
-        return turned
+        x = torch.relu(self.grouped_norm(self.grouped(x)))
+        x = torch.relu(self.up_norm(self.up(x)))
+        x = torch.relu(self.layer_norm(self.wide(x.flatten(2).mean(2))))
+        found: Tensor = self.head(torch.relu(self.turned_norm(self.turned(x))))
+        return found
+
+
+BEHIND = {"stem.weight", "grouped.weight", "up.weight", "turned.weight"}
 
 
 def batches(count: int = 3, size: int = 24) -> list[Batch]:
@@ -75,7 +83,6 @@ def naive(
     """The masks by the formulas of the class, in a plain loop."""
     model = Mixed()
     modules = {f"{n}.weight": m for n, m in model.named_children() if "norm" not in n}
-    del modules["layers.weight"]
     dense = {n: m.weight.detach().clone() for n, m in modules.items()}
     total = sum(w.numel() for w in dense.values())
     masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in dense.items()}
@@ -105,8 +112,14 @@ def naive(
             score = (dense[name] * module.weight.grad).abs()
             shrunk = (spreads[name] / first[name]).clamp(max=1)
             factor = by_channel(name, shrunk, score) / 4
+            if name not in BEHIND:
+                factor = torch.full_like(score, 0.25)
             reduced = torch.where(masks[name], score, factor * score)
-            old = average.get(name, score)
+            layer = score[masks[name]].sum()
+            reduced = torch.where(
+                reduced > layer, reduced.sqrt(), reduced / layer.sqrt()
+            ).nan_to_num(0)
+            old = average.get(name, reduced)
             average[name] = ((1 - rate) * old + rate * reduced) * (score != 0)
         before = now
         everything = torch.cat([s.flatten() for s in average.values()])
@@ -129,16 +142,21 @@ def test_the_masks_are_those_of_a_naive_loop(
     assert same(get_masks(model), naive(loader, sparsity, steps, schedule))
 
 
-def test_the_first_step_is_that_of_force() -> None:
+def test_the_first_step_is_that_of_force_with_layers_levelled() -> None:
     scores = saliency(Mixed(), batches(), "steady_force", batches=2)
-    assert same(scores, saliency(Mixed(), batches(), "force", batches=2))
+    for name, own in saliency(Mixed(), batches(), "force", batches=2).items():
+        torch.testing.assert_close(scores[name], own / own.sum().sqrt())
 
 
 def test_microbatches_have_the_spread_of_the_whole_batch() -> None:
     class Plain(Mixed):
         def __init__(self) -> None:
             super().__init__()
-            self.norm = nn.Identity()  # type: ignore[assignment]
+            # They normalise each sample by itself.
+            self.norm = nn.InstanceNorm2d(8)  # type: ignore[assignment]
+            self.grouped_norm = nn.InstanceNorm2d(8)  # type: ignore[assignment]
+            self.up_norm = nn.InstanceNorm2d(12)  # type: ignore[assignment]
+            self.turned_norm = nn.Identity()  # type: ignore[assignment]
 
     found = []
     for microbatch in (None, 5):
@@ -161,7 +179,7 @@ def attributes(**values: float) -> Iterator[type[SteadyFORCE]]:
     yield type("Changed", (SteadyFORCE,), values)
 
 
-@pytest.mark.parametrize("name", ["returning", "forgetting", "longest", "refining"])
+@pytest.mark.parametrize("name", ["returning", "levelling", "forgetting", "longest", "refining"])
 def test_each_attribute_matters(name: str) -> None:
     with attributes(**{name: {"refining": 0}.get(name, 0.01)}) as changed:
         found = []
@@ -174,7 +192,7 @@ def test_each_attribute_matters(name: str) -> None:
 
 def test_without_its_bounds_it_is_force() -> None:
     class Unbounded(SteadyFORCE):
-        returning, longest, refining = 1.0, 0.0, 0
+        returning, levelling, longest, refining = 1.0, 0.0, 0.0, 0
 
         @classmethod
         def scores(cls, probe: Any) -> dict[str, Tensor]:
@@ -182,7 +200,7 @@ def test_without_its_bounds_it_is_force() -> None:
             return super().scores(probe)
 
     @contextmanager
-    def nothing() -> Iterator[dict[str, Tensor]]:
+    def nothing(among: object) -> Iterator[dict[str, Tensor]]:
         yield {}
 
     found = []
