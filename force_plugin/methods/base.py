@@ -72,8 +72,7 @@ class SaliencyMethod(Reparametrisation):
         schedule: Name of the schedule, if the method fixes the schedule. Default:
             ``None``, the caller chooses.
         refining: Number of the last steps that stay at the final density, at most half
-            of all steps. No step is spared if the way down would be too steep, see
-            :func:`force_plugin.selection.schedules.kept_per_step`. Default: 0.
+            of all steps. Default: 0.
         looks: Whether the scores come from passes of the network, so that closed gates
             matter. Default: True.
 

@@ -83,9 +83,7 @@ class SteadyFORCE(FORCE):
         \rVert_0)^3\bigr)
 
     The last two steps stay at the final density: kept weights without any saliency make
-    room for others. This is left out if the way down is too steep, as on a linear
-    schedule with few steps: if the other steps would end with the removal of more than
-    seven eighths of what is left.
+    room for others.
 
     If a layer's module does not return its output channels as a convolution or a linear
     layer does, the minimum in r counts as 1.
@@ -132,10 +130,10 @@ class SteadyFORCE(FORCE):
             factor = cls._factor(name, score, spreads, past.dense, probe)
             tensors = past.average[name], score, masks[name], factor
             for average, own, mask, r in zip(*map(_split, tensors), strict=True):
-                idle = own == 0
-                own.mul_(torch.where(mask, 1, r))
+                live = own.sign()
+                own.mul_(torch.lerp(r, r.new_ones(()), _as_floats(mask, own)))
                 _level(own, sums[name], cls.levelling)
-                average.lerp_(own, new).masked_fill_(idle, 0)
+                average.lerp_(own, new).mul_(live)
         probe.memory[_MEMORY] = past._replace(kept=probe.kept)
         return past.average
 
@@ -164,12 +162,11 @@ def _sums(
     """Return the sum of the scores of the kept weights of each layer."""
     sums = []
     for name, score in scores.items():
-        # MPS has no float64.
-        wide = torch.float32 if score.device.type == "mps" else torch.float64
         parts: Iterable[Tensor] = _split(score)
         if masks is not None:
-            parts = map(torch.mul, parts, _split(masks[name]))
-        sums.append(torch.stack([part.sum(dtype=wide) for part in parts]).sum())
+            pairs = zip(parts, _split(masks[name]), strict=True)
+            parts = (_as_floats(mask, own).mul_(own) for own, mask in pairs)
+        sums.append(torch.stack([part.sum() for part in parts]).sum())
     totals = probe.shards.totals.sum(*torch.stack(sums).tolist())
     return dict(zip(scores, totals, strict=True))
 
@@ -178,6 +175,12 @@ def _level(score: Tensor, total: float, power: float) -> None:
     """Divide scores by a power of their layer's sum, or of themselves if larger."""
     least = max(total, torch.finfo(score.dtype).tiny)
     score.mul_(score.clamp_min(least).pow_(-power))
+
+
+def _as_floats(mask: Tensor, score: Tensor) -> Tensor:
+    """Return a mask as 0 and 1 in the dtype of the scores."""
+    # On a CPU, bytes convert to floats several times as fast as bools.
+    return mask.view(torch.uint8).to(score.dtype)
 
 
 def _split(tensor: Tensor) -> Sequence[Tensor]:

@@ -44,11 +44,6 @@ def snip_it(step: int, steps: int, density: float) -> float:
     return 1 - (sparsity - (sparsity - 0.5) * 0.5 ** (step - 1))
 
 
-# A mask that one step has made of 8 times as many weights is too far from the masks
-# before: what refines it empties layers.
-_STEEPEST = 8
-
-
 SCHEDULES: dict[str, Schedule] = {
     "exponential": exponential,
     "linear": linear,
@@ -85,8 +80,7 @@ def kept_per_step(
         sparsity: Fraction of the weights removed at the end, in [0, 1).
         total: Number of prunable weights.
         refining: Number of the last steps that stay at the final density, at most T / 2
-            (default: 0). The schedule is that of the other steps. If the last of these
-            would remove more than seven eighths of what is left, no step is spared.
+            (default: 0). The schedule is that of the other steps.
 
     Returns:
         T counts that never increase. The last count is ⌊(1 − sparsity) · total⌋.
@@ -107,9 +101,8 @@ def kept_per_step(
         )
     check_count("steps", steps)
     if refining := min(refining, steps // 2):
-        gentle = kept_per_step(schedule, steps - refining, sparsity, total)
-        if gentle[-1] * _STEEPEST >= [total, *gentle][-2]:
-            return gentle + gentle[-1:] * refining
+        way = kept_per_step(schedule, steps - refining, sparsity, total)
+        return way + way[-1:] * refining
     density_at = find_schedule(schedule)
 
     # In floating point, 1 - 0.9999 is 3e-13 off 0.0001, and a root would carry this
