@@ -14,6 +14,7 @@ ratio of medians; its spread comes from the pairs. The sections, chosen with ``-
 step       ResNet-50 at 32x32, batch 128, as in the FORCE paper's CIFAR experiments
 large      224x224, ten batches a step
 synflow    over the passes of a positive float64 network that was converted once
+steady     SteadyFORCE over FORCE
 grasp      over one bare step of an equal number of samples
 memory     peak over a bare step's peak, in new processes, in bytes a prunable weight
 selection  the k largest scores over the fastest of three others; about 10 GB at 1e9
@@ -48,6 +49,7 @@ from cost_sections import (
     memory,
     profile,
     selection,
+    steady,
     step,
     synflow,
 )
@@ -61,6 +63,7 @@ SECTIONS: dict[str, ModuleType] = {
     "large": large,
     "synflow": synflow,
     "grasp": grasp,
+    "steady": steady,
     "memory": memory,
     "selection": selection,
     "below": below,

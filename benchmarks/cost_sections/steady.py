@@ -1,16 +1,33 @@
-"""Measure a step of SteadyFORCE over a step of FORCE, in turns."""
+"""Measure SteadyFORCE over FORCE, whole calls in turns."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterator
 from functools import partial
 
-from harness.networks import prune
-from harness.timing import seconds
+from harness.networks import make_batch, make_model, prune
+from harness.turns import alternate
 
-from cost_sections.rows import Row, make_row, milliseconds, step_case
+from cost_sections.rows import Row, make_row, milliseconds
+
+CASES = (("resnet50", 32, 128), ("resnet50", 224, 8), ("vit_small_patch16_224", 224, 8))
+STEPS = 10
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    ...
+    cases = (("test_resnet", 32, 16),) if args.quick else CASES
+    for name, size, samples in cases:
+        dense = make_model(name, size, args.device)
+        batch = make_batch(samples, size, args.device)
+        ours, theirs = (
+            partial(prune, loader=[batch], steps=STEPS, method=method)
+            for method in ("steady_force", "force")
+        )
+        pairs = alternate(ours, dense, lambda theirs=theirs, dense=dense: theirs(copy.deepcopy(dense)), args.runs or 3)
+        setting = f"{STEPS} steps, ours: steady_force, bare: force"
+        case = f"{name} {size}, {samples}"
+        yield make_row(
+            "steady", setting, case, "ms a step", milliseconds(pairs, STEPS), 1.05
+        )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -67,18 +67,6 @@ class Measurements(Protocol):
 
     def synflow_gradients(self) -> dict[str, Tensor]:
         """Return ``|∂R/∂θ|`` at ``|θ ⊙ c|``, in float64, without data."""
-
-    def spreads(
-        self, among: Container[str] | None = None
-    ) -> AbstractContextManager[dict[str, Tensor]]:
-        """Return a context that measures the outputs of the scored layers.
-
-        At its end the dictionary has, by parameter name, the standard deviation of each
-        output channel over the passes within the context.
-
-        Args:
-            among: Names of the weights whose layers are measured; default: all.
-        """
 
     def scale_free(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Return the weights of layers whose output channels can be scaled.

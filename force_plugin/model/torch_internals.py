@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -37,28 +36,6 @@ REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 _BOUND = ("forward", "_compiled_call_impl")
 """Attributes that some trainers set on an instance, and bind to the module itself."""
-
-
-def channel_statistics(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance of each channel.
-
-    PyTorch documents no function for them but :func:`torch.var_mean`, which takes up to
-    50 times as long on a CPU.
-
-    Args:
-        values: Tensor ``[samples, channels, ...]``, with at least one value a channel.
-
-    Returns:
-        Two vectors of the channels, in at least float32. The variance is that of the
-        population, divided by the number of values.
-    """
-    wide = values.float() if values.itemsize < 4 else values
-    if wide.device.type == "cpu":
-        mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
-    else:
-        others = [axis for axis in range(wide.dim()) if axis != 1]
-        variance, mean = torch.var_mean(wide, others, correction=0)
-    return mean, variance
 
 
 def registries(module: nn.Module) -> list[dict[str, Any]]:

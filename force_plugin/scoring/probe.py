@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,6 @@ from force_plugin.scoring.nonfinite import Causes
 from force_plugin.scoring.open_gates import Opening
 from force_plugin.scoring.passes import Loader, Passes
 from force_plugin.scoring.scale_free import scale_free
-from force_plugin.scoring.spreads import Spreads
 from force_plugin.scoring.stand_ins import StandIns
 from force_plugin.scoring.synflow import SynapticFlow
 from force_plugin.scoring.undone_writes import protected
@@ -107,7 +106,6 @@ class Probe:
             for weight in weights
             if weight.channel_axis is not None and weight.dense.dim() > 1
         }
-        self._spreads = Spreads(self._layers, self._device, shards)
         self._last_look = LastLook(
             model, self._stand_ins, passes, self._feed, self._loss_of, shards
         )
@@ -219,13 +217,6 @@ class Probe:
         gradients = self._synflow.gradients(self.step, self._device)
         self.watch.look(gradients, self.masks, self.evaluation_mode)
         return gradients
-
-    def spreads(
-        self, among: Container[str] | None = None
-    ) -> AbstractContextManager[dict[str, Tensor]]:
-        """Return a context that measures layers, as :meth:`Spreads.measured` does."""
-        self._open()
-        return self._spreads.measured(self._exit, among)
 
     def scale_free(self, gradients: Mapping[str, Tensor]) -> set[str]:
         """Return weights whose scale does not matter, as :func:`scale_free` does.

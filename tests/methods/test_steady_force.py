@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle, pairwise
 from typing import Any
@@ -63,20 +63,6 @@ def batches(count: int = 3, size: int = 24) -> list[Batch]:
     ]
 
 
-def by_channel(name: str, spread: Tensor, weight: Tensor) -> Tensor:
-    """The spread of a weight's output channel, at each weight, entry by entry."""
-    found = torch.empty_like(weight)
-    for place in torch.cartesian_prod(*map(torch.arange, weight.shape)):
-        where = tuple(place.tolist())
-        channel = where[0]
-        if name.startswith("up"):  # [inputs, outputs of a group], 2 groups of 4 and 6
-            channel = 6 * (where[0] // 4) + where[1]
-        if name.startswith("turned"):  # [inputs, outputs]
-            channel = where[1]
-        found[where] = spread[channel]
-    return found
-
-
 def naive(
     loader: list[Batch], sparsity: float, steps: int, schedule: str = "exponential"
 ) -> dict[str, Tensor]:
@@ -87,40 +73,23 @@ def naive(
     total = sum(w.numel() for w in dense.values())
     masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in dense.items()}
     average: dict[str, Tensor] = {}
-    first: dict[str, Tensor] = {}
     counts = [total, *kept_per_step(schedule, steps, sparsity, total, refining=2)]
     before = total
     for (now, kept), batch in zip(pairwise(counts), cycle(loader), strict=False):
-        spreads: dict[str, Tensor] = {}
-
-        def note(module: nn.Module, args: Any, output: Tensor) -> None:
-            name = next(n for n, m in modules.items() if m is module)
-            flat = output.detach().transpose(0, 1).flatten(1)
-            spreads[name] = (flat.var(1, correction=0) + 1e-5).sqrt()  # noqa: B023
-
-        hooks = [m.register_forward_hook(note) for m in modules.values()]
         for name, module in modules.items():
             module.weight.data = dense[name] * masks[name]
         model.zero_grad()
         cross_entropy(model(batch[0]), batch[1]).backward()
-        for hook in hooks:
-            hook.remove()
-        if not first:
-            first = spreads
         rate = 1 - min(0.7, (now / before) ** 3)
         for name, module in modules.items():
             score = (dense[name] * module.weight.grad).abs()
-            shrunk = (spreads[name] / first[name]).clamp(max=1)
-            factor = by_channel(name, shrunk, score) / 4
-            if name not in BEHIND:
-                factor = torch.full_like(score, 0.25)
-            reduced = torch.where(masks[name], score, factor * score)
+            counted = torch.where(masks[name], 1, 0 if name in BEHIND else 0.5) * score
             layer = score[masks[name]].sum()
-            reduced = torch.where(
-                reduced > layer, reduced.sqrt(), reduced / layer.sqrt()
+            levelled = torch.where(
+                counted > layer, counted.sqrt(), counted / layer.sqrt()
             ).nan_to_num(0)
-            old = average.get(name, reduced)
-            average[name] = ((1 - rate) * old + rate * reduced) * (score != 0)
+            old = average.get(name, levelled)
+            average[name] = ((1 - rate) * old + rate * levelled) * (score != 0)
         before = now
         everything = torch.cat([s.flatten() for s in average.values()])
         threshold = everything.topk(kept).values[-1]
@@ -148,38 +117,14 @@ def test_the_first_step_is_that_of_force_with_layers_levelled() -> None:
         torch.testing.assert_close(scores[name], own / own.sum().sqrt())
 
 
-def test_microbatches_have_the_spread_of_the_whole_batch() -> None:
-    class Plain(Mixed):
-        def __init__(self) -> None:
-            super().__init__()
-            # They normalise each sample by itself.
-            self.norm = nn.InstanceNorm2d(8)  # type: ignore[assignment]
-            self.grouped_norm = nn.InstanceNorm2d(8)  # type: ignore[assignment]
-            self.up_norm = nn.InstanceNorm2d(12)  # type: ignore[assignment]
-            self.turned_norm = nn.Identity()  # type: ignore[assignment]
-
-    found = []
-    for microbatch in (None, 5):
-        model = Plain()
-        force_prune(
-            model,
-            batches(),
-            0.8,
-            method=SteadyFORCE,
-            steps=5,
-            microbatch=microbatch,
-            progress=False,
-        )
-        found.append(get_masks(model))
-    assert same(found[0], found[1])
-
-
 @contextmanager
 def attributes(**values: float) -> Iterator[type[SteadyFORCE]]:
     yield type("Changed", (SteadyFORCE,), values)
 
 
-@pytest.mark.parametrize("name", ["returning", "levelling", "forgetting", "longest", "refining"])
+@pytest.mark.parametrize(
+    "name", ["returning", "levelling", "forgetting", "longest", "refining"]
+)
 def test_each_attribute_matters(name: str) -> None:
     with attributes(**{name: {"refining": 0}.get(name, 0.01)}) as changed:
         found = []
@@ -196,12 +141,8 @@ def test_without_its_bounds_it_is_force() -> None:
 
         @classmethod
         def scores(cls, probe: Any) -> dict[str, Tensor]:
-            probe.spreads = nothing
+            probe.scale_free = lambda gradients: set()
             return super().scores(probe)
-
-    @contextmanager
-    def nothing(among: object) -> Iterator[dict[str, Tensor]]:
-        yield {}
 
     found = []
     for method in (FORCE, Unbounded):
@@ -229,40 +170,3 @@ def test_the_last_steps_stay_at_the_final_density(
     assert len(found) == steps
     assert found[: len(expected)] == expected
     assert found[-1] == 10
-
-
-CALLS: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
-    "as a module": lambda module, x: module(x),
-    "by its weight": lambda module, x: nn.functional.linear(x, module.weight),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_a_layer_that_is_not_called_as_a_module_counts_as_full(call: str) -> None:
-    class Reading(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.first = nn.Linear(6, 8, bias=False)
-            self.second = nn.Linear(8, 4)
-            self.norm = nn.BatchNorm1d(8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.second(torch.relu(self.norm(CALLS[call](self.first, x))))
-            return out
-
-    generator = torch.Generator().manual_seed(0)
-    loader = [(torch.randn(32, 6, generator=generator), torch.arange(32) % 4)]
-    seen = []
-
-    class Seen(SteadyFORCE):
-        @classmethod
-        def scores(cls, probe: Any) -> dict[str, Tensor]:
-            with probe.spreads() as spreads:
-                probe.gradients()
-            seen.append({*spreads})
-            return super().scores(probe)
-
-    force_prune(Reading(), loader, 0.5, method=Seen, steps=3, progress=False)
-    wanted = {"second.weight"} | ({"first.weight"} if call == "as a module" else set())
-    assert seen == [wanted] * 3

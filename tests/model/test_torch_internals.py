@@ -28,7 +28,6 @@ from force_plugin.model.autograd_nodes import (
 )
 from force_plugin.model.torch_internals import (
     DisableTorchFunctionSubclass,
-    channel_statistics,
     forward_hooks,
     forward_pre_hooks,
     is_persistent,
@@ -381,13 +380,3 @@ def test_pytorch_still_keeps_it_there(relied_on: Callable[[], None]) -> None:
             f"PyTorch {torch.__version__} keeps this otherwise: "
             f"{name.replace('_', ' ')}. Mend force_plugin/model/{where}.py."
         ) from error
-
-
-@pytest.mark.parametrize("shape", [(32, 5), (8, 5, 7), (4, 5, 3, 2)])
-def test_statistics_of_channels_are_those_of_var_mean(shape: tuple[int, ...]) -> None:
-    values = torch.randn(shape, dtype=torch.float64) * 3 + 100
-    others = [axis for axis in range(len(shape)) if axis != 1]
-    variance, mean = torch.var_mean(values, others, correction=0)
-    found = channel_statistics(values)
-    torch.testing.assert_close(found, (mean, variance), rtol=1e-12, atol=1e-12)
-    assert channel_statistics(values.bfloat16())[0].dtype == torch.float32
