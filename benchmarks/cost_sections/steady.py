@@ -6,9 +6,11 @@ import argparse
 import copy
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from harness.networks import make_batch, make_model, prune
 from harness.turns import alternate
+from torch import nn
 
 from cost_sections.rows import Row, make_row, milliseconds
 
@@ -21,11 +23,13 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for name, size, samples in cases:
         dense = make_model(name, size, args.device)
         batch = make_batch(samples, size, args.device)
-        ours, theirs = (
-            partial(prune, loader=[batch], steps=STEPS, method=method)
-            for method in ("steady_force", "force")
-        )
-        pairs = alternate(ours, dense, lambda theirs=theirs, dense=dense: theirs(copy.deepcopy(dense)), args.runs or 3)
+        call = partial(prune, loader=[batch], steps=STEPS)
+        ours = partial(call, method="steady_force")
+
+        def theirs(call: Any = call, dense: nn.Module = dense) -> None:
+            call(copy.deepcopy(dense), method="force")
+
+        pairs = alternate(ours, dense, theirs, args.runs or 3)
         setting = f"{STEPS} steps, ours: steady_force, bare: force"
         case = f"{name} {size}, {samples}"
         yield make_row(
