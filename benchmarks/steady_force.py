@@ -1,6 +1,6 @@
-"""The study behind SteadyFORCE: each of its parts, left out in turn.
+"""The study behind SteadyFORCE: each of its parts left out, and other returns.
 
-    python benchmarks/steady_force.py                              # ten minutes
+    python benchmarks/steady_force.py                              # half an hour
     python benchmarks/steady_force.py --table docs/steady-force-table.md
 
 The networks are those of ``evidence.py``, on Fashion-MNIST. Each is pruned, and not
@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +32,7 @@ from harness.machine import made_with
 from harness.options import add_threads, parser_of, use_threads
 from harness.storage import append_run, read_runs
 from harness.tables import markdown, percent
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from force_plugin import (
@@ -61,24 +62,10 @@ CELLS = (
 )
 
 
-class WithoutSpread(SteadyFORCE):
-    """Pruned weights count by a quarter, whatever their channel has left."""
+class WithoutLevelling(SteadyFORCE):
+    """Saliencies are not divided by the root of what their layer has."""
 
-    @classmethod
-    def scores(cls, probe: Any) -> dict[str, Tensor]:  # noqa: D102
-        probe.spreads = _nothing
-        return super().scores(probe)
-
-
-@contextmanager
-def _nothing(among: object) -> Iterator[dict[str, Tensor]]:
-    yield {}
-
-
-class WithoutBarrier(SteadyFORCE):
-    """Pruned weights do not have to be better than kept weights."""
-
-    returning = 1.0
+    levelling = 0.0
 
 
 class WithoutMemory(SteadyFORCE):
@@ -93,15 +80,72 @@ class WithoutRefinement(SteadyFORCE):
     refining = 0
 
 
-METHODS: dict[str, type[SaliencyMethod]] = {
+class ReturnsOfFORCE(SteadyFORCE):
+    """Pruned weights count as kept weights do, behind a normalisation too."""
+
+    returning = 1.0
+
+    @classmethod
+    def measure(cls, probe: Any) -> Mapping[str, Tensor]:  # noqa: D102
+        probe.scale_free = lambda gradients: set()
+        return super().measure(probe)
+
+
+class ReturnsBySpread(ReturnsOfFORCE):
+    """Pruned weights count by a quarter of the spread that their channel has left.
+
+    The spread is the standard deviation of the layer's output, relative to that of the
+    dense network, and at most 1.
+    """
+
+    @classmethod
+    def measure(cls, probe: Any) -> Mapping[str, Tensor]:  # noqa: D102
+        spreads: dict[str, Tensor] = {}
+
+        def note(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            channels = output.detach().transpose(0, 1).flatten(1)
+            spreads[f"{name}.weight"] = (channels.var(1, correction=0) + 1e-5).sqrt()
+
+        hooks = [
+            module.register_forward_hook(partial(note, name))
+            for name, module in probe.model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        ]
+        gradients = super().measure(probe)
+        for hook in hooks:
+            hook.remove()
+        if probe.masks is None:
+            probe.memory["spreads"] = spreads
+            return gradients
+        for name, gradient in gradients.items():
+            left = (spreads[name] / probe.memory["spreads"][name]).clamp_max(1) / 4
+            factor = left.view(-1, *[1] * (gradient.dim() - 1))
+            gradient *= torch.where(probe.masks[name], 1, factor)
+        return gradients
+
+
+class NoReturns(SteadyFORCE):
+    """Pruned weights return by the memory alone, wherever they are."""
+
+    returning = 0.0
+
+
+# The columns of the two tables.
+PARTS: dict[str, type[SaliencyMethod]] = {
     "FORCE": FORCE,
     "Iter SNIP": IterSNIP,
     "SteadyFORCE": SteadyFORCE,
-    "without the spread": WithoutSpread,
-    "without the barrier": WithoutBarrier,
-    "without the memory": WithoutMemory,
-    "without the refinement": WithoutRefinement,
+    "without levelling": WithoutLevelling,
+    "without memory": WithoutMemory,
+    "without refinement": WithoutRefinement,
 }
+RETURNS: dict[str, type[SaliencyMethod]] = {
+    "SteadyFORCE": SteadyFORCE,
+    "returns as in FORCE": ReturnsOfFORCE,
+    "by the spread": ReturnsBySpread,
+    "by memory alone": NoReturns,
+}
+METHODS = PARTS | RETURNS
 
 
 @dataclass(frozen=True)
@@ -138,14 +182,14 @@ def execute(run: Run, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
 
 
 def table(done: dict[Run, dict[str, Any]]) -> str:
-    """Return the means over the seeds in Markdown, a table for each network."""
+    """Return the means over the seeds in Markdown, two tables for each network."""
     lines = []
-    for network in NETWORKS:
-        titles = [f"`{network}`", *METHODS]
+    for network, columns in product(NETWORKS, (PARTS, RETURNS)):
+        titles = [f"`{network}`", *columns]
         rows = []
         for sparsity, steps, schedule in CELLS:
             cells = [f"{percent(sparsity)}, {steps} {schedule}"]
-            for method in METHODS:
+            for method in columns:
                 cell = network, method, sparsity, steps, schedule
                 found = [
                     done[run] for seed in SEEDS if (run := Run(*cell, seed)) in done
@@ -155,7 +199,7 @@ def table(done: dict[Run, dict[str, Any]]) -> str:
                 cells.append(f"{live:.3f} / {objective:.3g}" if found else "–")
             rows.append(cells)
         lines += [*markdown(titles, rows), ""]
-    versions = next(iter(done.values()))
+    versions = [*done.values()][-1]
     lines.append(
         "Share of live weights / objective of FORCE, means of three seeds. torch "
         f"{versions['torch']}, timm {versions['timm']}, {versions['date']}."
