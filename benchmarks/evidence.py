@@ -4,6 +4,7 @@
     python benchmarks/evidence.py --questions methods --seeds 3 4 --sparsities 0 0.99
     python benchmarks/evidence.py --preset long     # ten epochs, one sparsity
     python benchmarks/evidence.py --preset steady --out benchmarks/evidence_steady.jsonl
+    python benchmarks/evidence.py --preset larger --out benchmarks/evidence_steady.jsonl
     python benchmarks/evidence.py --preset gpu      # larger networks, more epochs
     python benchmarks/evidence.py --preset digits --seeds 0 --questions methods
     python benchmarks/evidence_plots.py             # tables and plots of the results
@@ -28,7 +29,8 @@ Each run counts the live weights too: kept weights with a saliency other than 0.
 The data are all of Fashion-MNIST: ``apt-get install dataset-fashion-mnist`` on Debian,
 or torchvision's folder given as ``--data``. The preset ``cpu`` trains small networks
 for an epoch: 576 runs of half a minute, two to three hours on two cores. ``steady``
-takes as long. ``long`` trains six methods for ten epochs, to see whether the results
+takes as long. ``larger`` trains three models of timm after SteadyFORCE and others, in
+an hour or two. ``long`` trains six methods for ten epochs, to see whether the results
 change; it takes an hour.
 ``digits`` uses scikit-learn's digits and is a trial.
 
@@ -54,7 +56,7 @@ from harness.fashion_mnist import add_folder, need_folder
 from harness.machine import made_with
 from harness.options import parser_of
 from harness.storage import append_run, read_runs
-from harness.training import accuracy, train
+from harness.training import accuracy, adamw, train
 from torch import nn
 from tqdm import tqdm
 
@@ -74,6 +76,7 @@ Result = dict[str, Any]
 METHODS: dict[str, dict[str, Any]] = {
     "force": {"method": "force", "steps": 60},
     "iter_snip": {"method": "iter_snip", "steps": 60},
+    "steady_force": {"method": "steady_force", "steps": 60},
     "snip": {"method": "snip"},
     "snip_mb": {"method": "snip", "batches": 60},
     "grasp": {"method": "grasp"},
@@ -84,6 +87,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "random": {"method": "random"},
 }
+# What the presets but "steady" and "larger" compare.
+PUBLISHED = tuple(name for name in METHODS if name != "steady_force")
 SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 STEPS = (1, 2, 5, 10, 20, 60, 120)
 BATCHES = (1, 3, 10, 30, 60, 200)
@@ -122,16 +127,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Preset:
-    """A setting of the study: data, networks, and SGD with momentum on one cycle."""
+    """A setting of the study: data, networks, and training on one cycle.
+
+    The optimizer is SGD with momentum, or AdamW.
+    """
 
     data: str
     networks: tuple[str, ...]
     epochs: int
     batch: int = 128
     lr: float = 0.1
+    adamw: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     sparsities: tuple[float, ...] = SPARSITIES
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = PUBLISHED
     questions: tuple[str, ...] = USUAL
 
 
@@ -151,6 +160,16 @@ PRESETS = {
         epochs=1,
         seeds=(0, 1, 2, 3, 4),
         questions=("steady",),
+    ),
+    "larger": Preset(
+        "fashion",
+        ("resnet18", "mobilenetv3_small_100", "convnext_atto"),
+        epochs=1,
+        lr=2e-3,
+        adamw=True,
+        sparsities=(0.95, 0.99),
+        methods=("force", "steady_force", "iter_snip", "synflow"),
+        questions=("methods",),
     ),
     "gpu": Preset("fashion", ("resnet18", "vgg16"), epochs=30, seeds=(0, 1, 2, 3, 4)),
     "digits": Preset("digits", ("resnet_small", "vgg_small"), epochs=6),
@@ -191,7 +210,7 @@ def pruned(run: Run) -> tuple[nn.Module, Result]:
         schedule=run.schedule,
         batches=run.batches,
         on_collapse="warn",
-        guard=run.preset == "steady",  # the others are as published
+        guard=run.preset in ("steady", "larger"),  # the others are as published
         progress=False,
     )
     if run.mask == "shuffled":
@@ -205,14 +224,19 @@ def pruned(run: Run) -> tuple[nn.Module, Result]:
     return model, {"kept": kept, **measured(model, others)}
 
 
+def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    parameters = model.parameters()
+    return torch.optim.SGD(
+        parameters, lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+
+
 def execute(run: Run) -> Result:
     """Prune, train and test one network."""
     preset, device = PRESETS[run.preset], _shared["device"]
     model, result = pruned(run)
     batches = shuffled(preset.batch, 10 * run.seed + 1)
-    optimizer = torch.optim.SGD(
-        model.parameters(), preset.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
+    optimizer = (adamw if preset.adamw else sgd)(model, preset.lr)
     train(model, batches, optimizer, preset.epochs, device)
     test = zip(*(part.split(500) for part in _shared["test"]), strict=True)
     return result | {

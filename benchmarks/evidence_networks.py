@@ -22,6 +22,11 @@ def make(network: str, seed: int) -> nn.Module:
     if network == "resnet_small":
         stem = {"stem_type": "deep_tiered", "stem_width": 8}  # as in timm's resnet10t
         return resnet(layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), **stem)
+    if network in ("mobilenetv3_small_100", "convnext_atto"):
+        model = timm.create_model(network, num_classes=10, in_chans=1)
+        return nn.Sequential(
+            nn.ZeroPad2d(2), model
+        )  # 32x32, which it halves five times
     if network == "vgg16":
         return vgg(64, 64, 0, 128, 128, 0, *(256,) * 3, 0, *(512,) * 3, 0, *(512,) * 3)
     return vgg(8, 0, 24, 0, 64, 64, 0, 128, 128, 0, 256, 256)
