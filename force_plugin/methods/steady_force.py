@@ -148,7 +148,8 @@ def _sums(
 
 def _level(score: Tensor, total: float, power: float) -> None:
     """Divide scores by a power of their layer's sum, or of themselves if larger."""
-    least = max(total, torch.finfo(score.dtype).tiny)
+    limits = torch.finfo(score.dtype)
+    least = min(max(total, limits.tiny), limits.max)  # a sum may be 0, or overflow
     score.mul_(score.clamp_min(least).pow_(-power))
 
 

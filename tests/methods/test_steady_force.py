@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle, pairwise
 from typing import Any
 
@@ -115,6 +116,55 @@ def test_the_first_step_is_that_of_force_with_layers_levelled() -> None:
     scores = saliency(Mixed(), batches(), "steady_force", batches=2)
     for name, own in saliency(Mixed(), batches(), "force", batches=2).items():
         torch.testing.assert_close(scores[name], own / own.sum().sqrt())
+
+
+def times(factor: float, out: Tensor, targets: Tensor) -> Tensor:
+    return factor * cross_entropy(out, targets)
+
+
+def large_gradient(factor: float, out: Tensor, targets: Tensor) -> Tensor:
+    """A loss of 0."""
+    return factor * (out[:, 0] - out[:, 0].detach()).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [2.0**100, 2.0**-60])
+def test_the_scale_of_the_loss_does_not_matter(
+    dtype: torch.dtype, scale: float
+) -> None:
+    found = []
+    for factor in (1.0, scale):
+        model = Mixed().to(dtype)
+        force_prune(
+            model,
+            [(x.to(dtype), y) for x, y in batches()],
+            0.8,
+            method="steady_force",
+            steps=5,
+            loss_fn=partial(times, factor),
+            progress=False,
+        )
+        found.append(get_masks(model))
+    assert same(found[0], found[1])
+
+
+def test_a_sum_that_overflows_makes_no_other_mask() -> None:
+    found = []
+    for factor in (1.0, 2.0**124):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 3))
+        force_prune(
+            model,
+            [(torch.ones(9, 6), torch.arange(9) % 3)],
+            0.8,
+            method="steady_force",
+            steps=3,
+            loss_fn=partial(large_gradient, factor),
+            progress=False,
+        )
+        found.append(get_masks(model))
+    for name, mask in found[0].items():
+        assert (mask == found[1][name]).float().mean() > 0.9
 
 
 @contextmanager
