@@ -14,7 +14,7 @@ from torch import nn
 
 from cost_sections.rows import Row, make_row, milliseconds
 
-CASES = (("resnet50", 32, 128), ("resnet50", 224, 8), ("vit_small_patch16_224", 224, 8))
+CASES = (("resnet50", 32, 128), ("resnet50", 224, 4), ("vit_small_patch16_224", 224, 4))
 STEPS = 10
 
 

@@ -111,7 +111,7 @@ class SteadyFORCE(FORCE):
         if masks is None:
             for name, score in scores.items():
                 for own in _split(score):
-                    _level(own, sums[name], cls.levelling)
+                    _level(own, sums[name], cls.levelling, False)
             behind = probe.memory[_BEHIND]
             probe.memory[_MEMORY] = _Past(scores, behind, probe.kept)
             return scores
@@ -122,8 +122,9 @@ class SteadyFORCE(FORCE):
             tensors = past.average[name], score, masks[name]
             for mean, own, mask in zip(*map(_split, tensors), strict=True):
                 live = own.sign()
-                own.mul_(_as_floats(mask, own).mul_(1 - less).add_(less))
-                _level(own, sums[name], cls.levelling)
+                counted = _as_floats(mask, own)
+                own.mul_(counted.mul_(1 - less).add_(less) if less else counted)
+                _level(own, sums[name], cls.levelling, bool(less))
                 mean.lerp_(own, new).mul_(live)
         probe.memory[_MEMORY] = past._replace(kept=probe.kept)
         return past.average
@@ -146,11 +147,18 @@ def _sums(
     return dict(zip(scores, totals, strict=True))
 
 
-def _level(score: Tensor, total: float, power: float) -> None:
-    """Divide scores by a power of their layer's sum, or of themselves if larger."""
+def _level(score: Tensor, total: float, power: float, above: bool) -> None:
+    """Divide scores by a power of their layer's sum, or of themselves if larger.
+
+    Args:
+        score: Scores of a layer, or a part of them; they are overwritten.
+        total: Sum of the scores of the layer's kept weights.
+        power: The power.
+        above: Whether a score may be larger than the sum.
+    """
     limits = torch.finfo(score.dtype)
     least = min(max(total, limits.tiny), limits.max)  # a sum may be 0, or overflow
-    score.mul_(score.clamp_min(least).pow_(-power))
+    score.mul_(score.clamp_min(least).pow_(-power) if above else least**-power)
 
 
 def _as_floats(mask: Tensor, score: Tensor) -> Tensor:
