@@ -87,8 +87,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "random": {"method": "random"},
 }
-# What the presets but "steady" and "larger" compare.
-PUBLISHED = tuple(name for name in METHODS if name != "steady_force")
 SPARSITIES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 STEPS = (1, 2, 5, 10, 20, 60, 120)
 BATCHES = (1, 3, 10, 30, 60, 200)
@@ -140,7 +138,7 @@ class Preset:
     adamw: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     sparsities: tuple[float, ...] = SPARSITIES
-    methods: tuple[str, ...] = PUBLISHED
+    methods: tuple[str, ...] = tuple(METHODS)
     questions: tuple[str, ...] = USUAL
 
 

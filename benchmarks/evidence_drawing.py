@@ -13,12 +13,12 @@ import matplotlib as mpl
 mpl.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from evidence import PUBLISHED, Result, Run
+from evidence import METHODS, Result, Run
 from harness.intervals import half_width
 
 Results = dict[Run, Result]
 
-COLORS = dict(zip(PUBLISHED, cycle(mpl.color_sequences["tab20"][::2]), strict=False))
+COLORS = dict(zip(METHODS, cycle(mpl.color_sequences["tab20"][::2]), strict=False))
 COLORS |= {"synflow": "black", "random": "grey"}
 
 

@@ -21,7 +21,6 @@ from evidence import (
     CHECKED,
     METHODS,
     PRESETS,
-    PUBLISHED,
     STEPS,
     Run,
 )
@@ -60,7 +59,7 @@ def usual(results: Results) -> dict[str, Results]:
             **{"steps": 1, "batches": 1, "schedule": "exponential", "mask": "own"}
             | METHODS[name],
         )
-        for name in PUBLISHED
+        for name in METHODS
     }
 
 
@@ -119,7 +118,7 @@ def by_seed(one: Results, other: Results) -> list[float]:
 def claims(results: Results, networks: list[str], to: Path) -> str:
     """At 99 % and above: FORCE and Iter SNIP minus each of the others (* is not 0)."""
     ours = ("force", "iter_snip")
-    others = [name for name in PUBLISHED if name != "force"]
+    others = [name for name in METHODS if name != "force"]
     sparsities = sorted({run.sparsity for run in results if run.sparsity >= 0.99})
     groups = {name: where(results, network=name) for name in networks}
     groups["all"] = results
@@ -206,7 +205,7 @@ def live(results: Results, networks: list[str], to: Path) -> str:
 def layers(results: Results, networks: list[str], to: Path) -> str:
     """Which layers are pruned: the density of each at 99 %."""
     figure, axes = panels(networks)
-    rows = [["network", "layer", "weights", *PUBLISHED]]
+    rows = [["network", "layer", "weights", *METHODS]]
     for network, axis in zip(networks, axes, strict=True):
         found = usual(where(results, network=network, sparsity=0.99))
         weights = layers_of(network)
@@ -225,7 +224,7 @@ def layers(results: Results, networks: list[str], to: Path) -> str:
         axis.set_ylabel("weights kept (%)")
         rows += [
             [network, layer, f"{total:,}"]
-            + [f"{profiles[m][layer]:.2f}" if profiles[m] else "–" for m in PUBLISHED]
+            + [f"{profiles[m][layer]:.2f}" if profiles[m] else "–" for m in METHODS]
             for layer, total in weights.items()
         ]
     finished(figure, axes[0], to / "layers.png")
