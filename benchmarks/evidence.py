@@ -166,7 +166,7 @@ PRESETS = {
         lr=2e-3,
         adamw=True,
         sparsities=(0.95, 0.99),
-        methods=("force", "steady_force", "iter_snip", "synflow"),
+        methods=("force", "iter_snip", "steady_force", "snip", "synflow"),
         questions=("methods",),
     ),
     "gpu": Preset("fashion", ("resnet18", "vgg16"), epochs=30, seeds=(0, 1, 2, 3, 4)),

@@ -65,6 +65,13 @@ def layers_of(network: str) -> dict[str, int]:
     return {f"{n}.weight": m.weight.numel() for n, m in modules if isinstance(m, kinds)}
 
 
+def channels_of(network: str) -> int:
+    """Return the number of output channels of all pruned layers."""
+    modules = make(network, seed=0).modules()
+    kinds = (nn.Conv2d, nn.Linear)
+    return sum(m.weight.shape[0] for m in modules if isinstance(m, kinds))
+
+
 class Batches:
     """Shuffled whole batches of tensors, in a new order for each iteration."""
 

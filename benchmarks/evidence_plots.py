@@ -35,7 +35,7 @@ from evidence_drawing import (
     log_axis,
     panels,
 )
-from evidence_networks import layers_of
+from evidence_networks import channels_of, layers_of
 from harness.intervals import interval
 from harness.options import parser_of
 from harness.storage import read_runs
@@ -311,7 +311,30 @@ def longer(results: Results, networks: list[str], to: Path) -> str:
     return aligned(rows)
 
 
-QUESTIONS = (methods, claims, steps, batches, live, layers, objective, sanity)
+def advice(results: Results, networks: list[str], to: Path) -> str:
+    """Points of accuracy behind the best method, where more and more is removed."""
+    rows = [["network", "sparsity", "weights a channel", "best", *METHODS]]
+    for network in networks:
+        ours = where(results, network=network)
+        weights, channels = layers_of(network), channels_of(network)
+        for sparsity in sorted({run.sparsity for run in ours} - {0}):
+            found = {
+                name: mean(accuracies(where(some, sparsity=sparsity)))
+                for name, some in usual(ours).items()
+                if where(some, sparsity=sparsity)
+            }
+            best = max(found, key=found.__getitem__)
+            left = (1 - sparsity) * sum(weights.values()) / channels
+            row = [network, percent(sparsity), f"{left:.1f}", best]
+            behind = (
+                f"{found[best] - found[name]:.1f}" if name in found else "–"
+                for name in METHODS
+            )
+            rows.append([*row, *behind])
+    return aligned(rows)
+
+
+QUESTIONS = (methods, claims, steps, batches, live, layers, objective, sanity, advice)
 
 
 def made(results: Results) -> str:

@@ -22,12 +22,13 @@ from force_plugin.model.weights import Weight
 from force_plugin.model.weights_to_prune import find_weights
 from force_plugin.parallel.ranks import ALONE, Ranks, unwrap
 from force_plugin.parallel.shards import Shards, sharded_modules
+from force_plugin.pruning.advice import Advice, advise
 from force_plugin.pruning.doubts import find_small, sizes
 from force_plugin.report.text import COLUMNS, stage_of, table_rows
 from force_plugin.scoring import dead_gradients, gates
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
 from force_plugin.scoring.probe import Probe
-from force_plugin.selection.schedules import count_kept
+from force_plugin.selection.schedules import count_kept, kept_per_step
 from force_plugin.selection.top_k import top_k_masks
 
 
@@ -79,6 +80,8 @@ class Diagnosis:
             the type of their module, as in :class:`force_plugin.SparsityReport`. Layers
             that the loss does not use are left out.
         chosen: Whether ``parameters=`` named the weights to prune.
+        advice: The method and the number of steps to begin with, if the caller gave a
+            sparsity.
     """
 
     parameters: int
@@ -93,6 +96,7 @@ class Diagnosis:
     small: Mapping[str, float]
     passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
     chosen: bool = field(default=False, compare=False)
+    advice: Advice | None = field(default=None, compare=False)
 
     @property
     def coverage(self) -> float:
@@ -157,6 +161,10 @@ class Diagnosis:
             lines += _wrap(f"- {finding}")
         if not self.findings:
             lines.append("every layer has a saliency")
+        if self.advice:
+            lines += ["", *_wrap(str(self.advice))]
+            for reason in self.advice.reasons:
+                lines += _wrap(f"- {reason}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -194,6 +202,7 @@ class Diagnosis:
         plain["silent"] = dict(self.silent)
         plain["passed_over"] = dict(self.passed_over)
         plain["small"] = dict(self.small)
+        plain["advice"] = self.advice and self.advice.to_dict()
         plain["emptied"] = {str(key): value for key, value in self.emptied.items()}
         return plain | {
             "layers": self.layers,
@@ -210,6 +219,7 @@ def diagnose(
     *,
     parameters: Iterable[tuple[nn.Module, str]] | None = None,
     sparsities: Iterable[float] = (0.9, 0.95, 0.99),
+    sparsity: float | None = None,
     **options: Unpack[PassOptions],
 ) -> Diagnosis:
     """Return a diagnosis of a network, without pruning the network.
@@ -227,6 +237,10 @@ def diagnose(
             :func:`force_plugin.force_prune`.
         sparsities: Fractions of all prunable weights to remove, 0 ≤ sparsity < 1. The
             diagnosis counts the emptied layers for each fraction.
+        sparsity: The fraction that the caller wants to remove, 0 ≤ sparsity < 1. If it
+            is given, the diagnosis advises a method and a number of steps, and counts
+            the emptied layers for this fraction too. This takes one more measurement.
+            Default: ``None``, no advice.
         options: How batches are passed through the network, as in
             :func:`force_plugin.force_prune`: ``batches`` (default: 1; ``None``: the
             whole loader), ``loss_fn``, ``forward``, ``open_gates``, ``microbatch``,
@@ -253,6 +267,10 @@ def diagnose(
         weights = find_weights(model, parameters, shards.parameters)
         shards.check(weights)
         fractions = _fractions(sparsities)
+        if sparsity is not None:
+            total = sum(weight.dense.numel() for weight in weights)
+            kept_per_step("exponential", 1, sparsity, total)  # checks it
+            fractions = (*dict.fromkeys([*fractions, float(sparsity)]),)
         passes = Passes.of(options, "diagnose")
         rest = passed_over(model, shards.parameters, {w.name for w in weights})
 
@@ -301,6 +319,19 @@ def diagnose(
             ]
             for sparsity in fractions
         }
+        advice = None
+        if sparsity is not None:
+            with Probe(model, weights, loader, passes, shards=shards) as probe_of_loss:
+                behind = probe_of_loss.scale_free(probe_of_loss.gradients())
+            follows = sum(w.dense.numel() for w in weights if w.name in behind)
+            advice = advise(
+                float(sparsity),
+                count_kept(prunable, 1 - float(sparsity)),
+                sum(weight.shape[0] for weight in weights),
+                len(emptied[float(sparsity)][0]),
+                len(weights),
+                follows / prunable,
+            )
         lost = {name for opened, _ in emptied.values() for name in opened}
         small = find_small(
             (name, probe.parameters[name].rows(shards.whole(name, weight)))
@@ -334,6 +365,7 @@ def diagnose(
         small=small,
         passed_over=rest,
         chosen=parameters is not None,
+        advice=advice,
     )
 
 
