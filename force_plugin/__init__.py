@@ -37,6 +37,7 @@ from force_plugin.methods.criteria import (
 )
 from force_plugin.methods.registry import METHODS
 from force_plugin.methods.steady_force import SteadyFORCE
+from force_plugin.pruning.advice import Advice
 from force_plugin.pruning.diagnosis import Diagnosis, StageDiagnosis, diagnose
 from force_plugin.pruning.loop import force_prune, saliency
 from force_plugin.report.sparsity import LayerReport, SparsityReport, sparsity_report
@@ -58,6 +59,7 @@ __all__ = [
     "FORCE",
     "METHODS",
     "SNIP",
+    "Advice",
     "BatchError",
     "CollapseError",
     "CompactReport",

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from interpreter import Done, python
 from scipy.stats import ttest_rel
+
+from force_plugin import diagnose
+from force_plugin.pruning.advice import advise
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -71,7 +75,7 @@ def test_the_tables_of_the_docs_are_those_of_the_stored_results(
 ) -> None:
     run("evidence_plots.py", "--to", tmp_path)
     tables = sorted(path.name for path in tmp_path.glob("*.txt"))
-    assert len(tables) == 9
+    assert len(tables) == 10
     for name in tables:
         shown = (ROOT / "docs" / "evidence" / name).read_text(encoding="utf-8")
         assert shown == (tmp_path / name).read_text(encoding="utf-8"), name
@@ -96,3 +100,35 @@ def test_the_figures_of_the_readme_are_those_of_the_docs() -> None:
         network, sparsity = label.split(", ")
         for name, cell in zip(names, cells, strict=True):
             assert cell == shown[f"{network.lower()}_small", name, sparsity], label
+
+
+def test_the_page_on_methods_advises_what_diagnose_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence_networks import make
+
+    page = (ROOT / "docs" / "howto" / "which-method.md").read_text(encoding="utf-8")
+    batch = torch.randn(64, 1, 28, 28), torch.arange(64) % 10
+    found = diagnose(make("resnet_small", 0), [batch], sparsity=0.99)
+    assert str(found.advice) in page
+    rows = re.findall(r'\| (\d+ and more|\d+ to \d+|less than \d+) \| `"(\w+)"`', page)
+    assert [method for _, method in rows] == ["snip", "steady_force", "steady_force"]
+    for (label, method), kept in zip(rows, (16, 10, 1), strict=True):
+        first = int(re.findall(r"\d+", label)[0])
+        for weights in {kept, first - label.startswith("less")}:
+            advice = advise(0.9, 100 * weights, 100, 0, 5, 0.0)
+            assert advice.method == method, (label, weights)
+
+
+def test_where_a_single_step_is_advised_it_is_within_half_a_point(
+    tmp_path: Path,
+) -> None:
+    table = (ROOT / "docs" / "evidence" / "advice.txt").read_text(encoding="utf-8")
+    titles, *rows = (re.split(r"  +", line) for line in table.splitlines()[3:])
+    for row in rows:
+        cells = dict(zip(titles, row, strict=True))
+        weights = round(10 * float(cells["weights a channel"]))
+        advice = advise(0.9, weights, 10, 0, 5, 0.0)
+        most = 0.5 if advice.method == "snip" else 1.5
+        assert float(cells[advice.method]) <= most, row

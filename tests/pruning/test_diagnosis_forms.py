@@ -211,6 +211,7 @@ def test_the_dictionary_goes_through_json(method: str) -> None:
                 "small": dict(diagnosis.small),
                 "passed_over": {},
                 "chosen": False,
+                "advice": None,
                 "coverage": 1.0,
                 "findings": diagnosis.findings,
             }
