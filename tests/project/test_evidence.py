@@ -81,6 +81,21 @@ def test_the_tables_of_the_docs_are_those_of_the_stored_results(
         assert shown == (tmp_path / name).read_text(encoding="utf-8"), name
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["evidence_steady.py"], "steady-accuracy-table.md"),
+        (["steady_force.py", "--table"], "steady-force-table.md"),
+    ],
+)
+def test_the_tables_of_steady_force_are_those_of_the_stored_results(
+    words: list[str], name: str, tmp_path: Path
+) -> None:
+    run(*words, tmp_path / name)
+    shown = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert shown == (tmp_path / name).read_text(encoding="utf-8")
+
+
 def test_the_figures_of_the_readme_are_those_of_the_docs() -> None:
     table = (ROOT / "docs" / "evidence" / "methods.txt").read_text(encoding="utf-8")
     (_, _, *sparsities), *rows = (
