@@ -164,3 +164,15 @@ def test_in_a_model_of_timm_the_loss_agrees(name: str, mode: str) -> None:
         if isinstance(m, nn.Conv2d | nn.Linear)
     ]
     assert scale_free(model, batch, open_gates=False) == unmoved(model, batch, weights)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_16_bits_make_no_difference(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    batch = torch.randn(4, 3, 64, 64), torch.arange(4)
+    found = scale_free(model, batch)
+    assert found
+    assert scale_free(model, batch, autocast=torch.bfloat16) == found
+    model.bfloat16()
+    assert scale_free(model, (batch[0].bfloat16(), batch[1])) == found
