@@ -93,7 +93,7 @@ def test_gates_are_opened_as_in_one_process(ranks: Seen) -> None:
         masks, found = seen["gated"]
         assert same(masks, get_masks(model))
         assert found == report.to_dict()
-        assert seen["diagnosis"] == str(diagnose(Gated(), vectors()))
+        assert seen["diagnosis"] == str(diagnose(Gated(), vectors(), sparsity=0.5))
 
 
 @pytest.mark.filterwarnings("ignore:1 of 4 layers:UserWarning")

@@ -349,7 +349,7 @@ def run(rank: int) -> dict[str, Any]:
     report = force_prune(model, part(vectors(), rank), 0.5, **STEPS)
     seen["gated"] = get_masks(model), report.to_dict()
     model = sharded(Gated(), "second")
-    seen["diagnosis"] = str(diagnose(model, part(vectors(), rank)))
+    seen["diagnosis"] = str(diagnose(model, part(vectors(), rank), sparsity=0.5))
     report = force_prune(
         sharded(chain(), "2"),
         part(vectors(), rank),
