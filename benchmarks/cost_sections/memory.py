@@ -26,6 +26,7 @@ def peak_of(
     batches: int,
     device: str,
     microbatch: int | None = None,
+    guard: bool = True,
 ) -> int:
     """Return the bytes that a model and a few steps need.
 
@@ -40,7 +41,7 @@ def peak_of(
         torch.cuda.reset_peak_memory_stats()
     if method:
         options: dict[str, Any] = {"batches": batches, "microbatch": microbatch}
-        prune(model, [data], method=method, steps=3, **options)
+        prune(model, [data], method=method, steps=3, guard=guard, **options)
     else:
         bare(model, data, 3 * batches, batches)
     return peak(device) - (0 if device == "cuda" else before)
