@@ -106,7 +106,7 @@ def test_the_figures_of_the_readme_are_those_of_the_docs() -> None:
         for network, name, *cells in rows
         for sparsity, cell in zip(sparsities, cells, strict=True)
     }
-    names = ("force", "iter_snip", "snip", "grasp", "synflow", "random")
+    names = ("force", "iter_snip", "steady_force", "snip", "grasp", "synflow", "random")
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     found = [line for line in lines if re.match(r"\| (ResNet|VGG), ", line)]
     assert len(found) == 8
