@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,8 +17,11 @@ from harness.intervals import half_width
 
 Results = dict[Run, Result]
 
-COLORS = dict(zip(METHODS, cycle(mpl.color_sequences["tab20"][::2]), strict=False))
-COLORS |= {"synflow": "black", "random": "grey"}
+# Dark colors but for grey, and a light one.
+_PALETTE = [c for n, c in enumerate(mpl.color_sequences["tab20"][::2]) if n != 7]
+_PALETTE += mpl.color_sequences["tab20"][1:2]
+COLORS: dict[str, Any] = {"synflow": "black", "random": "grey"}
+COLORS |= zip((m for m in METHODS if m not in COLORS), _PALETTE, strict=True)
 
 
 def accuracies(results: Results) -> list[float]:
