@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -138,10 +138,10 @@ def _sums(
     """Return the sum of the scores of the kept weights of each layer."""
     sums = []
     for name, score in scores.items():
-        parts = _split(score)
+        parts: Iterable[Tensor] = _split(score)
         if masks is not None:
             pairs = zip(parts, _split(masks[name]), strict=True)
-            parts = [(_as_floats(mask, own).mul_(own)).sum() for own, mask in pairs]
+            parts = (_as_floats(mask, own).mul_(own) for own, mask in pairs)
         sums.append(torch.stack([part.sum() for part in parts]).sum())
     totals = probe.shards.totals.sum(*torch.stack(sums).tolist())
     return dict(zip(scores, totals, strict=True))

@@ -21,21 +21,22 @@ _ROWS = (
         15,
         "snip",
         1,
-        "so many weights stay that a single step is as good as many: at 98 % within "
-        "half a point of the best method",
+        "so many weights stay that a single step was within half a point of the best "
+        "method, on the networks that were measured",
     ),
     _Row(
         2,
         "steady_force",
         60,
-        "single steps lose channels here, and at 99.5 % some networks",
+        "a single step lost up to two points here, or the whole network, on the "
+        "networks that were measured",
     ),
     _Row(
         0,
         "steady_force",
         60,
-        'so few weights stay that "force" and "iter_snip" depend on the seed; '
-        '"synflow" with 100 steps, which reads no data, is worth a comparison',
+        'so few weights stay that "force" and "iter_snip" depended on the seed; '
+        'compare with "synflow" and 100 steps, which reads no data',
     ),
 )
 _SEVERAL = _ROWS[1]
