@@ -77,6 +77,13 @@ def execute(run: Run, model: Any, loader: Any) -> dict[str, Any]:
     }
 
 
+def cause(result: dict[str, Any]) -> str:
+    """Return what the report says of the emptied layers' cause."""
+    told = [s for s in result["warnings"] if s.startswith("small initial weights")]
+    told += [s for s in result["warnings"] if s.startswith("a single step would")]
+    return "; ".join(told) or "no cause is known"
+
+
 def table(done: dict[Run, dict[str, Any]]) -> str:
     """Return the counts in Markdown, and each model that loses half of its layers."""
     titles = ["", "models", "lose half", "lose any layer", "disconnected", "live, mean"]
@@ -106,7 +113,8 @@ def table(done: dict[Run, dict[str, Any]]) -> str:
             )
             notes += [
                 f"- `{run.model}` ({run.family}), {percent(sparsity)}, {steps} steps: "
-                f"{len(done[run]['empty'])} of {done[run]['layers']}"
+                f"{len(done[run]['empty'])} of {done[run]['layers']}; "
+                f"{cause(done[run])}"
                 for run in half
                 if method == "steady_force"
             ]

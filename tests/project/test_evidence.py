@@ -86,6 +86,7 @@ def test_the_tables_of_the_docs_are_those_of_the_stored_results(
     [
         (["evidence_steady.py"], "steady-accuracy-table.md"),
         (["steady_force.py", "--table"], "steady-force-table.md"),
+        (["steady_families.py", "--table"], "steady-families-table.md"),
     ],
 )
 def test_the_tables_of_steady_force_are_those_of_the_stored_results(
