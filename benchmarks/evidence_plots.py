@@ -312,8 +312,9 @@ def longer(results: Results, networks: list[str], to: Path) -> str:
 
 
 def advice(results: Results, networks: list[str], to: Path) -> str:
-    """Points of accuracy behind the best method, where more and more is removed."""
-    rows = [["network", "sparsity", "weights a channel", "best", *METHODS]]
+    """Points of accuracy behind the best method, by the weights left for a channel."""
+    shown = ("snip", "grasp", "iter_snip", "force", "steady_force", "synflow")
+    rows = [["network", "sparsity", "a channel", "best", *shown]]
     for network in networks:
         ours = where(results, network=network)
         weights, channels = layers_of(network), channels_of(network)
@@ -328,7 +329,7 @@ def advice(results: Results, networks: list[str], to: Path) -> str:
             row = [network, percent(sparsity), f"{left:.1f}", best]
             behind = (
                 f"{found[best] - found[name]:.1f}" if name in found else "–"
-                for name in METHODS
+                for name in shown
             )
             rows.append([*row, *behind])
     return aligned(rows)

@@ -63,11 +63,11 @@ class Advice:
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Return the call, after what stays."""
+        """Return what stays, and on a second line the call."""
         steps = f", steps={self.steps}" if self.steps > 1 else ""
         return (
             f"at {100 * self.sparsity:.10g} % {self.kept:,} weights stay, "
-            f"{self.kept / self.channels:.3g} for each output channel; begin with "
+            f"{self.kept / self.channels:.3g} for each output channel; begin with\n"
             f"force_prune(model, loader, {self.sparsity:.12g}, "
             f'method="{self.method}"{steps})'
         )

@@ -162,9 +162,10 @@ class Diagnosis:
         if not self.findings:
             lines.append("every layer has a saliency")
         if self.advice:
-            lines += ["", *_wrap(str(self.advice))]
-            for reason in self.advice.reasons:
-                lines += _wrap(f"- {reason}")
+            reasons = (f"- {reason}" for reason in self.advice.reasons)
+            lines.append("")
+            for line in (*str(self.advice).splitlines(), *reasons):
+                lines += _wrap(line)
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -144,7 +144,7 @@ def test_where_a_single_step_is_advised_it_is_within_half_a_point(
     titles, *rows = (re.split(r"  +", line) for line in table.splitlines()[3:])
     for row in rows:
         cells = dict(zip(titles, row, strict=True))
-        weights = round(10 * float(cells["weights a channel"]))
+        weights = round(10 * float(cells["a channel"]))
         advice = advise(0.9, weights, 10, 0, 5, 0.0)
         most = 0.5 if advice.method == "snip" else 1.5
         assert float(cells[advice.method]) <= most, row
