@@ -16,6 +16,7 @@ large      224x224, ten batches a step
 synflow    over the passes of a positive float64 network that was converted once
 steady     SteadyFORCE over FORCE
 grasp      over one bare step of an equal number of samples
+guard      memory of FORCE with and without the guard, and of SteadyFORCE
 memory     peak over a bare step's peak, in new processes, in bytes a prunable weight
 selection  the k largest scores over the fastest of three others; about 10 GB at 1e9
 below      options that make a step cheaper than bare, and their cost in exactness
@@ -45,6 +46,7 @@ from cost_sections import (
     authors,
     below,
     grasp,
+    guard,
     large,
     memory,
     profile,
@@ -64,6 +66,7 @@ SECTIONS: dict[str, ModuleType] = {
     "synflow": synflow,
     "grasp": grasp,
     "steady": steady,
+    "guard": guard,
     "memory": memory,
     "selection": selection,
     "below": below,

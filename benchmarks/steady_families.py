@@ -30,7 +30,7 @@ from families import sparsity_and_steps as cell_of
 from harness.machine import made_with
 from harness.options import parser_of, use_threads
 from harness.reports import is_disconnected
-from harness.storage import append_run, read_runs
+from harness.storage import append_run, read_lines, read_runs
 from harness.tables import markdown, percent
 
 from force_plugin import force_prune, get_masks, saliency
@@ -84,6 +84,27 @@ def cause(result: dict[str, Any]) -> str:
     return "; ".join(told) or "no cause is known"
 
 
+def as_published(sparsity: float, steps: int, models: set[str]) -> list[list[str]]:
+    """Return the row of FORCE without the guard, from the sweep of ``families.py``."""
+    found = [
+        one
+        for row in read_lines(HERE / "families.jsonl")
+        if row["model"] in models
+        and (one := row.get("force", {}).get(str(sparsity)))
+        and one.get("steps") == steps
+    ]
+    if not found:
+        return []
+    counts = [
+        len(found),
+        sum(2 * len(one["empty"]) >= one["layers"] for one in found),
+        sum(bool(one["empty"]) for one in found),
+        sum(is_disconnected(one["warnings"]) for one in found),
+    ]
+    label = f"{percent(sparsity)}, {steps} steps, `force` as published"
+    return [[label, *map(str, counts), "–"]]
+
+
 def table(done: dict[Run, dict[str, Any]]) -> str:
     """Return the counts in Markdown, and each model that loses half of its layers."""
     titles = ["", "models", "lose half", "lose any layer", "disconnected", "live, mean"]
@@ -111,6 +132,8 @@ def table(done: dict[Run, dict[str, Any]]) -> str:
                     f"{sum(one['live'] for one in cell.values()) / len(cell):.3f}",
                 ]
             )
+            if method == "steady_force":
+                rows += as_published(sparsity, steps, {run.model for run in cell})
             notes += [
                 f"- `{run.model}` ({run.family}), {percent(sparsity)}, {steps} steps: "
                 f"{len(done[run]['empty'])} of {done[run]['layers']}; "
