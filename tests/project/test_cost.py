@@ -57,7 +57,6 @@ def test_a_ratio_that_got_worse_is_visible_from_one_command(tmp_path: Path) -> N
     [
         ("cost", "cost", []),
         ("cost", "cost-noisy", []),
-        ("cost", "cost-steady", []),
         ("scale", "scale", ["--predict"]),
     ],
 )
