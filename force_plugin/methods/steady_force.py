@@ -112,7 +112,8 @@ class SteadyFORCE(FORCE):
             for name, score in scores.items():
                 for own in _split(score):
                     _level(own, sums[name], cls.levelling, False)
-            behind = probe.memory[_BEHIND]
+            # A subclass with a signal of its own may not have asked.
+            behind = probe.memory.get(_BEHIND, set())
             probe.memory[_MEMORY] = _Past(scores, behind, probe.kept)
             return scores
         past: _Past = probe.memory[_MEMORY]

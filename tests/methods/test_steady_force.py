@@ -127,25 +127,23 @@ def large_gradient(factor: float, out: Tensor, targets: Tensor) -> Tensor:
     return factor * (out[:, 0] - out[:, 0].detach()).sum()
 
 
+def pruned(model: nn.Module, loader: list[Batch], steps: int, loss_fn: Any) -> Any:
+    options: dict[str, Any] = {"method": "steady_force", "progress": False}
+    force_prune(model, loader, 0.8, steps=steps, loss_fn=loss_fn, **options)
+    return get_masks(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [2.0**100, 2.0**-60])
 def test_the_scale_of_the_loss_does_not_matter(
     dtype: torch.dtype, scale: float
 ) -> None:
-    found = []
-    for factor in (1.0, scale):
-        model = Mixed().to(dtype)
-        force_prune(
-            model,
-            [(x.to(dtype), y) for x, y in batches()],
-            0.8,
-            method="steady_force",
-            steps=5,
-            loss_fn=partial(times, factor),
-            progress=False,
-        )
-        found.append(get_masks(model))
-    assert same(found[0], found[1])
+    loader = [(x.to(dtype), y) for x, y in batches()]
+    one, other = (
+        pruned(Mixed().to(dtype), loader, 5, partial(times, factor))
+        for factor in (1.0, scale)
+    )
+    assert same(one, other)
 
 
 def test_a_sum_that_overflows_makes_no_other_mask() -> None:
@@ -153,18 +151,24 @@ def test_a_sum_that_overflows_makes_no_other_mask() -> None:
     for factor in (1.0, 2.0**124):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 3))
-        force_prune(
-            model,
-            [(torch.ones(9, 6), torch.arange(9) % 3)],
-            0.8,
-            method="steady_force",
-            steps=3,
-            loss_fn=partial(large_gradient, factor),
-            progress=False,
-        )
-        found.append(get_masks(model))
+        batch = torch.ones(9, 6), torch.arange(9) % 3
+        found.append(pruned(model, [batch], 3, partial(large_gradient, factor)))
     for name, mask in found[0].items():
         assert (mask == found[1][name]).float().mean() > 0.9
+
+
+def test_a_subclass_may_have_a_signal_of_its_own() -> None:
+    class Curved(SteadyFORCE):
+        @classmethod
+        def measure(cls, probe: Any) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = probe.hessian_gradients()
+            return found
+
+    model = Mixed()
+    report = force_prune(
+        model, batches(), 0.5, method=Curved, steps=3, guard=False, progress=False
+    )
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 @contextmanager
