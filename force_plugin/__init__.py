@@ -49,7 +49,12 @@ if TYPE_CHECKING:
         compact_report,
     )
     from force_plugin.structure.compaction import compact
-    from force_plugin.structure.files import load_compact, save_compact
+    from force_plugin.structure.files import (
+        load_compact,
+        load_sparse,
+        save_compact,
+        save_sparse,
+    )
     from force_plugin.structure.importance import SaliencyImportance
     from force_plugin.structure.snap import snap_prune
 
@@ -99,11 +104,13 @@ __all__ = [
     "load_masks",
     "load_metadata",
     "load_pruned_state_dict",
+    "load_sparse",
     "make_permanent",
     "reinitialise",
     "saliency",
     "save_compact",
     "save_masks",
+    "save_sparse",
     "shuffle_masks",
     "snap_prune",
     "sparsity_report",
@@ -117,7 +124,9 @@ _STRUCTURE = {
     "compact": "compaction",
     "compact_report": "compact_report",
     "load_compact": "files",
+    "load_sparse": "files",
     "save_compact": "files",
+    "save_sparse": "files",
     "snap_prune": "snap",
 }
 

@@ -1,4 +1,4 @@
-"""Write a model that lost channels to a file, and read it into a whole model."""
+"""Write a model to a file without its pruned weights, and read the file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,51 +22,66 @@ from force_plugin.model.module_names import name_some, named_buffers, named_modu
 from force_plugin.model.torch_internals import is_persistent, put_buffer, put_parameter
 from force_plugin.model.weights import (
     Weight,
+    is_sharded,
     mask_of,
     named_parameters,
 )
+from force_plugin.structure.gaps import decode, encode
 
-_FORMAT = "force_plugin compact model"
-_MASK = "mask of "
+_FORMAT = "force_plugin sparse model"
+_GAPS = "gaps of "
+# Files of versions before 0.2 have all values, and masks with one bit for each weight.
+_OLDER = "force_plugin compact model"
+_BITS = "mask of "
 
 
-def save_compact(model: nn.Module, path: str | Path) -> None:
-    """Write a model that lost channels to a safetensors file.
+def save_sparse(model: nn.Module, path: str | Path) -> None:
+    """Write a model to a safetensors file without the weights that were pruned.
 
-    The file holds the values of parameters and buffers, masked values included. It also
-    holds the masks, with one bit for each weight, and the sizes of all modules.
+    A pruned parameter is written as its kept values, and a byte or two for the position
+    of each. So is a matrix or kernel without a mask that has so many zeros that this is
+    shorter. The file also holds all other parameters, the buffers of the state dict,
+    the masks, and the sizes of all modules. The documentation has the format.
 
     Args:
-        model: The model that :func:`force_plugin.compact` or
-            :func:`force_plugin.snap_prune` returned, trained or not. Any other model
-            works too.
+        model: Any model with masks, with a permanent pruning or without pruning. It may
+            have lost channels to :func:`force_plugin.compact` or
+            :func:`force_plugin.snap_prune`. The model stays as it is.
         path: File to write; its folder must exist. An existing file is replaced in one
             step, so the path never holds a partial file.
 
     Raises:
         TypeError: ``model`` is no module.
+        ValueError: ``fully_shard`` has sharded the model.
         OSError: The file cannot be written, for example because the folder does not
             exist. An existing file is then unchanged.
     """
-    weights = named_parameters(model)
-    masks = {n: w.mask for n, w in weights.items() if w.mask is not None}
-    values = _values(model).items()
-    tensors = {name: value.cpu().contiguous() for name, value in values}
-    for name, mask in masks.items():
-        bits = np.packbits(mask.flatten().cpu().numpy())
-        tensors[_MASK + name] = torch.from_numpy(bits)
-    masked = any(map(_reparametrised, weights.values()))
+    weights = _whole_parameters(model)
+    tensors, sparse = {}, {}
+    for name, values in _values(model).items():
+        tensors[name] = values.cpu().contiguous()
+        mask = weights[name].mask if name in weights else None
+        if mask is None and (name not in weights or values.dim() < 2):
+            continue
+        kept = _has_bits(tensors[name]) if mask is None else mask.cpu().bool()
+        short = {name: tensors[name][kept], _GAPS + name: encode(kept)}
+        if mask is not None or _bytes(short) < _bytes({name: tensors[name]}):
+            tensors |= short
+            sparse[name] = {"shape": [*values.shape], "masked": mask is not None}
     header = {
         "format": _FORMAT,
         "modules": json.dumps({name: _sizes(m) for name, m in named_modules(model)}),
-        "permanent": json.dumps(bool(masks) and not masked),
+        "sparse": json.dumps(sparse),
+        "permanent": json.dumps(not any(map(_reparametrised, weights.values()))),
     }
     header["sha256"] = _digest(header, tensors)
     write_whole(path, save(tensors, header))
 
 
-def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
-    """Read a file that :func:`save_compact` wrote into a whole model, in place.
+def load_sparse(model: nn.Module, path: str | Path) -> nn.Module:
+    """Read a file that :func:`save_sparse` wrote into a whole model, in place.
+
+    The values of pruned weights are 0 afterwards, under masks too.
 
     Args:
         model: The model with all its channels, newly made and not pruned, for example
@@ -75,40 +90,83 @@ def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
         path: The file to read.
 
     Returns:
-        ``model``, now smaller, with the values and masks of the file.
+        ``model``, with the values and masks of the file. It is smaller now if the saved
+        model had lost channels.
 
     Raises:
         FileNotFoundError: The file does not exist.
         TypeError: ``model`` is no module.
-        FileFormatError: :func:`save_compact` did not write the file, or the file is cut
+        FileFormatError: :func:`save_sparse` did not write the file, or the file is cut
             short. The model is unchanged.
-        ValueError: The file belongs to another network, or the model is pruned. The
-            model is unchanged.
+        ValueError: The file belongs to another network, or the model is pruned, or
+            ``fully_shard`` has sharded it. The model is unchanged.
     """
-    header, tensors = _read(path)
-    modules = json.loads(header["modules"])
-    weights = named_parameters(model)
-    _check(model, modules, weights, tensors, path)
+    saved = _read(path)
+    weights = _whole_parameters(model)
+    _check(model, weights, saved, path)
     for name, module in named_modules(model):
-        for key, value in modules[name][1].items():
+        for key, value in saved.modules[name][1].items():
             setattr(module, key, type(getattr(module, key))(value))
-    masks = {}
     for name, weight in weights.items():
         old = weight.dense
-        new = nn.Parameter(tensors[name].to(old), requires_grad=old.requires_grad)
+        values = saved.values[name].to(old)
+        new = nn.Parameter(values, requires_grad=old.requires_grad)
         for module, key in weight.owners:
             put_parameter(module, key, new)
-        if _MASK + name in tensors:
-            bits = tensors[_MASK + name].numpy()
-            flat = np.unpackbits(bits, count=new.numel()).astype(bool)
-            masks[name] = torch.from_numpy(flat).view(new.shape)
     for name, (module, key) in _buffers(model).items():
-        put_buffer(module, key, tensors[name].to(getattr(module, key)))
-    if masks:
-        apply_masks(model, masks)
-        if json.loads(header["permanent"]):
+        put_buffer(module, key, saved.values[name].to(getattr(module, key)))
+    if saved.masks:
+        apply_masks(model, saved.masks)
+        if saved.permanent:
             make_permanent(model)
     return model
+
+
+def save_compact(model: nn.Module, path: str | Path) -> None:
+    """Write a model that lost channels: :func:`save_sparse` by its older name."""
+    save_sparse(model, path)
+
+
+def load_compact(model: nn.Module, path: str | Path) -> nn.Module:
+    """Read a model that lost channels: :func:`load_sparse` by its older name."""
+    return load_sparse(model, path)
+
+
+class _Saved(NamedTuple):
+    """The content of a file.
+
+    Attributes:
+        modules: The class and the sizes of each module, by the module's name.
+        values: Values of parameters and buffers, by name.
+        masks: Masks by parameter name.
+        permanent: Whether the masks hold zeros of plain parameters.
+    """
+
+    modules: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    permanent: bool
+
+
+def _whole_parameters(model: nn.Module) -> dict[str, Weight]:
+    weights = named_parameters(model)
+    if shards := [name for name, w in weights.items() if is_sharded(w.dense)]:
+        raise ValueError(
+            "model: expected a model that is not sharded, got shards of "
+            f"{name_some(shards)}; gather the state dict into a whole model, and save "
+            "or load that"
+        )
+    return weights
+
+
+def _has_bits(values: Tensor) -> Tensor:
+    """Return where values have a bit that is not 0: -0.0 has."""
+    by_bytes = values.view(torch.uint8).view(*values.shape, values.itemsize)
+    return (by_bytes != 0).any(-1)
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _sizes(module: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -147,10 +205,10 @@ def _values(model: nn.Module) -> dict[str, Tensor]:
     return values
 
 
-def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
+def _read(path: str | Path) -> _Saved:
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; pass the path of one that save_compact wrote"
+            f"{path}: no such file; pass the path of one that save_sparse wrote"
         )
     try:
         header, tensors = read_safetensors(path)
@@ -158,20 +216,56 @@ def _read(path: str | Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
         raise FileFormatError(
             f"{path}: no safetensors file, or one that is cut short ({error})"
         ) from error
-    if header.get("format") != _FORMAT:
+    if header.get("format") not in (_FORMAT, _OLDER):
         raise FileFormatError(
-            f"{path}: a safetensors file, but not one that save_compact wrote"
+            f"{path}: a safetensors file, but not one that save_sparse wrote"
         )
     if header.get("sha256") != _digest(header, tensors):
         raise FileFormatError(
-            f"{path}: its checksum is another one", "write it anew with save_compact"
+            f"{path}: its checksum is another one", "write it anew with save_sparse"
         )
-    return header, tensors
+    of_masks = _unpacked_bits if header["format"] == _OLDER else _expanded
+    try:
+        modules = json.loads(header["modules"])
+        masks = of_masks(tensors, json.loads(header.get("sparse", "{}")))
+        return _Saved(modules, tensors, masks, json.loads(header["permanent"]))
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise FileFormatError(
+            f"{path}: gaps and values do not belong together ({error})"
+        ) from error
+
+
+def _expanded(
+    tensors: dict[str, Tensor], sparse: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Put the zeros among the values, in place, and return the masks."""
+    masks = {}
+    for name, entry in sparse.items():
+        kept = decode(tensors.pop(_GAPS + name), torch.Size(entry["shape"]))
+        values = tensors[name]
+        tensors[name] = values.new_zeros(kept.shape)
+        tensors[name][kept] = values
+        if entry["masked"]:
+            masks[name] = kept
+    return masks
+
+
+def _unpacked_bits(
+    tensors: dict[str, Tensor], sparse: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Take the masks of an older file out of its tensors."""
+    masks = {}
+    for key in [key for key in tensors if key.startswith(_BITS)]:
+        values = tensors[key.removeprefix(_BITS)]
+        bits = np.unpackbits(tensors.pop(key).numpy(), count=values.numel())
+        kept = torch.from_numpy(bits.astype(bool)).view(values.shape)
+        masks[key.removeprefix(_BITS)] = kept
+    return masks
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for key in ("modules", "permanent"):
+    for key in ("modules", "sparse", "permanent"):
         digest.update(header.get(key, "").encode())
     for name in sorted(tensors):
         values = tensors[name].flatten()
@@ -184,9 +278,8 @@ def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def _check(
     model: nn.Module,
-    modules: Mapping[str, Any],
     weights: Mapping[str, Weight],
-    tensors: Mapping[str, Tensor],
+    saved: _Saved,
     path: str | Path,
 ) -> None:
     """Raise ValueError unless the file holds this model or a smaller version of it."""
@@ -196,6 +289,7 @@ def _check(
             f"model: expected one that is not pruned, but {name_some(pruned)} is; make "
             "it anew, the masks are in the file"
         )
+    modules, tensors = saved.modules, saved.values
     own = {name: _sizes(module) for name, module in named_modules(model)}
     kinds = {name: kind for name, (kind, _) in own.items()}
     if kinds != {name: kind for name, (kind, _) in modules.items()}:
@@ -214,15 +308,15 @@ def _check(
         if not _is_part(value, own[name][1].get(key))
     ]
     here = _values(model)
-    there = {name for name in tensors if not name.startswith(_MASK)}
     misfits += [
-        f"{name} is only in one of them" for name in sorted(here.keys() ^ there)
+        f"{name} is only in one of them"
+        for name in sorted(here.keys() ^ tensors.keys())
     ]
     misfits += [
         f"{name} is {tuple(tensors[name].shape)} in the file, and "
         f"{tuple(tensor.shape)} in the model"
         for name, tensor in here.items()
-        if name in there and not _is_part(tensors[name].shape, tensor.shape)
+        if name in tensors and not _is_part(tensors[name].shape, tensor.shape)
     ]
     if misfits:
         raise ValueError(

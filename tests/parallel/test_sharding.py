@@ -263,6 +263,8 @@ def test_forward_that_depends_on_the_batch(ranks: Seen) -> None:
         "fsdp 1": "the model is a FullyShardedDataParallel (FSDP1)",
         "permanent": "stem.weight was pruned before it was sharded",
         "masks": "expected one that is not sharded, but stem.weight",
+        "saved": "expected a model that is not sharded, got shards of stem.weight",
+        "loaded": "expected a model that is not sharded, got shards of stem.weight",
     }.items(),
 )
 def test_models_that_cannot_be_pruned(ranks: Seen, what: str, said: str) -> None:

@@ -6,6 +6,8 @@ Everything that a rank has seen goes into one file, and the tests read it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -49,8 +51,10 @@ from force_plugin import (
     diagnose,
     force_prune,
     get_masks,
+    load_sparse,
     make_permanent,
     saliency,
+    save_sparse,
     sparsity_report,
 )
 from force_plugin.methods.base import SaliencyMethod
@@ -295,6 +299,11 @@ def misfits() -> dict[str, str]:
     seen["permanent"] = failed(lambda: make_permanent(model), model)
     masks, dense = get_masks(pruned), shard(Network())
     seen["masks"] = failed(lambda: apply_masks(dense, masks), dense)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        seen["saved"] = failed(lambda: save_sparse(dense, path), dense)
+        save_sparse(Network(), path)
+        seen["loaded"] = failed(lambda: load_sparse(dense, path), dense)
     return seen
 
 
