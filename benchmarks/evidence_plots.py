@@ -51,6 +51,11 @@ def where(results: Results, **wanted: Any) -> Results:
     }
 
 
+def of_methods(results: Results, *names: str) -> Results:
+    """Return the runs of these methods."""
+    return {run: result for run, result in results.items() if run.method in names}
+
+
 def usual(results: Results) -> dict[str, Results]:
     """Return the runs of each method with the settings of METHODS, by its name."""
     return {
@@ -339,12 +344,16 @@ QUESTIONS = (methods, claims, steps, batches, live, layers, objective, sanity, a
 
 
 def made(results: Results) -> str:
-    """Return a line on the runs, the machine and the date."""
-    last = max(results.values(), key=lambda result: result["date"])
-    return (
-        f"{len(results)} runs, seeds {sorted({run.seed for run in results})}, "
-        f"{last['device']}, torch {last['torch']}, timm {last['timm']}, {last['date']}"
-    )
+    """Return lines on the runs that were asked, their machines, versions and dates."""
+    dates: dict[str, list[str]] = {}
+    for result in results.values():
+        machine = "{device}, torch {torch}, timm {timm}".format(**result)
+        dates.setdefault(machine, []).append(result["date"])
+    lines = [f"From {len(results)} runs, seeds {sorted({run.seed for run in results})}"]
+    for machine, days in dates.items():
+        when = " to ".join(sorted({min(days), max(days)}))
+        lines.append(f"{len(days)} on {machine}, {when}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -370,9 +379,12 @@ def main() -> None:
     seeds = PRESETS[args.preset].seeds
     usual_seeds = {run: result for run, result in stored.items() if run.seed in seeds}
     planned = where(usual_seeds, preset=args.preset)
-    asked |= dict.fromkeys((steps, batches, sanity), planned)
+    asked[steps] = of_methods(planned, "force", "iter_snip")
+    asked[batches] = of_methods(planned, "snip", "grasp")
+    asked[sanity] = of_methods(planned, *CHECKED)
     if args.preset == "cpu" and where(stored, preset="long"):
-        asked[longer] = where(usual_seeds, network=networks[0])
+        some = where(usual_seeds, network=networks[0])
+        asked[longer] = of_methods(some, "dense", *PRESETS["long"].methods)
     for question, some in asked.items():
         text = question(some, networks, args.to)
         path = args.to / f"{question.__name__}.txt"

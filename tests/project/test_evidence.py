@@ -97,11 +97,14 @@ def test_the_tables_of_steady_force_are_those_of_the_stored_results(
     assert shown == (tmp_path / name).read_text(encoding="utf-8")
 
 
+def table_of(name: str) -> list[list[str]]:
+    """Return the rows of a table of the docs."""
+    text = (ROOT / "docs" / "evidence" / name).read_text(encoding="utf-8")
+    return [re.split(r"  +", line) for line in text.split("\n\n")[1].splitlines()]
+
+
 def test_the_figures_of_the_readme_are_those_of_the_docs() -> None:
-    table = (ROOT / "docs" / "evidence" / "methods.txt").read_text(encoding="utf-8")
-    (_, _, *sparsities), *rows = (
-        re.split(r"  +", line) for line in table.splitlines()[3:]
-    )
+    (_, _, *sparsities), *rows = table_of("methods.txt")
     shown = {
         (network, name, sparsity): cell
         for network, name, *cells in rows
@@ -141,7 +144,9 @@ def test_where_a_single_step_is_advised_it_is_within_half_a_point(
     tmp_path: Path,
 ) -> None:
     table = (ROOT / "docs" / "evidence" / "advice.txt").read_text(encoding="utf-8")
-    titles, *rows = (re.split(r"  +", line) for line in table.splitlines()[3:])
+    titles, *rows = (
+        re.split(r"  +", line) for line in table.split("\n\n")[1].splitlines()
+    )
     for row in rows:
         cells = dict(zip(titles, row, strict=True))
         weights = round(10 * float(cells["a channel"]))
