@@ -72,7 +72,7 @@ class SaliencyMethod(Reparametrisation):
         schedule: Name of the schedule, if the method fixes the schedule. Default:
             ``None``, the caller chooses.
         refining: Number of the last steps that stay at the final density, at most half
-            of all steps. Default: 0.
+            of all steps. A schedule of the caller's own stays as it is. Default: 0.
         looks: Whether the scores come from passes of the network, so that closed gates
             matter. Default: True.
 
@@ -141,7 +141,7 @@ class SaliencyMethod(Reparametrisation):
 
         Returns:
             Scores by parameter name, each of its weight's shape, all of one dtype. The
-            caller may overwrite them.
+            caller may overwrite them, unless the method says otherwise.
 
         Raises:
             TypeError: The method has no :meth:`score`.

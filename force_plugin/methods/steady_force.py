@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from math import inf
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from force_plugin.errors import MethodError
 from force_plugin.methods.criteria import FORCE
 from force_plugin.methods.measurements import Measurements
+from force_plugin.model.module_names import name_some
 
 _MEMORY, _BEHIND = "steady_force", "behind a normalisation"
 # A chunk of this many weights stays in the cache.
@@ -81,10 +84,15 @@ class SteadyFORCE(FORCE):
 
     Attributes:
         returning: Factor of the saliency of a pruned weight that has no normalisation
-            behind it. Default: 0.5.
-        levelling: Power of the layer's saliency by which is divided. Default: 0.5.
-        forgetting: Exponent of the share of weights that has stayed. Default: 3.
-        longest: The largest share of the old average. Default: 0.7.
+            behind it, in [0, 1]. Default: 0.5.
+        levelling: Power of the layer's saliency by which is divided, in [0, 1].
+            Default: 0.5.
+        forgetting: Exponent of the share of weights that has stayed, at least 0.
+            Default: 3.
+        longest: The largest share of the old average, in [0, 1]. Default: 0.7.
+
+    Raises:
+        TypeError, ValueError: A subclass sets an attribute to something else.
     """
 
     refining: ClassVar[int] = 2
@@ -92,6 +100,17 @@ class SteadyFORCE(FORCE):
     levelling: ClassVar[float] = 0.5
     forgetting: ClassVar[float] = 3.0
     longest: ClassVar[float] = 0.7
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("returning", "levelling", "forgetting", "longest"):
+            value, limit = getattr(cls, name), 1 if name != "forgetting" else inf
+            label = f"{cls.__name__}.{name}: expected a number"
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{label}, got {type(value).__name__}")
+            if not 0 <= value <= limit or value == inf:
+                wanted = "between 0 and 1" if limit == 1 else "of at least 0"
+                raise ValueError(f"{label} {wanted}, got {value}")
 
     @classmethod
     def measure(cls, probe: Measurements) -> Mapping[str, Tensor]:  # noqa: D102
@@ -105,10 +124,20 @@ class SteadyFORCE(FORCE):
         """Return the running averages, as :meth:`SaliencyMethod.scores` does.
 
         They are the averages themselves: whoever changes them has to copy them first.
+
+        Raises:
+            MethodError: A subclass has a score below 0.
         """
         scores, masks = super().scores(probe), probe.masks
         sums = _sums(scores, masks, probe)
         if masks is None:
+            below = [name for name, score in scores.items() if score.lt(0).any()]
+            if below:
+                raise MethodError(
+                    f"{cls.__name__}.score: expected scores of at least 0, as their "
+                    f"sums level the layers, got scores below 0 for {name_some(below)}",
+                    "return absolute values",
+                )
             for name, score in scores.items():
                 for own in _split(score):
                     _level(own, sums[name], cls.levelling, False)
@@ -144,7 +173,9 @@ def _sums(
             pairs = zip(parts, _split(masks[name]), strict=True)
             parts = (_as_floats(mask, own).mul_(own) for own, mask in pairs)
         sums.append(torch.stack([part.sum() for part in parts]).sum())
-    totals = probe.shards.totals.sum(*torch.stack(sums).tolist())
+    # A network may be on several devices.
+    together = torch.stack([own.to(sums[0].device) for own in sums])
+    totals = probe.shards.totals.sum(*together.tolist())
     return dict(zip(scores, totals, strict=True))
 
 
@@ -170,6 +201,7 @@ def _as_floats(mask: Tensor, score: Tensor) -> Tensor:
 
 def _split(tensor: Tensor) -> Sequence[Tensor]:
     """Split a tensor into chunks of rows that stay in the cache."""
+    tensor = tensor if tensor.dim() else tensor.view(1)
     rows = max(1, _CHUNK // max(1, tensor[:1].numel()))
     parts: Sequence[Tensor] = tensor.split(rows)
     return parts

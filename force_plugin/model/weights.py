@@ -116,6 +116,30 @@ class Weight:
         axes = (output_axis(module, "weight") for module in layers)
         return next((axis for axis in axes if axis is not None), None)
 
+    @property
+    def channels(self) -> int:
+        """Number of output channels; the first size if no layer has the parameter."""
+        groups = self._transposed_groups
+        if groups:
+            return self.dense.shape[1] * groups
+        return self.shape[0] if self.shape else 1
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """Return a tensor of the parameter's shape with a row for each channel."""
+        groups = self._transposed_groups
+        if groups:
+            parts = values.view(groups, -1, *values.shape[1:])
+            return parts.transpose(1, 2).flatten(0, 1).flatten(1)
+        return self.rows(values).flatten(1)
+
+    @property
+    def _transposed_groups(self) -> int | None:
+        """The groups of a transposed convolution, whose inputs come first."""
+        for module, tensor in self.owners:
+            if tensor == "weight" and isinstance(module, ConvNd) and module.transposed:
+                return module.groups
+        return None
+
     def slots(self) -> list[tuple[nn.Module, str]]:
         """Return each ``(module, name in the module)`` of the parameter."""
         return [(module, parameter_key(module, name)) for module, name in self.owners]

@@ -42,6 +42,7 @@ class Descent:
         total: Number of prunable weights.
         guard: Whether steps are taken again.
         totals: Sums over the processes that each hold a shard of the masks.
+        start: Number of weights that earlier prunings have left. Default: all.
 
     Attributes:
         masks: The masks of the last step; empty before the first step.
@@ -56,15 +57,18 @@ class Descent:
         total: int,
         guard: bool,
         totals: Totals = ALL_HERE,
+        start: int | None = None,
     ) -> None:
         self._total = total
-        self._here = _Place({}, total, 0)
+        self._here = _Place({}, total if start is None else start, 0)
         self._before = self._here
         self._ahead = [(n, kept) for n, kept in enumerate(kept_after, start=1)][::-1]
         self._trials = 0
-        self._taken_again: dict[int, int] = {}
+        # The steps that were taken again, and the number of parts that each has so far.
+        self._parts: dict[int, int] = {}
         self._held: set[int] = set()
         self._spared: dict[str, int] = {}  # and the step since which they are
+        self._given_up: int | None = None  # the step that nothing has helped
         self._totals = totals
         self.guarded = guard
 
@@ -98,7 +102,7 @@ class Descent:
     @property
     def holding(self) -> bool:
         """Whether no pruned weight may return in the next step."""
-        return self._trials >= _HOLDING and self.step in self._taken_again
+        return self._trials >= _HOLDING and self.step in self._parts
 
     @property
     def next(self) -> int:
@@ -112,7 +116,9 @@ class Descent:
             masks: The masks that the method has chosen.
         """
         step, kept = self._ahead.pop()
-        if self._trials and step not in self._taken_again:
+        if step in self._parts:
+            self._parts[step] += 1
+        else:
             self._trials = 0  # the step that had to be taken again is done
         place = _Place(masks, kept, step)
         self._before, self._here = self._here if self.guarded else place, place
@@ -120,10 +126,18 @@ class Descent:
     def sparing(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return scores by which spared layers keep the weights that they have.
 
+        A layer is spared no longer if there is no room for all of its weights, beside
+        smaller spared layers.
+
         Args:
             scores: Scores of all weights. They are not written to.
         """
-        masks = self._here.masks
+        masks, room = self._here.masks, self.next
+        left = self._totals.count({name: masks[name] for name in self._spared})
+        for name in sorted(left, key=left.__getitem__):
+            room -= left[name]
+            if room < 0:
+                del self._spared[name]
         spared = {n: scores[n].masked_fill(masks[n], math.inf) for n in self._spared}
         return {**scores, **spared}
 
@@ -140,10 +154,11 @@ class Descent:
         step, kept, start = self._here.step, self._here.kept, self._before.kept
         if not self.guarded or self._trials >= _TRIALS:
             self.guarded = False
+            self._given_up = step
             return False
         # A step that removes nothing has only let weights return.
         self._trials = max(self._trials + 1, _HOLDING if kept == start else 0)
-        self._taken_again[step] = self._taken_again.get(step, 0) + 1
+        self._parts[step] = self._parts.get(step, 1) - 1
         self._ahead.append((step, kept))
         middle = round(math.sqrt(start * kept))
         if kept < middle < start:
@@ -166,13 +181,18 @@ class Descent:
             steps: Number of steps that the caller asked for.
         """
         found = []
-        for step, times in self._taken_again.items():
+        for step, parts in self._parts.items():
             held = ", in which no pruned weight returned" * (step in self._held)
-            found.append(
-                f"step {step} of {steps} would have disconnected the network, and was "
-                f"taken in {times + 1} smaller steps{held}"
-            )
-        if self._spared:
+            if step == self._given_up:
+                said = f"disconnects the network, also in smaller steps{held}"
+            else:
+                smaller = f"in {parts} smaller steps" if parts > 1 else "again"
+                said = (
+                    "would have disconnected the network, and was taken "
+                    f"{smaller}{held}"
+                )
+            found.append(f"step {step} of {steps} {said}")
+        if self._spared and self._given_up is None:
             first = min(self._spared.values())
             names = name_some([*self._spared])
             found.append(

@@ -28,7 +28,7 @@ from force_plugin.report.text import COLUMNS, stage_of, table_rows
 from force_plugin.scoring import dead_gradients, gates
 from force_plugin.scoring.passes import Loader, Passes, PassOptions
 from force_plugin.scoring.probe import Probe
-from force_plugin.selection.schedules import count_kept, kept_per_step
+from force_plugin.selection.schedules import check_left, count_kept, kept_per_step
 from force_plugin.selection.top_k import top_k_masks
 
 
@@ -240,7 +240,8 @@ def diagnose(
             diagnosis counts the emptied layers for each fraction.
         sparsity: The fraction that the caller wants to remove, 0 ≤ sparsity < 1. If it
             is given, the diagnosis advises a method and a number of steps, and counts
-            the emptied layers for this fraction too. This takes one more measurement.
+            the emptied layers for this fraction too. The advice rests on the gradients
+            of the loss, which takes one more measurement, whatever the ``method`` is.
             Default: ``None``, no advice.
         options: How batches are passed through the network, as in
             :func:`force_plugin.force_prune`: ``batches`` (default: 1; ``None``: the
@@ -270,7 +271,14 @@ def diagnose(
         fractions = _fractions(sparsities)
         if sparsity is not None:
             total = sum(weight.dense.numel() for weight in weights)
-            kept_per_step("exponential", 1, sparsity, total)  # checks it
+            (kept,) = kept_per_step("exponential", 1, sparsity, total)
+            masked = {
+                w.name: ~shards.local(w.name, w.mask)
+                for w in weights
+                if w.mask is not None
+            }
+            removed = sum(shards.totals.count(masked).values())
+            check_left(kept, total - removed, total, sparsity)
             fractions = (*dict.fromkeys([*fractions, float(sparsity)]),)
         passes = Passes.of(options, "diagnose")
         rest = passed_over(model, shards.parameters, {w.name for w in weights})
@@ -322,14 +330,15 @@ def diagnose(
         }
         advice = None
         if sparsity is not None:
-            with Probe(model, weights, loader, passes, shards=shards) as probe_of_loss:
-                behind = probe_of_loss.scale_free(probe_of_loss.gradients())
+            snip, behind = _gradients_of_loss(model, weights, loader, passes, shards)
+            snip = {n: s[masks[n]] if n in masks else s for n, s in snip.items()}
+            kept = count_kept(prunable, 1 - float(sparsity))
             follows = sum(w.dense.numel() for w in weights if w.name in behind)
             advice = advise(
                 float(sparsity),
-                count_kept(prunable, 1 - float(sparsity)),
-                sum(weight.shape[0] for weight in weights),
-                len(emptied[float(sparsity)][0]),
+                kept,
+                sum(weight.channels for weight in weights),
+                len(_emptied(snip, kept, shards)),
                 len(weights),
                 follows / prunable,
             )
@@ -368,6 +377,30 @@ def diagnose(
         chosen=parameters is not None,
         advice=advice,
     )
+
+
+def _gradients_of_loss(
+    model: nn.Module,
+    weights: Sequence[Weight],
+    loader: Loader,
+    passes: Passes,
+    shards: Shards,
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Return SNIP's scores, and the names of the weights behind a normalisation.
+
+    Weights that the loss does not use have no score.
+    """
+    try:
+        with Probe(model, weights, loader, passes, shards=shards) as probe:
+            gradients = probe.gradients()
+            behind = probe.scale_free(gradients)
+            scores = {n: g.mul_(probe.weights[n]).abs_() for n, g in gradients.items()}
+            return scores, behind
+    except NoGradientError as error:
+        used = [weight for weight in weights if weight.name not in error.names]
+        if not used or len(used) == len(weights):
+            raise
+        return _gradients_of_loss(model, used, loader, passes, shards)
 
 
 def _magnitude(scores: Tensor) -> float:

@@ -32,6 +32,7 @@ from force_plugin.scoring.probe import Probe
 from force_plugin.selection.schedules import (
     Schedule,
     check_count,
+    check_left,
     find_schedule,
     kept_per_step,
 )
@@ -81,9 +82,9 @@ def force_prune(
             scores. Afterwards its pruned weights are 0, and stay 0 in training, as
             after :func:`force_plugin.make_permanent`.
         loader: Iterable of batches ``(inputs, targets)``: a ``DataLoader``, a list.
-            Each step takes the next batches. After the last batch the loader starts
-            again. Tensors are moved to the device of the model's first prunable
-            weight.
+            Each step takes the next batches, also a step that the guard takes again.
+            After the last batch the loader starts again. Tensors are moved to the
+            device of the model's first prunable weight.
         sparsity: Fraction of the prunable weights to remove, 0 ≤ sparsity < 1; exactly
             ⌊(1 − sparsity) · m⌋ of m weights stay.
         method: A name of ``force_plugin.METHODS`` or a subclass of
@@ -196,6 +197,8 @@ def force_prune(
             raise ValueError(
                 f'on_collapse: expected "raise" or "warn", got {on_collapse!r}'
             )
+        if not isinstance(guard, bool):
+            raise TypeError(f"guard: expected True or False, got {guard!r}")
         total = sum(weight.dense.numel() for weight in weights)
         kept_after = kept_per_step(
             criterion.schedule or schedule,
@@ -213,20 +216,18 @@ def force_prune(
         }
         removed = shards.totals.count({name: ~mask for name, mask in earlier.items()})
         available = total - sum(removed.values())
-        if kept_after[-1] > available:
-            raise ValueError(
-                f"sparsity: the model is pruned to {1 - available / total:.6g} "
-                f"already, and pruning it again only removes more; got {sparsity}"
-            )
+        check_left(kept_after[-1], available, total, sparsity)
+        kept_after = [min(kept, available) for kept in kept_after]
         passes = Passes.of(options, "force_prune")
-        require_one_start(shards, weights, method_name, passes.open_gates, kept_after)
+        settings = method_name, passes.open_gates, kept_after, on_collapse, guard
+        require_one_start(shards, weights, *settings)
 
         doubts = Doubts(kept_after, on_collapse, criterion, shards)
         if parameters is None:
             rest = passed_over(model, shards.parameters, {w.name for w in weights})
             doubts.problems += Coverage(total, rest).doubts()
         guarded = guard and criterion.looks and len(kept_after) > 1
-        descent = Descent(kept_after, total, guarded, shards.totals)
+        descent = Descent(kept_after, total, guarded, shards.totals, available)
         probe = Probe(
             model,
             weights,
@@ -237,6 +238,7 @@ def force_prune(
                 and bar.set_postfix_str(f"batch {number} of the step")
             ),
             shards=shards,
+            kept=available,
         )
         bar = tqdm(
             total=len(kept_after),
@@ -251,7 +253,7 @@ def force_prune(
                     doubts.on_first_scores(scores, earlier, probe)
                 returns = criterion.regrows and not descent.holding
                 among = earlier if returns else before or earlier
-                kept = min(descent.next, available)
+                kept = descent.next
                 ranked = descent.sparing(scores)
                 masks, threshold = top_k_masks(ranked, kept, shards.totals, among)
                 shards.require_same(
@@ -260,7 +262,7 @@ def force_prune(
                 doubts.on_selection(step, scores, among, masks, threshold, probe.masks)
                 del scores, ranked  # make room for the gradients of the next step
                 descent.go(masks)
-                probe.prune(masks, kept, step + 1)
+                probe.prune(masks, kept, descent.step)
                 bar.set_postfix_str(f"density {kept / total:.4g}", refresh=False)
                 bar.update(descent.taken - bar.n)
 
@@ -307,16 +309,14 @@ def _measured(
             while not descent.done:
                 # The scores get no name here, so that the caller can free them.
                 yield scores_of(criterion, probe)
-            flow = probe.flow() if descent.sparse else None
-            if flow is not None and flow[0] is False and descent.guarded:
-                scores_of(criterion, probe)  # says which layers are idle
+            look = probe.flow() if descent.sparse else None
             break
         except Disconnected as cut:
             descent.back(cut.layers)
         probe.watch.on = descent.guarded
         probe.prune(descent.masks, descent.kept, descent.step)
-    if flow is not None:
-        doubts.on_flow(*flow)
+    if look is not None:
+        doubts.on_flow(look.connected, look.idle, look.broken)
 
 
 @torch.inference_mode(False)
@@ -410,8 +410,8 @@ def require_one_start(
     """Raise RankError if the ranks' arguments or their networks differ."""
     shards.ranks.require_same(
         "the arguments, or the model",
-        "pass the same method, sparsity, steps, schedule, parameters and open_gates, "
-        "and a model of the same architecture, on every rank",
+        "pass the same method, sparsity, steps, schedule, parameters, open_gates, "
+        "on_collapse and guard, and a model of the same architecture, on every rank",
         *settings,
         *((w.name, w.dense.shape, w.dense.dtype, w.mask is None) for w in weights),
     )

@@ -13,8 +13,11 @@ from force_plugin.scoring.last_look import EvaluationMode, LastLook
 _FEW = 2**14
 
 
-class Disconnected(Exception):
+class Disconnected(BaseException):
     """The network is disconnected: its outputs do not depend on its inputs.
+
+    It takes the pruning back to the step before, and is no error. So a method that
+    catches every error of its measurement does not catch it.
 
     Args:
         layers: Names of the weights of the layers that have lost their last live weight
@@ -22,7 +25,7 @@ class Disconnected(Exception):
     """
 
     def __init__(self, layers: Sequence[str]) -> None:  # noqa: D107
-        super().__init__()
+        super().__init__("the step before has disconnected the network")
         self.layers = layers
 
 
@@ -31,7 +34,8 @@ class Watch:
 
     A disconnected network has a layer without any live weight: a kept weight whose
     gradient is not 0. The layer that reads the inputs is one. So the outputs are looked
-    at only if another layer than before has no live weight, which costs nearly nothing.
+    at only if a layer has no live weight that had one at the step before, which costs
+    nearly nothing.
 
     Args:
         last_look: Tells whether the outputs of the network depend on its inputs.
@@ -52,7 +56,8 @@ class Watch:
         self._last_look = last_look
         self._remember = remember
         self._totals = shards.totals
-        self._idle: set[str] = set()  # layers without a live weight, while connected
+        # The layers without a live weight at the last step, which was connected.
+        self._idle: set[str] = set()
 
     def look(
         self,
@@ -82,11 +87,21 @@ class Watch:
             connected = self._last_look.connected(masks, evaluation)
             rewind()
             if not connected:
-                raise Disconnected([n for n in gradients if n in idle - self._idle])
-        self._idle |= idle
+                raise self.cut([n for n in gradients if n in idle])
+        self._idle = idle
+
+    def cut(self, idle: Sequence[str]) -> Disconnected:
+        """Return the exception for a disconnected network.
+
+        Args:
+            idle: Names of the weights of the layers without a live weight.
+        """
+        return Disconnected([name for name in idle if name not in self._idle])
 
 
 def _is_live(gradient: Tensor, mask: Tensor | None) -> bool:
+    if not gradient.dim():
+        return bool(gradient) and (mask is None or bool(mask))
     rows = max(1, _FEW // max(1, gradient[:1].numel()))
     for some in (slice(rows), slice(rows, None)):
         kept = gradient[some] if mask is None else gradient[some] * mask[some]

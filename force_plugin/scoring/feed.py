@@ -31,6 +31,8 @@ class Feed:
     Attributes:
         device: The device of the network.
         last: The batch that was read last; ``None`` before the first batch.
+        repeats: Whether the last batch comes again if the loader is at its end and can
+            be read only once. Default: False.
     """
 
     def __init__(  # noqa: D107 (the class has it)
@@ -42,6 +44,7 @@ class Feed:
         on_batch: Callable[[int], object],
     ) -> None:
         self.last: Any = None
+        self.repeats = False
         self._loader = loader
         self._passes = passes
         self.device = device
@@ -79,7 +82,9 @@ class Feed:
                 try:
                     batch = next(self._iterator)
                 except StopIteration:
-                    raise BatchError(*self._dry(step, number)) from None
+                    if not self.repeats:
+                        raise BatchError(*self._dry(step, number)) from None
+                    batch = self.last
             number += 1
             if wanted is None:
                 self._go_on_together(True)

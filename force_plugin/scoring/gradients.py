@@ -138,6 +138,8 @@ class Gradients:
             NoGradientError: A weight got no gradient from any batch.
         """
         total, number, totals = 0.0, 0, Sums(self._stand_ins.scored)
+        for leaf in self._stand_ins.scored.values():
+            leaf.grad = None  # of a measurement that has failed
         for number, batch in enumerate(self._feed.batches(step), start=1):  # noqa: B007
             for microbatch, share in self._feed.split(batch):
                 loss = self._loss_of(microbatch, 1.0) * share

@@ -6,10 +6,10 @@ The look does not change the ranking. A network for which the look fails is no e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,6 +24,25 @@ from force_plugin.scoring.stand_ins import StandIns
 
 EvaluationMode = Callable[[], AbstractContextManager[None]]
 Run = Callable[[], object]
+
+
+class Look(NamedTuple):
+    """What the outputs of a pruned network depend on.
+
+    Attributes:
+        connected: Whether the outputs depend on the inputs; ``None`` if no batch was
+            read before, or if no pass of the look succeeds.
+        idle: Number of kept weights that no gradient reaches, but that a gradient
+            reaches in the dense network; 0 if not known.
+        broken: Names of weights whose gradient is NaN or infinite.
+        silent: Names of weights of which no kept value has a gradient, if the outputs
+            do not depend on the inputs.
+    """
+
+    connected: bool | None = None
+    idle: int = 0
+    broken: Sequence[str] = ()
+    silent: Sequence[str] = ()
 
 
 class LastLook:
@@ -58,7 +77,7 @@ class LastLook:
 
     def flow(
         self, masks: Mapping[str, Tensor], evaluation: EvaluationMode, loss: float
-    ) -> tuple[bool | None, int, list[str]]:
+    ) -> Look:
         """Return what the outputs of the pruned network depend on.
 
         The outputs depend on the inputs if a gradient that is not exactly 0 reaches the
@@ -72,16 +91,9 @@ class LastLook:
             masks: The masks of the pruned network.
             evaluation: A context with all modules in evaluation mode.
             loss: Mean loss of the last step; NaN if no loss was measured.
-
-        Returns:
-            Whether the outputs depend on the inputs; ``None`` if no batch was read
-            before, or if no pass of this look succeeds. Then the number of idle
-            weights: kept weights that no gradient reaches, but that a gradient reaches
-            in the dense network; 0 if not known. Then the names of weights whose
-            gradient is NaN or infinite.
         """
         if self._feed.last is None:
-            return None, 0, []
+            return Look()
         self._masks, self._evaluation = masks, evaluation
         batch, run, few = self._runs()
         ranks = self._shards.ranks
@@ -90,24 +102,25 @@ class LastLook:
             found = self._find_flow(few)
             idle = self._count_idle(found)
             if ranks.any(bool(found.connected)) and 2 * idle <= kept:
-                return True, idle, self._not_finite(found)
+                return Look(True, idle, self._not_finite(found))
             del found  # and its gradients
         found = self._find_flow(run)
         idle = self._count_idle(found)
         connected, broken = ranks.any(bool(found.connected)), self._not_finite(found)
         if connected and 2 * idle <= kept:
-            return True, idle, broken
+            return Look(True, idle, broken)
         dense = self._find_dense_flow(run)
         if connected:
-            return True, self._count_idle(found, dense), broken
+            return Look(True, self._count_idle(found, dense), broken)
+        silent = self._silent(found)
         if ranks.any(bool(dense.connected)):
-            return self._responds(run), 0, broken
+            return Look(self._responds(run), 0, broken, silent)
         if math.isnan(loss):  # SynFlow measures no loss
-            return None, 0, broken
+            return Look(None, 0, broken)
         reached = self._reaches_weights(batch)
         if ranks.any(bool(reached)):
-            return True, 0, broken
-        return (None if ranks.any(reached is None) else False), 0, broken
+            return Look(True, 0, broken)
+        return Look(None if ranks.any(reached is None) else False, 0, broken, silent)
 
     def connected(
         self, masks: Mapping[str, Tensor], evaluation: EvaluationMode
@@ -178,6 +191,18 @@ class LastLook:
             for name, gradient in pairs
             if gradient is not None and not gradient.to_dense().isfinite().all()
         ]
+
+    def _silent(self, found: Flow) -> list[str]:
+        """Return the names of weights of which no kept value has a gradient."""
+        pairs = zip(self._stand_ins.scored, found.gradients, strict=True)
+        live = self._shards.totals.sum(
+            *(
+                g is not None and bool((g.to_dense() * self._masks[n]).any())
+                for n, g in pairs
+            )
+        )
+        scored = self._stand_ins.scored
+        return [name for name, some in zip(scored, live, strict=True) if not some]
 
     def _reaches_weights(self, batch: Any) -> bool | None:
         """Whether a gradient of the loss reaches a kept weight; ``None``: it fails."""

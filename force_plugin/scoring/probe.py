@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from force_plugin.errors import NotFiniteError
 from force_plugin.model.restoring import in_evaluation_mode, without_trace
 from force_plugin.model.weights import Weight
 from force_plugin.parallel.shards import Shards
@@ -20,7 +21,7 @@ from force_plugin.scoring.disconnection import Watch
 from force_plugin.scoring.feed import Feed
 from force_plugin.scoring.gates import Gate
 from force_plugin.scoring.gradients import Gradients, refuse_recomputation
-from force_plugin.scoring.last_look import LastLook
+from force_plugin.scoring.last_look import LastLook, Look
 from force_plugin.scoring.loss import Loss
 from force_plugin.scoring.malloc import freed_memory_kept
 from force_plugin.scoring.nonfinite import Causes
@@ -46,6 +47,7 @@ class Probe:
         passes: Options of the passes of batches through the network.
         on_batch: Called after each batch with the number of the batch within the step,
             from 1.
+        kept: Number of weights that earlier prunings have left. Default: all.
         shards: The division of parameters among the processes that measure together.
             Gradients are averaged over their batches, and all of them open the same
             gates. If the network is sharded, each tensor of a weight's shape is this
@@ -75,6 +77,7 @@ class Probe:
         *,
         on_batch: Callable[[int], object] = lambda number: None,
         shards: Shards | None = None,
+        kept: int | None = None,
     ) -> None:
         shards = Shards(model) if shards is None else shards
         self.model = model
@@ -82,7 +85,8 @@ class Probe:
         self.parameters = shards.parameters
         self.masks: Mapping[str, Tensor] | None = None
         self.step = 1
-        self.kept = sum(weight.dense.numel() for weight in weights)
+        every = sum(weight.dense.numel() for weight in weights)
+        self.kept = every if kept is None else kept
         self.memory: dict[str, Any] = {}
         self._passes = passes
         self._loader = loader
@@ -101,11 +105,7 @@ class Probe:
         self._synflow = SynapticFlow(
             model, self._stand_ins, self._opening, self._feed, shards
         )
-        self._layers = {
-            weight.name: weight
-            for weight in weights
-            if weight.channel_axis is not None and weight.dense.dim() > 1
-        }
+        self._layers = {w.name: w for w in weights if w.dense.dim() > 1}
         self._last_look = LastLook(
             model, self._stand_ins, passes, self._feed, self._loss_of, shards
         )
@@ -154,6 +154,8 @@ class Probe:
         """
         self.masks = masks or None
         self.kept = kept
+        # A step that is taken again needs more batches than the caller has counted.
+        self._feed.repeats |= step <= self.step
         self.step = step
         self._stand_ins.mask(self.masks)
 
@@ -170,7 +172,14 @@ class Probe:
             NoGradientError: A weight got no gradient from any batch.
         """
         self._open()
-        gradients = self._gradients.mean(self.step)
+        try:
+            gradients = self._gradients.mean(self.step)
+        except NotFiniteError:
+            # A loss may be NaN because the outputs are constant. The ranks of several
+            # processes could not look together.
+            if self.watch.on and self.masks and self.shards.ranks.size == 1:
+                self.flow()
+            raise
         self.watch.look(gradients, self.masks, self.evaluation_mode)
         return gradients
 
@@ -192,7 +201,9 @@ class Probe:
         """
         self._passes.refuse_compile("second derivatives, which torch.compile lacks")
         self._open()
-        return self._gradients.hessian_products(self.step, temperature)
+        products = self._gradients.hessian_products(self.step, temperature)
+        self.watch.look(products, self.masks, self.evaluation_mode)
+        return products
 
     def synflow_gradients(self) -> dict[str, Tensor]:
         """Return ``|∂R/∂θ|`` at ``|θ ⊙ c|``, in float64, without data.
@@ -235,10 +246,20 @@ class Probe:
             lambda: self._opening.last_graph(self._stand_ins),
         )
 
-    def flow(self) -> tuple[bool | None, int, list[str]]:
-        """Return what the outputs depend on, as :meth:`LastLook.flow` does."""
-        masks = self.masks or {}
-        return self._last_look.flow(masks, self.evaluation_mode, self.loss)
+    def flow(self) -> Look:
+        """Return what the outputs depend on, as :meth:`LastLook.flow` does.
+
+        Raises:
+            Disconnected: They do not depend on the inputs, and the watch is on.
+        """
+        masks, guarded = self.masks or {}, self.watch.on and self.masks
+        rewind = self._remember() if guarded else None
+        look = self._last_look.flow(masks, self.evaluation_mode, self.loss)
+        if rewind:
+            rewind()
+            if look.connected is False:
+                raise self.watch.cut(look.silent)
+        return look
 
     def protected(self, by: str) -> AbstractContextManager[None]:
         """Return a context that undoes a method's writes to the model or the masks.

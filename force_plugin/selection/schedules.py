@@ -64,6 +64,22 @@ def count_kept(total: int, density: float) -> int:
     return min(total, math.floor(density * total + 1e-15 * total + 1e-12))
 
 
+def check_left(kept: int, left: int, total: int, sparsity: float) -> None:
+    """Raise ValueError if a sparsity keeps more weights than an earlier pruning left.
+
+    Args:
+        kept: Number of weights that the sparsity keeps.
+        left: Number of weights that are left.
+        total: Number of prunable weights.
+        sparsity: The sparsity, for the message.
+    """
+    if kept > left:
+        raise ValueError(
+            f"sparsity: the model is pruned to {1 - left / total:.6g} already, and "
+            f"pruning it again only removes more; got {sparsity}"
+        )
+
+
 def kept_per_step(
     schedule: str | Schedule,
     steps: int,
@@ -80,7 +96,8 @@ def kept_per_step(
         sparsity: Fraction of the weights removed at the end, in [0, 1).
         total: Number of prunable weights.
         refining: Number of the last steps that stay at the final density, at most T / 2
-            (default: 0). The schedule is that of the other steps.
+            (default: 0). The schedule is that of the other steps. A callable is asked
+            for all T densities, and none is added.
 
     Returns:
         T counts that never increase. The last count is ⌊(1 − sparsity) · total⌋.
@@ -100,7 +117,7 @@ def kept_per_step(
             + (f"; {sparsity} % is {sparsity / 100:.12g}" if 1 < sparsity < 100 else "")
         )
     check_count("steps", steps)
-    if refining := min(refining, steps // 2):
+    if isinstance(schedule, str) and (refining := min(refining, steps // 2)):
         way = kept_per_step(schedule, steps - refining, sparsity, total)
         return way + way[-1:] * refining
     density_at = find_schedule(schedule)

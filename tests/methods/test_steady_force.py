@@ -224,3 +224,117 @@ def test_the_last_steps_stay_at_the_final_density(
     assert len(found) == steps
     assert found[: len(expected)] == expected
     assert found[-1] == 10
+
+
+class Named(nn.Module):
+    """Layers with a batch norm behind, whose weights have any name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(16) for _ in range(2))
+        self.name = name
+        own = name == "weight"
+        kinds = (nn.Linear(16, 16, bias=False) if own else nn.Module() for _ in "12")
+        self.layers = nn.ModuleList(kinds)
+        torch.manual_seed(1)
+        for layer in self.layers:
+            layer.register_parameter(name, nn.Parameter(torch.randn(16, 16) / 4))
+        nn.init.normal_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = torch.relu(norm(nn.functional.linear(x, getattr(layer, self.name))))
+        found: Tensor = self.head(x)
+        return found
+
+
+def test_the_name_of_a_weight_does_not_matter() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(32, 6, generator=generator)
+    batch = x, torch.randint(3, (32,), generator=generator)
+    found = []
+    for name in ("weight", "kernel"):
+        model = Named(name)
+        named = [(layer, name) for layer in model.layers]
+        named += [(model.stem, "weight"), (model.head, "weight")]
+        options: dict[str, Any] = {"steps": 5, "parameters": named, "progress": False}
+        options["guard"] = False
+        force_prune(model, [batch], 0.8, method="steady_force", **options)
+        masks = get_masks(model)
+        found.append({n.replace("kernel", "weight"): m for n, m in masks.items()})
+    assert same(found[0], found[1])
+
+
+NUMBERS = ("returning", "levelling", "forgetting", "longest")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["x", None, True])
+def test_constants_that_are_no_numbers_are_refused(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"^Own\.{name}: expected a number, got "):
+        type("Own", (SteadyFORCE,), {name: value})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
+def test_constants_outside_of_their_limits_are_refused(name: str, value: float) -> None:
+    if name == "forgetting" and value == 1.1:
+        type("Own", (SteadyFORCE,), {name: value})
+        return
+    with pytest.raises(ValueError, match=rf"^Own\.{name}: expected a number .*, got "):
+        type("Own", (SteadyFORCE,), {name: value})
+
+
+def test_scores_below_0_are_refused() -> None:
+    class Signed(SteadyFORCE):
+        @staticmethod
+        def score(weight: Tensor, gradient: Tensor) -> Tensor:
+            return weight * gradient
+
+    model = Mixed()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"^Signed\.score: expected scores of at"):
+        force_prune(model, batches(), 0.5, method=Signed, steps=3, progress=False)
+    assert same(before, dict(model.named_parameters()))
+
+
+def test_a_schedule_of_the_callers_own_is_taken_as_it_is() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def linear(step: int, steps: int, density: float) -> float:
+        asked.append((step, steps))
+        return 1 - (1 - density) * step / steps
+
+    kept = []
+
+    class Seen(SteadyFORCE):
+        @classmethod
+        def measure(cls, probe: Any) -> Any:
+            kept.append(probe.kept)
+            return super().measure(probe)
+
+    options: dict[str, Any] = {"steps": 6, "schedule": linear, "progress": False}
+    report = force_prune(Mixed(), batches(), 0.6, method=Seen, **options)
+    planned = kept_per_step("linear", 6, 0.6, report.total)
+    assert {*asked} == {(step, 6) for step in range(1, 7)}
+    assert kept == [report.total, *planned[:-1]]
+
+
+def test_the_second_step_of_a_pruned_model_remembers_the_first() -> None:
+    rates = []
+
+    class Seen(SteadyFORCE):
+        @classmethod
+        def scores(cls, probe: Any) -> dict[str, Tensor]:
+            past = probe.memory.get("steady_force")
+            rates.append(probe.kept / past.kept if past else None)
+            return super().scores(probe)
+
+    model = Mixed()
+    force_prune(model, batches(), 0.6, method="snip", progress=False)
+    force_prune(model, batches(), 0.7, method=Seen, steps=4, progress=False)
+    assert rates[0] is None
+    assert rates[1] == 1  # the first step had weights enough

@@ -163,7 +163,9 @@ def test_weights_that_differ_are_an_error_before_a_batch_is_read(
         assert seen["read"] == []
 
 
-@pytest.mark.parametrize("option", ["sparsity", "steps", "method", "open_gates"])
+@pytest.mark.parametrize(
+    "option", ["sparsity", "steps", "method", "open_gates", "guard"]
+)
 def test_arguments_that_differ_are_an_error(ranks: Seen, option: str) -> None:
     for seen in ranks:
         assert "the arguments, or the model: expected" in seen[f"other {option}"]

@@ -78,6 +78,45 @@ def test_a_single_step_that_empties_a_layer_is_not_advised() -> None:
     assert advice.reasons[0] == "a single step would empty 1 of 2 layers"
 
 
+@pytest.mark.parametrize("method", ["snip", "grasp", "magnitude", "random", "synflow"])
+def test_the_advice_does_not_depend_on_the_method_of_the_diagnosis(method: str) -> None:
+    advice = diagnose(Faint(), loader(), method, sparsity=0.6).advice
+    assert advice == diagnose(Faint(), loader(), sparsity=0.6).advice
+
+
+def test_the_channels_of_a_transposed_convolution_are_its_outputs() -> None:
+    model = nn.Sequential(
+        nn.ConvTranspose1d(16, 2, 3),
+        nn.ReLU(),
+        nn.ConvTranspose1d(2, 64, 3, groups=2),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    batch = torch.randn(8, 16, 5), torch.arange(8) % 3
+    advice = diagnose(model, [batch], sparsity=0.5).advice
+    assert advice is not None and advice.channels == 2 + 64 + 3
+
+
+@pytest.mark.parametrize("method", ["force", "magnitude"])
+def test_a_layer_that_the_loss_does_not_use_is_no_error(method: str) -> None:
+    model = wide()
+    model.append(nn.Identity())
+    model[-1].unused = nn.Linear(3, 3)
+    advice = diagnose(model, loader(), method, sparsity=0.5).advice
+    assert advice is not None and advice.method == "snip"
+
+
+def test_a_model_that_is_pruned_already_gets_the_error_of_the_call() -> None:
+    model = wide()
+    force_prune(model, loader(), 0.9, progress=False)
+    message = r"^sparsity: the model is pruned to 0\.9 already"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        diagnose(model, loader(), sparsity=0.5)
+    advice = diagnose(model, loader(), sparsity=0.95).advice
+    assert advice is not None and advice.kept == 76
+
+
 @pytest.mark.parametrize(("training", "told"), [(True, True), (False, False)])
 def test_a_normalisation_is_told_where_it_matters(training: bool, told: bool) -> None:
     model = wide().train(training)

@@ -176,3 +176,43 @@ def test_16_bits_make_no_difference(name: str) -> None:
     assert scale_free(model, batch, autocast=torch.bfloat16) == found
     model.bfloat16()
     assert scale_free(model, (batch[0].bfloat16(), batch[1])) == found
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_few_channels_are_seldom_taken_for_scale_free(channels: int) -> None:
+    found = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, channels))
+        batch = torch.randn(32, 6), torch.rand(32, channels)
+        loss = {"loss_fn": nn.functional.binary_cross_entropy_with_logits}
+        found += "2.weight" in scale_free(model, batch, **loss)
+    assert found <= 2  # and 5 with a tenth as the limit of a single channel
+
+
+def test_a_single_channel_behind_a_normalisation_is_found() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layers = nn.Conv2d(3, 1, 7), nn.BatchNorm2d(1), nn.Sigmoid(), nn.Flatten()
+        model = nn.Sequential(*layers, nn.Linear(36, 5))
+        batch = torch.randn(16, 3, 12, 12), torch.randint(5, (16,))
+        assert scale_free(model, batch) == {"0.weight"}
+
+
+def test_the_rows_of_any_matrix_are_its_channels() -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.kernel = nn.Parameter(torch.randn(12, 6))
+            self.norm, self.head = nn.BatchNorm1d(12), nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(nn.functional.linear(x, self.kernel)))
+            found: Tensor = self.head(x)
+            return found
+
+    model = Normalised()
+    named = [(model, "kernel"), (model.head, "weight")]
+    batch = torch.randn(16, 6), torch.randint(5, (16,))
+    assert scale_free(model, batch, parameters=named) == {"kernel"}

@@ -264,6 +264,7 @@ def run(rank: int) -> dict[str, Any]:
         "steps": (4, 5),
         "method": ("force", "iter_snip"),
         "open_gates": (True, False),
+        "guard": (True, False),
     }.items():
         model = Network()
         options = {"sparsity": 0.8, **STEPS, option: values[rank]}
