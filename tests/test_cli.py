@@ -417,7 +417,7 @@ PYTHON = re.compile(r"\w\(|\w=|apply_|forward|loss_fn")
 def test_a_collapse_advises_options(
     method: str, steps: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--sparsity", "0.9999", "--steps", "2", "--method", method]
+    options = ["--sparsity", "0.99999", "--steps", "2", "--method", method]
     with pytest.raises(SystemExit) as exit_:
         main([MODEL, *options, "--out", str(tmp_path)])
     assert exit_.value.code == 1

@@ -42,7 +42,7 @@ QUICK = ["--steps", "2", "--batch-size", "8", "--quiet"]
             "Expected more than 1 value per channel",
         ),
         (
-            ["test_resnet", "--sparsity", "0.9999", "--method", "iter_snip"],
+            ["test_resnet", "--sparsity", "0.99999", "--method", "iter_snip"],
             1,
             "disconnected.* lost every weight, .*--on-collapse warn",
         ),
