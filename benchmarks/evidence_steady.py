@@ -31,6 +31,7 @@ from harness.tables import markdown, percent
 
 from force_plugin.files import write_whole
 
+USUAL_STEPS = 60
 Results = Mapping[Run, Mapping[str, Any]]
 
 
@@ -137,6 +138,38 @@ def together(done: Results) -> list[str]:
     return filled(titles, rows)
 
 
+def fewer_steps(done: Results) -> list[str]:
+    """Return what SteadyFORCE gains over 60 steps by other numbers of steps."""
+    others = [steps for steps in STEADY_STEPS if steps != USUAL_STEPS]
+    titles = [f"SteadyFORCE, minus {USUAL_STEPS} steps"]
+    titles += [f"{steps} steps" for steps in others]
+    rows = []
+    for schedule in ("exponential", "linear"):
+        for sparsity in STEADY_SPARSITIES:
+            cells = [f"{percent(sparsity)}, {schedule}"]
+            for steps in others:
+                values = []
+                for network in PRESETS["steady"].networks:
+                    some, usual = (
+                        of_seeds(
+                            done,
+                            network=network,
+                            method="steady_force",
+                            steps=number,
+                            sparsity=sparsity,
+                            schedule=schedule,
+                        )
+                        for number in (steps, USUAL_STEPS)
+                    )
+                    values += [
+                        100 * (some[seed]["accuracy"] - usual[seed]["accuracy"])
+                        for seed in some.keys() & usual.keys()
+                    ]
+                cells.append(interval(values))
+            rows.append(cells)
+    return filled(titles, rows)
+
+
 def larger(done: Results) -> list[str]:
     """Return the accuracies of the larger models, means over the seeds."""
     preset = PRESETS["larger"]
@@ -159,7 +192,7 @@ def larger(done: Results) -> list[str]:
 
 def tables(done: Results) -> str:
     """Return all tables in Markdown."""
-    lines = extreme(done) + together(done)
+    lines = extreme(done) + together(done) + fewer_steps(done)
     for network in PRESETS["steady"].networks:
         lines += beside_iter_snip(done, network)
     lines += larger(done)
