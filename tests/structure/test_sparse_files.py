@@ -552,6 +552,12 @@ def _tampered(path: Path, **changes: str | None) -> None:
     save_file(tensors, path, header)
 
 
+def assert_refused(path: Path) -> None:
+    model = network(1)
+    with unchanged(model), pytest.raises(ValueError, match=f"^{path}: "):
+        load_sparse(model, path)
+
+
 @pytest.mark.parametrize("change", [None, "["])
 @pytest.mark.parametrize("key", ["modules", "sparse", "permanent"])
 def test_a_header_that_was_changed_is_refused(
@@ -560,9 +566,7 @@ def test_a_header_that_was_changed_is_refused(
     path = tmp_path / "small"
     save_sparse(smaller(), path)
     _tampered(path, **{key: change})
-    model = network(1)
-    with unchanged(model), pytest.raises(ValueError, match=f"^{path}: "):
-        load_sparse(model, path)
+    assert_refused(path)
 
 
 def test_gaps_that_were_changed_are_refused(tmp_path: Path) -> None:
@@ -573,9 +577,7 @@ def test_gaps_that_were_changed_are_refused(tmp_path: Path) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors["gaps of 4.weight"] = tensors["gaps of 4.weight"][:3]
     save_file(tensors, path, header)
-    model = network(1)
-    with unchanged(model), pytest.raises(ValueError, match=f"^{path}: "):
-        load_sparse(model, path)
+    assert_refused(path)
 
 
 def test_sizes_that_belong_to_other_weights_are_refused(tmp_path: Path) -> None:
@@ -586,9 +588,7 @@ def test_sizes_that_belong_to_other_weights_are_refused(tmp_path: Path) -> None:
     changed = modules.replace('"out_features": 10', '"out_features": 9')
     assert changed != modules
     _tampered(path, modules=changed)
-    model = network(1)
-    with unchanged(model), pytest.raises(ValueError, match=f"^{path}: "):
-        load_sparse(model, path)
+    assert_refused(path)
 
 
 def test_heads_that_run_in_training_only_are_in_the_file(tmp_path: Path) -> None:
