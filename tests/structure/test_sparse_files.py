@@ -33,6 +33,7 @@ from force_plugin import (
     save_masks,
     save_sparse,
 )
+from force_plugin.structure.files import _digest
 
 
 def inputs() -> Tensor:
@@ -577,6 +578,21 @@ def test_gaps_that_were_changed_are_refused(tmp_path: Path) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors["gaps of 4.weight"] = tensors["gaps of 4.weight"][:3]
     save_file(tensors, path, header)
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("name", ["4.weight", "gaps of 4.weight"])
+def test_gaps_and_values_that_do_not_belong_together_are_refused(
+    name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "small"
+    save_sparse(smaller(), path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    tensors[name] = tensors[name][:3]
+    # Another program may write a file with the right checksum and wrong content.
+    save_file(tensors, path, header | {"sha256": _digest(header, tensors)})
     assert_refused(path)
 
 
