@@ -104,6 +104,16 @@ def image_size(name: str, smallest: int) -> int:
     return max(smallest, *(cfg.min_input_size or (0,)))
 
 
+def smallest_models(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return the smallest model of each family, and the family, for this process."""
+    smallest: dict[str, str] = {}
+    for name, family in models_to_run(HERE / "families-models.json").items():
+        smallest.setdefault(family, name)
+    share, shares = map(int, args.share.split("/"))
+    names = [(n, f) for f, n in smallest.items() if n in (args.models or [n])]
+    return names[share::shares]
+
+
 def prepare(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any, int]:
     """Return a model at its own initialisation, digits in its size, and the size."""
     size = image_size(name, args.size)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import HERE, add_sweep, loss_fn, models_to_run, prepare
+from families import HERE, add_sweep, loss_fn, prepare, smallest_models
 from families import sparsity_and_steps as cell_of
 from harness.machine import made_with
 from harness.options import parser_of, use_threads
@@ -158,12 +158,7 @@ def main() -> None:
         return
     use_threads(args)
     warnings.simplefilter("ignore", UserWarning)
-    smallest: dict[str, str] = {}
-    for name, family in models_to_run(HERE / "families-models.json").items():
-        smallest.setdefault(family, name)
-    share, shares = map(int, args.share.split("/"))
-    names = [(n, f) for f, n in smallest.items() if n in (args.models or [n])]
-    for number, (name, family) in enumerate(names[share::shares], start=1):
+    for number, (name, family) in enumerate(smallest_models(args), start=1):
         runs = [
             Run(name, family, method, *cell)
             for cell in args.cells
