@@ -33,9 +33,7 @@ import gc
 import random
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from math import exp, log
@@ -49,6 +47,7 @@ from harness.options import add_files, add_quick, add_threads, parser_of, use_th
 from harness.reports import is_disconnected
 from harness.storage import read_rows, write_json
 from harness.tables import percent
+from harness.timing import seconds_of
 from harness.training import Batch, step
 from speed_tables import Row, plot, show
 from torch import Tensor, nn
@@ -93,15 +92,6 @@ def memory(models: dict[str, nn.Module], batch: Batch) -> dict[str, int]:
         for path, model in zip(paths, models.values(), strict=True):
             torch.save((model, batch), path)
         return dict(zip(models, fresh(peaks, paths), strict=True))
-
-
-def seconds_of(run: Callable[[], object], at_least: float) -> float:
-    """Return the mean seconds of calls that take at least ``at_least`` in total."""
-    start, number, taken = time.perf_counter(), 0, -1.0
-    while taken < at_least:
-        run()
-        number, taken = number + 1, time.perf_counter() - start
-    return taken / number
 
 
 def forward(model: nn.Module, inputs: Tensor) -> None:

@@ -43,6 +43,8 @@ from force_plugin.pruning.loop import force_prune, saliency
 from force_plugin.report.sparsity import LayerReport, SparsityReport, sparsity_report
 
 if TYPE_CHECKING:
+    from force_plugin.sparse.model import densify, execution_report, sparsify
+    from force_plugin.sparse.report import ExecutionReport, LayerExecution
     from force_plugin.structure.compact_report import (
         CompactReport,
         LayerSize,
@@ -70,10 +72,12 @@ __all__ = [
     "CompactReport",
     "CompactionError",
     "Diagnosis",
+    "ExecutionReport",
     "FileFormatError",
     "GraSP",
     "GraSPIt",
     "IterSNIP",
+    "LayerExecution",
     "LayerReport",
     "LayerSize",
     "Magnitude",
@@ -97,7 +101,9 @@ __all__ = [
     "apply_masks",
     "compact",
     "compact_report",
+    "densify",
     "diagnose",
+    "execution_report",
     "force_prune",
     "get_masks",
     "load_compact",
@@ -113,28 +119,35 @@ __all__ = [
     "save_sparse",
     "shuffle_masks",
     "snap_prune",
+    "sparsify",
     "sparsity_report",
 ]
 
-# Imported at first use, because torch-pruning takes as long to import as torch.
-_STRUCTURE = {
-    "CompactReport": "compact_report",
-    "LayerSize": "compact_report",
-    "SaliencyImportance": "importance",
-    "compact": "compaction",
-    "compact_report": "compact_report",
-    "load_compact": "files",
-    "load_sparse": "files",
-    "save_compact": "files",
-    "save_sparse": "files",
-    "snap_prune": "snap",
+# Imported at first use, because torch-pruning takes as long to import as torch, and
+# llvmlite is an extra.
+_LATER = {
+    "CompactReport": "structure.compact_report",
+    "ExecutionReport": "sparse.report",
+    "LayerExecution": "sparse.report",
+    "LayerSize": "structure.compact_report",
+    "SaliencyImportance": "structure.importance",
+    "compact": "structure.compaction",
+    "compact_report": "structure.compact_report",
+    "densify": "sparse.model",
+    "execution_report": "sparse.model",
+    "load_compact": "structure.files",
+    "load_sparse": "structure.files",
+    "save_compact": "structure.files",
+    "save_sparse": "structure.files",
+    "snap_prune": "structure.snap",
+    "sparsify": "sparse.model",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _STRUCTURE:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.structure.{_STRUCTURE[name]}")
+    module = import_module(f"{__name__}.{_LATER[name]}")
     return getattr(module, name)
 
 

@@ -28,3 +28,12 @@ def timed(run: Callable[[], Result]) -> tuple[float, Result]:
 def seconds(run: Callable[[], object]) -> float:
     """Return the seconds of a call."""
     return timed(run)[0]
+
+
+def seconds_of(run: Callable[[], object], at_least: float) -> float:
+    """Return the mean seconds of calls that take at least ``at_least`` in total."""
+    start, number, taken = time.perf_counter(), 0, -1.0
+    while taken < at_least:
+        run()
+        number, taken = number + 1, time.perf_counter() - start
+    return taken / number

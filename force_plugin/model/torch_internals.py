@@ -8,18 +8,25 @@ new version of PyTorch keeps something elsewhere.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 from torch.utils.data import DataLoader
 
 __all__ = [  # from where PyTorch's own documentation imports them, or with a reason
@@ -28,7 +35,11 @@ __all__ = [  # from where PyTorch's own documentation imports them, or with a re
     "DisableTorchFunctionSubclass",
     "NormBase",  # the base of batch and instance norms
     "TorchDispatchMode",
+    "TreeSpec",  # torch.export describes arguments and results with it
+    "tree_flatten",
+    "tree_leaves",
     "tree_map_only",
+    "tree_unflatten",
 ]
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -180,6 +191,48 @@ def tensor_name(hook: prune.BasePruningMethod) -> str:
 def set_tensor_name(hook: prune.BasePruningMethod, name: str) -> None:
     """Tell a pruning hook which tensor it prunes, as its ``apply`` does."""
     hook._tensor_name = name
+
+
+def seen_as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
+    """Return a module of another class with all that a module has, except its hooks.
+
+    Both share the dictionaries of parameters, buffers and children.
+    """
+    made: nn.Module = object.__new__(kind)
+    vars(made).update(vars(module))
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        vars(made)[hooks] = OrderedDict()
+    return made
+
+
+def state_of(module: nn.Module) -> list[object]:
+    """Return what changes with a module's mode, tensors, children and hooks.
+
+    Writes to a tensor count, except those to ``tensor.data``. A few microseconds, as
+    this runs before each forward pass.
+    """
+    state = vars(module)
+    hooks = len(state["_forward_hooks"]) + len(state["_forward_pre_hooks"])
+    found = [state["training"], hooks, *map(id, state["_modules"].values())]
+    for own in (state["_parameters"], state["_buffers"]):
+        for tensor in own.values():
+            if tensor is not None:
+                # Tensors of inference mode have no version.
+                written = -1 if tensor.is_inference() else tensor._version
+                found += id(tensor), tensor.data_ptr(), written, tensor.requires_grad
+    return found
+
+
+def is_followed() -> bool:
+    """Whether something follows what tensors compute, so that it has to be PyTorch's.
+
+    That is ``torch.func``, ``torch.jit.trace``, or a dispatch mode.
+    """
+    return bool(
+        _C._are_functorch_transforms_active()
+        or _C._get_tracing_state() is not None
+        or _C._len_torch_dispatch_stack()
+    )
 
 
 def version(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
 """Hook into the training loops of Lightning and of training scripts.
 
-May import ``structure`` and the rooms below it.
+May import ``sparse`` and the rooms below it.
 """

@@ -1,6 +1,7 @@
 """What the package needs of PyTorch's private parts is there, in two files."""
 
 import ast
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ from force_plugin.model.autograd_nodes import (
 )
 from force_plugin.model.torch_internals import (
     DisableTorchFunctionSubclass,
+    TorchDispatchMode,
     forward_hooks,
     forward_pre_hooks,
+    is_followed,
     is_persistent,
     metadata,
     own_iterator,
@@ -42,8 +45,10 @@ from force_plugin.model.torch_internals import (
     rename_parameter,
     reorder_parameters,
     replace_forward_pre_hook,
+    seen_as,
     set_metadata,
     set_tensor_name,
+    state_of,
     tell_of_hooks,
     tensor_name,
     tree_map_only,
@@ -232,6 +237,65 @@ def the_tensor_of_a_pruning() -> None:
     assert [*container] == [hook]
 
 
+def a_module_of_another_class() -> None:
+    class Other(Every):
+        pass
+
+    module = Every()
+    module.register_forward_hook(lambda *_: torch.zeros(1))
+    seen = seen_as(Other, module)
+    assert isinstance(seen, Other)
+    assert seen(torch.ones(1, 3)).shape == (1, 2)
+    module.weight = nn.Parameter(torch.zeros(2, 3))
+    assert not seen.weight.any()
+
+
+def the_state_of_a_module() -> None:
+    module = Every()
+    changes: list[Callable[[], object]] = [
+        lambda: module.weight.requires_grad_(False),
+        lambda: module.weight.add_(1),
+        lambda: setattr(module, "weight", nn.Parameter(torch.ones(2, 3))),
+        lambda: module.mean.zero_(),
+        lambda: setattr(module.weight, "data", torch.zeros(2, 3)),
+        lambda: setattr(module, "layer", nn.Linear(2, 2)),
+        lambda: module.register_forward_pre_hook(lambda *_: None),
+        lambda: module.eval(),
+    ]
+    for change in changes:
+        before = state_of(module)
+        assert state_of(module) == before
+        change()
+        assert state_of(module) != before
+
+
+def what_follows_tensors() -> None:
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(is_followed())
+        return x
+
+    look(torch.ones(1))
+    with torch.device("cpu"):
+        look(torch.ones(1))
+    assert seen == [False, False]
+    torch.func.vmap(look)(torch.ones(1))
+    with Mode():
+        look(torch.ones(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        torch.jit.trace(look, torch.ones(1), check_trace=False)
+    assert len(seen) > 4
+    assert all(seen[2:])
+
+
 def the_version_of_a_tensor() -> None:
     tensor = torch.ones(2)
     before = version(tensor)
@@ -359,6 +423,9 @@ def shapes_in_a_graph() -> None:
         buffers_of_a_state_dict,
         hooks_around_a_forward,
         the_tensor_of_a_pruning,
+        a_module_of_another_class,
+        the_state_of_a_module,
+        what_follows_tensors,
         the_version_of_a_tensor,
         hooks_after_tensors_were_swapped,
         versions_in_a_state_dict,
