@@ -205,22 +205,74 @@ def seen_as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
     return made
 
 
-def state_of(module: nn.Module) -> list[object]:
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Return the dictionaries of hooks that run in a forward or backward pass."""
+    state = vars(module)
+    names = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"
+    return [state[f"_{name}"] for name in names]
+
+
+def state_of(module: nn.Module, values: bool = True) -> list[object]:
     """Return what changes with a module's mode, tensors, children and hooks.
 
-    Writes to a tensor count, except those to ``tensor.data``. A few microseconds, as
-    this runs before each forward pass.
+    A few microseconds, as this runs before each forward pass.
+
+    Args:
+        module: The module, without its children.
+        values: Whether writes to a tensor count, except those to ``tensor.data``.
     """
     state = vars(module)
-    hooks = len(state["_forward_hooks"]) + len(state["_forward_pre_hooks"])
+    hooks = sum(map(len, hooks_of(module)))
     found = [state["training"], hooks, *map(id, state["_modules"].values())]
     for own in (state["_parameters"], state["_buffers"]):
         for tensor in own.values():
-            if tensor is not None:
+            if tensor is not None and not values:
+                found += id(tensor), tensor.requires_grad
+            elif tensor is not None:
                 # Tensors of inference mode have no version.
                 written = -1 if tensor.is_inference() else tensor._version
                 found += id(tensor), tensor.data_ptr(), written, tensor.requires_grad
     return found
+
+
+class OwnState(nn.Module):
+    """A module whose entries in a state dict are not its parameters as they are.
+
+    A hook of a state dict would stay behind when the class of the module changes.
+    """
+
+    def write_state(
+        self, state_dict: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Change the entries of the module's parameters."""
+        raise NotImplementedError
+
+    def read_state(
+        self, state_dict: dict[str, Any], prefix: str, errors: list[str]
+    ) -> dict[str, Any] | None:
+        """Return entries for the module's parameters, or ``None`` after an error."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.write_state(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = self.read_state(state_dict, prefix, error_msgs)
+        if own is not None:
+            others = strict, missing_keys, unexpected_keys, error_msgs
+            super()._load_from_state_dict(own, prefix, local_metadata, *others)
 
 
 def is_followed() -> bool:
@@ -233,6 +285,11 @@ def is_followed() -> bool:
         or _C._get_tracing_state() is not None
         or _C._len_torch_dispatch_stack()
     )
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass in progress was called with ``retain_graph``."""
+    return bool(_C._autograd._get_current_graph_task_keep_graph())
 
 
 def version(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ done, so each number of the input that is loaded counts for a whole tile.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ except ImportError as error:
 
 from force_plugin.sparse.activations import ACTIVATIONS, Lines
 
-_TYPES = {torch.float32: ("float", "f32", 4), torch.float64: ("double", "f64", 8)}
-_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+TYPES = {torch.float32: ("float", "f32", 4), torch.float64: ("double", "f64", 8)}
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 _engines: list[Any] = []
 # The largest number of vectors in a tile: as many as stay in registers.
 MOST = 8
@@ -79,7 +79,7 @@ def host() -> Host:
 
 def lanes(dtype: torch.dtype) -> int:
     """Return how many numbers a vector register of this machine holds."""
-    return host().register // _TYPES[dtype][2]
+    return host().register // TYPES[dtype][2]
 
 
 def multiply(kind: Kind) -> Callable[..., None]:
@@ -89,13 +89,13 @@ def multiply(kind: Kind) -> Callable[..., None]:
     starts of the rows' non-zeros, offsets, values, bias, z, the distance of z's rows,
     the mask, the number of rows, and the numbers of larger and of smaller tiles.
     """
-    p, n = _POINTER, _INTEGER
+    p, n = POINTER, INTEGER
     given = p, p, n, p, p, p, p, p, n, p, n, n, n
-    return _compiled("multiply", text(kind, lanes(kind.dtype)), given, host())
+    return compiled("multiply", text(kind, lanes(kind.dtype)), given, host())
 
 
 @cache
-def _compiled(
+def compiled(
     name: str,
     code: str,
     given: tuple[type, ...],
@@ -123,11 +123,13 @@ def text(kind: Kind, width: int) -> str:
         kind: What it computes.
         width: Number of numbers in a vector.
     """
-    number, suffix, _ = _TYPES[kind.dtype]
+    number, suffix, _ = TYPES[kind.dtype]
     counts = [kind.vectors + 1, kind.vectors]
     rows = [_rows(kind, number, suffix, width, n) for n in counts if n]
-    declared = _declarations(number, suffix, width)
-    return "\n".join([declared, *rows, _driver(number, width, counts)])
+    declared = declarations(number, suffix, width)
+    moving = {"x": number, "y": number, "z": number, "mask": "i8"}
+    driver = _driver("multiply", number, width, counts, _ARGUMENTS, moving)
+    return "\n".join([declared, *rows, driver])
 
 
 _ARGUMENTS = (
@@ -136,10 +138,16 @@ _ARGUMENTS = (
     " ptr noalias readonly %bias, ptr readonly %z, i64 %zstep,"
     " ptr noalias readonly %mask, i64 %rows"
 )
-_PASSED = "i64 %ystep, ptr %starts, ptr %offsets, ptr %values, ptr %bias,"
 
 
-def _declarations(number: str, suffix: str, size: int) -> str:
+def declarations(number: str, suffix: str, size: int) -> str:
+    """Return declarations of LLVM's functions of vectors.
+
+    Args:
+        number: LLVM's name of the type.
+        suffix: The type in the names of LLVM's functions.
+        size: Number of numbers in a vector.
+    """
     v, name = f"<{size} x {number}>", f"v{size}{suffix}"
     return "\n".join(
         f"declare {v} @llvm.{function}.{name}({', '.join([v] * count)})"
@@ -147,7 +155,15 @@ def _declarations(number: str, suffix: str, size: int) -> str:
     )
 
 
-def _spread(result: str, number: str, value: str, size: int) -> str:
+def spread(result: str, number: str, value: str, size: int) -> str:
+    """Return lines for a vector of one number.
+
+    Args:
+        result: Name of the vector.
+        number: LLVM's name of the type.
+        value: The number.
+        size: Number of numbers in a vector.
+    """
     v = f"<{size} x {number}>"
     return (
         f"  %{result}.one = insertelement {v} poison, {number} {value}, i32 0\n"
@@ -212,7 +228,7 @@ def _rows(kind: Kind, number: str, suffix: str, width: int, count: int) -> str:
         "  %r = phi i64 [ 0, %entry ], [ %next, %done ]",
         f"  %bp = getelementptr {number}, ptr %bias, i64 %r",
         f"  %b1 = load {number}, ptr %bp",
-        _spread("b", number, "%b1", width),
+        spread("b", number, "%b1", width),
         "  %sp = getelementptr i32, ptr %starts, i64 %r",
         "  %s32 = load i32, ptr %sp",
         "  %next = add i64 %r, 1",
@@ -231,7 +247,7 @@ def _rows(kind: Kind, number: str, suffix: str, width: int, count: int) -> str:
         f"  %xp = getelementptr {number}, ptr %x, i64 %o",
         f"  %vp = getelementptr {number}, ptr %values, i64 %j",
         f"  %w1 = load {number}, ptr %vp",
-        _spread("w", number, "%w1", width),
+        spread("w", number, "%w1", width),
         *each(
             f"  %xp~ = getelementptr {number}, ptr %xp, i64 #",
             f"  %x~ = load {v}, ptr %xp~, align 4",
@@ -255,10 +271,27 @@ def _rows(kind: Kind, number: str, suffix: str, width: int, count: int) -> str:
     return "\n".join(lines)
 
 
-def _driver(number: str, width: int, vectors: list[int]) -> str:
-    """Return the function that goes over the tiles, the larger tiles first."""
+def _driver(
+    name: str,
+    number: str,
+    width: int,
+    vectors: list[int],
+    arguments: str,
+    moving: Mapping[str, str],
+) -> str:
+    """Return the function that goes over the tiles, the larger tiles first.
+
+    Args:
+        name: Name of the function.
+        number: LLVM's name of the type.
+        width: Number of numbers in a vector.
+        vectors: Numbers of vectors in a larger and in a smaller tile.
+        arguments: What it is given, and gives to the function of a tile.
+        moving: The arguments that move on from tile to tile, and what they point to.
+    """
+    passed = [part.split() for part in arguments.split(",")]
     lines = [
-        f"define void @multiply({_ARGUMENTS}, i64 %larger, i64 %smaller) {{",
+        f"define void @{name}({arguments}, i64 %larger, i64 %smaller) {{",
         "entry:",
         "  br label %loop0",
     ]
@@ -267,27 +300,156 @@ def _driver(number: str, width: int, vectors: list[int]) -> str:
     for i, (many, count) in enumerate(zip(vectors, counts, strict=True)):
         after = "exit" if i == 1 or not vectors[1] else "loop1"
         at, before = start
+        given = ", ".join(
+            f"{words[0]} {words[-1]}" + (f".{i}" if words[-1][1:] in moving else "")
+            for words in passed
+        )
         lines += [
             f"loop{i}:",
-            f"  %t{i} = phi i64 [ 0, %{before} ], [ %t{i}n, %tile{i} ]",
-            f"  %p{i} = phi i64 [ {at}, %{before} ], [ %p{i}n, %tile{i} ]",
-            f"  %c{i} = icmp ult i64 %t{i}, {count}",
-            f"  br i1 %c{i}, label %tile{i}, label %{after}",
-            f"tile{i}:",
-            f"  %x{i} = getelementptr {number}, ptr %x, i64 %p{i}",
-            f"  %y{i} = getelementptr {number}, ptr %y, i64 %p{i}",
-            f"  %z{i} = getelementptr {number}, ptr %z, i64 %p{i}",
-            f"  %m{i} = getelementptr i8, ptr %mask, i64 %p{i}",
-            f"  call void @rows{many}(ptr %x{i}, ptr %y{i}, {_PASSED} ptr %z{i},"
-            f" i64 %zstep, ptr %m{i}, i64 %rows)",
-            f"  %t{i}n = add i64 %t{i}, 1",
-            f"  %p{i}n = add i64 %p{i}, {many * width}",
+            f"  %tile{i} = phi i64 [ 0, %{before} ], [ %next{i}, %body{i} ]",
+            f"  %place{i} = phi i64 [ {at}, %{before} ], [ %after{i}, %body{i} ]",
+            f"  %more{i} = icmp ult i64 %tile{i}, {count}",
+            f"  br i1 %more{i}, label %body{i}, label %{after}",
+            f"body{i}:",
+            *(
+                f"  %{one}.{i} = getelementptr {kind}, ptr %{one}, i64 %place{i}"
+                for one, kind in moving.items()
+            ),
+            f"  call void @rows{many}({given})",
+            f"  %next{i} = add i64 %tile{i}, 1",
+            f"  %after{i} = add i64 %place{i}, {many * width}",
             f"  br label %loop{i}",
         ]
-        start = (f"%p{i}", f"loop{i}")
+        start = (f"%place{i}", f"loop{i}")
         if after == "exit":
             break
     return "\n".join([*lines, "exit:", "  ret void", "}"])
+
+
+def most_correlated() -> int:
+    """Return the largest number of vectors in a tile of :func:`correlate`."""
+    return 16 if host().register == 64 else MOST
+
+
+def correlate(dtype: torch.dtype, vectors: int) -> Callable[..., None]:
+    """Return a compiled kernel of the gradients of non-zeros.
+
+    It adds to the number of each non-zero j of a row r
+
+        sum over p of d[r, p] * x[p + offset[j]].
+
+    Its arguments are addresses and numbers: of x, d, the distance of d's rows, the
+    starts of the rows' non-zeros, offsets, the numbers, the number of rows, and the
+    numbers of larger and of smaller tiles.
+
+    Args:
+        dtype: ``torch.float32`` or ``torch.float64``.
+        vectors: Number of vectors in the smaller tile.
+    """
+    width = lanes(dtype)
+    number, suffix, _ = TYPES[dtype]
+    counts = [vectors + 1, vectors]
+    code = [
+        declarations(number, suffix, width),
+        f"declare {number} @llvm.vector.reduce.fadd.v{width}{suffix}"
+        f"({number}, <{width} x {number}>)",
+        *(_correlations(number, suffix, width, n) for n in counts if n),
+    ]
+    moving = {"x": number, "d": number}
+    code.append(_driver("correlate", number, width, counts, _CORRELATED, moving))
+    p, n = POINTER, INTEGER
+    given = p, p, n, p, p, p, n, n, n
+    return compiled("correlate", "\n".join(code), given, host())
+
+
+_CORRELATED = (
+    "ptr noalias readonly %x, ptr noalias readonly %d, i64 %dstep,"
+    " ptr noalias readonly %starts, ptr noalias readonly %offsets, ptr noalias %g,"
+    " i64 %rows"
+)
+
+
+def _correlations(number: str, suffix: str, width: int, count: int) -> str:
+    """Return a function that adds what a tile contributes to every non-zero.
+
+    Args:
+        number: LLVM's name of the type.
+        suffix: The type in the names of LLVM's functions.
+        width: Number of numbers in a vector.
+        count: Number of vectors in a tile.
+    """
+    v, name = f"<{width} x {number}>", f"v{width}{suffix}"
+    chains = min(4, count)  # sums that do not wait for each other
+    lines = [
+        f"define internal void @rows{count}({_CORRELATED}) {{",
+        "entry:",
+        "  br label %row",
+        "row:",
+        "  %r = phi i64 [ 0, %entry ], [ %next, %done ]",
+        "  %sp = getelementptr i32, ptr %starts, i64 %r",
+        "  %s32 = load i32, ptr %sp",
+        "  %next = add i64 %r, 1",
+        "  %ep = getelementptr i32, ptr %starts, i64 %next",
+        "  %e32 = load i32, ptr %ep",
+        "  %s = zext i32 %s32 to i64",
+        "  %e = zext i32 %e32 to i64",
+        "  %any = icmp ult i64 %s, %e",
+        "  br i1 %any, label %load, label %done",
+        "load:",
+        "  %do = mul i64 %r, %dstep",
+        f"  %dp = getelementptr {number}, ptr %d, i64 %do",
+    ]
+    for k in range(count):
+        lines += [
+            f"  %dp{k} = getelementptr {number}, ptr %dp, i64 {k * width}",
+            f"  %d{k} = load {v}, ptr %dp{k}, align 4",
+        ]
+    lines += [
+        "  br label %product",
+        "product:",
+        "  %j = phi i64 [ %s, %load ], [ %j1, %product ]",
+        "  %op = getelementptr i32, ptr %offsets, i64 %j",
+        "  %o32 = load i32, ptr %op",
+        "  %o = sext i32 %o32 to i64",
+        f"  %xp = getelementptr {number}, ptr %x, i64 %o",
+    ]
+    sums: list[str] = []
+    for k in range(count):
+        lines += [
+            f"  %xp{k} = getelementptr {number}, ptr %xp, i64 {k * width}",
+            f"  %x{k} = load {v}, ptr %xp{k}, align 4",
+        ]
+        if k < chains:
+            lines.append(f"  %sum{k} = fmul {v} %d{k}, %x{k}")
+            sums.append(f"%sum{k}")
+        else:
+            lines.append(
+                f"  %sum{k} = call {v} @llvm.fma.{name}({v} %d{k}, {v} %x{k}, "
+                f"{v} {sums[k % chains]})"
+            )
+            sums[k % chains] = f"%sum{k}"
+    total = sums[0]
+    for k, one in enumerate(sums[1:]):
+        lines.append(f"  %total{k} = fadd {v} {total}, {one}")
+        total = f"%total{k}"
+    lines += [
+        f"  %all = call reassoc {number} @llvm.vector.reduce.fadd.{name}"
+        f"({number} 0.0, {v} {total})",
+        f"  %gp = getelementptr {number}, ptr %g, i64 %j",
+        f"  %before = load {number}, ptr %gp",
+        f"  %after = fadd {number} %before, %all",
+        f"  store {number} %after, ptr %gp",
+        "  %j1 = add i64 %j, 1",
+        "  %more = icmp ult i64 %j1, %e",
+        "  br i1 %more, label %product, label %done",
+        "done:",
+        "  %again = icmp ult i64 %next, %rows",
+        "  br i1 %again, label %row, label %exit",
+        "exit:",
+        "  ret void",
+        "}",
+    ]
+    return "\n".join(lines)
 
 
 def normalise(dtype: torch.dtype) -> Callable[..., None]:
@@ -298,9 +460,9 @@ def normalise(dtype: torch.dtype) -> Callable[..., None]:
     number that is added to the variance, and the number of vectors.
     """
     width = lanes(dtype)
-    number, suffix, _ = _TYPES[dtype]
+    number, suffix, _ = TYPES[dtype]
     v = f"<{width} x {number}>"
-    p, n = _POINTER, _INTEGER
+    p, n = POINTER, INTEGER
 
     def loop(
         name: str, before: str, after: str, body: list[str], total: str = ""
@@ -339,14 +501,14 @@ def normalise(dtype: torch.dtype) -> Callable[..., None]:
     normal = three.times(three.subtract("%three.x", mean), factor)
     out = three.fused(normal, "%w", "%b")
     lines = [
-        _declarations(number, suffix, width),
+        declarations(number, suffix, width),
         "define void @normalise(ptr readonly %x, ptr %y, i64 %step, ptr readonly %ws,"
         " ptr readonly %bs, i64 %channels, ptr %eps, i64 %vectors) {",
         "entry:",
         f"  %e1 = load {number}, ptr %eps",
-        _spread("epsilon", number, "%e1", width),
+        spread("epsilon", number, "%e1", width),
         f"  %c1 = uitofp i64 %channels to {number}",
-        _spread("count", number, "%c1", width),
+        spread("count", number, "%c1", width),
         "  br label %tile",
         "tile:",
         "  %t = phi i64 [ 0, %entry ], [ %tn, %end ]",
@@ -367,10 +529,10 @@ def normalise(dtype: torch.dtype) -> Callable[..., None]:
             [
                 f"  %wp = getelementptr {number}, ptr %ws, i64 %three.r",
                 f"  %w1 = load {number}, ptr %wp",
-                _spread("w", number, "%w1", width),
+                spread("w", number, "%w1", width),
                 f"  %bp = getelementptr {number}, ptr %bs, i64 %three.r",
                 f"  %b1 = load {number}, ptr %bp",
-                _spread("b", number, "%b1", width),
+                spread("b", number, "%b1", width),
                 *three.lines,
                 f"  %yp = getelementptr {number}, ptr %y, i64 %three.at",
                 f"  store {v} {out}, ptr %yp, align 4",
@@ -385,7 +547,7 @@ def normalise(dtype: torch.dtype) -> Callable[..., None]:
         "}",
     ]
     given = p, p, n, p, p, n, p, n
-    return _compiled("normalise", "\n".join(lines), given, host())
+    return compiled("normalise", "\n".join(lines), given, host())
 
 
 def digest() -> Callable[[int, int], int]:
@@ -413,4 +575,4 @@ exit:
   ret i64 %mixed
 }
 """
-    return _compiled("digest", code, (_POINTER, _INTEGER), host(), _INTEGER)
+    return compiled("digest", code, (POINTER, INTEGER), host(), INTEGER)

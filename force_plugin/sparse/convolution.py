@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from force_plugin.sparse import team
-from force_plugin.sparse.code import MOST, Kind, lanes, multiply
+from force_plugin.sparse.code import (
+    MOST,
+    Kind,
+    correlate,
+    lanes,
+    most_correlated,
+    multiply,
+)
 from force_plugin.sparse.geometry import Geometry, Need
 
 
@@ -83,80 +91,46 @@ def needs(window: Window, size: tuple[int, int]) -> Need:
     return Need(lines, pixels, up, aside)
 
 
-class Product:
-    """The non-zeros of a layer, for an output of one geometry.
+class Sums:
+    """Rows of sums of shifted rows: what a layer computes, and its gradients.
 
     Args:
-        weight: ``[outputs, inputs / groups, height, width]``, with zeros.
-        bias: A number for each output, or ``None``.
-        window: Where the convolution looks.
-        geometry: The geometry of the output.
-        groups: Number of groups.
-        masks: Whether the halo of the output has to be 0.
+        geometry: The geometry of the planes.
+        rows: For each product, the row to which it is added. It ascends.
+        offsets: For each product, the distance to the number that is read.
+        values: For each product, the number by which it is multiplied.
+        bias: A number for each row, or ``None``.
+        count: Number of rows.
+        masks: Whether the halo of the result has to be 0.
         activation: Name of the activation.
         adds: Whether another tensor is added.
     """
 
     def __init__(  # noqa: D107
         self,
-        weight: Tensor,
-        bias: Tensor | None,
-        window: Window,
         geometry: Geometry,
+        rows: np.ndarray[Any, Any],
+        offsets: np.ndarray[Any, Any],
+        values: Tensor,
+        bias: Tensor | None,
+        count: int,
         *,
-        groups: int = 1,
         masks: bool = True,
         activation: str = "none",
         adds: bool = False,
     ) -> None:
-        outputs, each = weight.shape[:2]
-        self.geometry, self.window = geometry, window
-        self.inputs, self.outputs = groups * each, outputs
-        self.phases = _phases(window)
-        index = {phase: n for n, phase in enumerate(self.phases)}
-        places = np.zeros(window.kernel, np.int64)
-        for y in range(window.kernel[0]):
-            for x in range(window.kernel[1]):
-                (py, dy), (px, dx) = window.place(0, y), window.place(1, x)
-                places[y, x] = index[py, px] * self.inputs * geometry.step
-                places[y, x] += dy * geometry.pitch + dx
-        kept = weight.nonzero(as_tuple=True)
-        out, channel, line, pixel = (n.numpy() for n in kept)
-        first = out // (outputs // groups) * each
-        offsets = (first + channel) * geometry.step + places[line, pixel]
-        self.starts = np.searchsorted(out, np.arange(outputs + 1)).astype(np.int32)
+        self.geometry, self.count = geometry, count
+        self.starts = np.searchsorted(rows, np.arange(count + 1)).astype(np.int32)
         self.offsets = offsets.astype(np.int32)
-        self.values = weight[kept].detach().contiguous()
-        zeros = torch.zeros(outputs, dtype=weight.dtype)
+        self.values = values
+        zeros = torch.zeros(count, dtype=values.dtype)
         self.bias = zeros if bias is None else bias.detach().contiguous()
         self.inside = geometry.inside()
-        self.width = lanes(weight.dtype)
-        vectors = -(-geometry.positions // self.width)
-        tiles = -(-vectors // MOST)
-        self.smaller, more = divmod(vectors, tiles)
-        self.tiles = more, tiles - more
+        self.width = lanes(values.dtype)
+        self.smaller, self.tiles = tiles(geometry, self.width, MOST)
         self._row_shares: dict[int, list[tuple[int, int]]] = {}
-        kind = Kind(weight.dtype, self.smaller, adds, masks, activation)
+        kind = Kind(values.dtype, self.smaller, adds, masks, activation)
         self.kernel = multiply(kind)
-
-    @property
-    def reaches(self) -> bool:
-        """Whether any tap lies beside its output."""
-        return any(any(self.window.reach(axis)) for axis in (0, 1))
-
-    def packed(self, dtype: torch.dtype) -> Tensor:
-        """Return planes of zeros for the phases of the input."""
-        return self.geometry.zeros(len(self.phases) * self.inputs, dtype)
-
-    def pack(self, images: Tensor, planes: Tensor) -> None:
-        """Write images ``[batch, channels, height, width]`` into planes of phases."""
-        geometry, (sy, sx) = self.geometry, self.window.stride
-        for number, (py, px) in enumerate(self.phases):
-            part = images[:, :, py::sy, px::sx]
-            own = planes[number * self.inputs : (number + 1) * self.inputs]
-            start = own.storage_offset() + geometry.margin
-            strides = geometry.image, geometry.step, geometry.pitch, 1
-            own.as_strided(part.shape, strides, start).copy_(part)
 
     def __call__(self, x: Tensor, y: Tensor, z: Tensor | None = None) -> None:
         """Compute the planes of the output.
@@ -173,24 +147,27 @@ class Product:
         team.run(
             self.kernel,
             [
-                self._share(*first, added, *tiles, *rows)
-                for tiles, rows in self._shares(team.members(work))
+                self._share(*first, added, *parts, *rows)
+                for parts, rows in self._shares(team.members(work))
             ],
         )
 
-    def _shares(self, number: int) -> Iterable[tuple[tuple[int, int], tuple[int, int]]]:
-        """Return tiles and rows for each thread."""
-        tiles = sum(self.tiles)
-        if number == 1 or tiles >= 4 * number:
-            return [(part, (0, self.outputs)) for part in team.parts(tiles, number)]
-        if number not in self._row_shares:  # rows with an equal number of non-zeros
+    def row_shares(self, number: int) -> list[tuple[int, int]]:
+        """Return rows for each thread, with an equal number of products."""
+        if number not in self._row_shares:
             wanted = [len(self.values) * n // number for n in range(1, number)]
             cuts = np.searchsorted(self.starts, wanted).tolist()
-            ends = [0, *(min(cut, self.outputs) for cut in cuts), self.outputs]
-            self._row_shares[number] = [*pairwise(ends)]
-        return [
-            ((0, tiles), rows) for rows in self._row_shares[number] if rows[0] < rows[1]
-        ]
+            ends = [0, *(min(cut, self.count) for cut in cuts), self.count]
+            shares = [rows for rows in pairwise(ends) if rows[0] < rows[1]]
+            self._row_shares[number] = shares
+        return self._row_shares[number]
+
+    def _shares(self, number: int) -> Iterable[tuple[tuple[int, int], tuple[int, int]]]:
+        """Return tiles and rows for each thread."""
+        count = sum(self.tiles)
+        if number == 1 or count >= 4 * number:
+            return [(part, (0, self.count)) for part in team.parts(count, number)]
+        return [((0, count), rows) for rows in self.row_shares(number)]
 
     def _share(
         self, x: int, y: int, z: int, tile: int, last: int, row: int, end: int
@@ -215,6 +192,164 @@ class Product:
             max(0, min(last, larger) - tile),
             last - max(tile, min(last, larger)),
         )
+
+
+def tiles(geometry: Geometry, width: int, most: int) -> tuple[int, tuple[int, int]]:
+    """Return how positions are cut into tiles of nearly the same size.
+
+    Args:
+        geometry: The geometry.
+        width: Number of numbers in a vector.
+        most: The largest number of vectors in a tile.
+
+    Returns:
+        The number of vectors in a smaller tile, and how many tiles have a vector more
+        and how many have this number.
+    """
+    vectors = -(-geometry.positions // width)
+    count = -(-vectors // most)
+    smaller, more = divmod(vectors, count)
+    return smaller, (more, count - more)
+
+
+class Product(Sums):
+    """The non-zeros of a layer, for an output of one geometry.
+
+    Args:
+        weight: ``[outputs, inputs / groups, height, width]``, with zeros.
+        bias: A number for each output, or ``None``.
+        window: Where the convolution looks.
+        geometry: The geometry of the output.
+        groups: Number of groups.
+        kept: True at the weights that count. Default: those that are not 0.
+        options: Those of :class:`Sums`.
+    """
+
+    def __init__(  # noqa: D107
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        window: Window,
+        geometry: Geometry,
+        *,
+        groups: int = 1,
+        kept: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        outputs, each = weight.shape[:2]
+        self.window = window
+        self.inputs, self.outputs = groups * each, outputs
+        self.phases = _phases(window)
+        index = {phase: n for n, phase in enumerate(self.phases)}
+        places = np.zeros(window.kernel, np.int64)
+        for y in range(window.kernel[0]):
+            for x in range(window.kernel[1]):
+                (py, dy), (px, dx) = window.place(0, y), window.place(1, x)
+                places[y, x] = index[py, px] * self.inputs * geometry.step
+                places[y, x] += dy * geometry.pitch + dx
+        found = (weight if kept is None else kept).nonzero(as_tuple=True)
+        out, channel, line, pixel = (n.numpy() for n in found)
+        first = out // (outputs // groups) * each
+        offsets = (first + channel) * geometry.step + places[line, pixel]
+        values = weight[found].detach().contiguous()
+        super().__init__(geometry, out, offsets, values, bias, outputs, **options)
+
+    @property
+    def reaches(self) -> bool:
+        """Whether any tap lies beside its output."""
+        return any(any(self.window.reach(axis)) for axis in (0, 1))
+
+    def packed(self, dtype: torch.dtype) -> Tensor:
+        """Return planes of zeros for the phases of the input."""
+        return self.geometry.zeros(len(self.phases) * self.inputs, dtype)
+
+    def pack(self, images: Tensor, planes: Tensor) -> None:
+        """Write images ``[batch, channels, height, width]`` into planes of phases."""
+        for part, own in self._parts(images, planes):
+            own.copy_(part)
+
+    def unpack(self, planes: Tensor, images: Tensor) -> None:
+        """Add planes of phases to images ``[batch, channels, height, width]``."""
+        for part, own in self._parts(images, planes):
+            part.add_(own)
+
+    def _parts(self, images: Tensor, planes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the pixels of each phase as views of images and of planes."""
+        geometry, (sy, sx) = self.geometry, self.window.stride
+        for number, (py, px) in enumerate(self.phases):
+            part = images[:, :, py::sy, px::sx]
+            own = planes[number * self.inputs : (number + 1) * self.inputs]
+            start = own.storage_offset() + geometry.margin
+            strides = geometry.image, geometry.step, geometry.pitch, 1
+            yield part, own.as_strided(part.shape, strides, start)
+
+
+class Transposed(Sums):
+    """The gradient of a product's input: the same products, by rows of the input.
+
+    Args:
+        product: The product.
+        options: Those of :class:`Sums`.
+
+    Attributes:
+        order: The order of the products.
+    """
+
+    def __init__(self, product: Product, **options: Any) -> None:  # noqa: D107
+        geometry = product.geometry
+        outputs = np.repeat(np.arange(product.count), np.diff(product.starts))
+        offsets = product.offsets.astype(np.int64)
+        rows = (offsets + geometry.margin) // geometry.step
+        back = outputs * geometry.step - (offsets - rows * geometry.step)
+        order = np.argsort(rows, kind="stable")
+        self.order = torch.from_numpy(order)
+        count = len(product.phases) * product.inputs
+        values = product.values[self.order]
+        super().__init__(
+            geometry, rows[order], back[order], values, None, count, **options
+        )
+
+
+class Correlation:
+    """The gradient of a product's values.
+
+    Args:
+        product: The product.
+    """
+
+    def __init__(self, product: Product) -> None:  # noqa: D107
+        self._product = product
+        geometry, width = product.geometry, product.width
+        self._smaller, self._tiles = tiles(geometry, width, most_correlated())
+        self._kernel = correlate(product.values.dtype, self._smaller)
+
+    def __call__(self, x: Tensor, d: Tensor) -> Tensor:
+        """Return the gradient, a number for each value.
+
+        Args:
+            x: The planes of the input, or of its phases.
+            d: The planes of the output's gradient, with a halo of zeros.
+        """
+        product, geometry = self._product, self._product.geometry
+        found = torch.zeros_like(product.values)
+        number = team.members(len(found) * geometry.positions)
+        size = found.itemsize
+        shares = [
+            (
+                geometry.first(x),
+                geometry.first(d) + row * geometry.step * size,
+                geometry.step,
+                product.starts.ctypes.data + row * product.starts.itemsize,
+                product.offsets.ctypes.data,
+                found.data_ptr(),
+                end - row,
+                *self._tiles,
+            )
+            for row, end in product.row_shares(number)
+        ]
+        if shares:
+            team.run(self._kernel, shares)
+        return found
 
 
 def _phases(window: Window) -> list[tuple[int, int]]:

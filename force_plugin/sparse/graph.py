@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
 
 from force_plugin.model.restoring import restored
 from force_plugin.model.torch_internals import TreeSpec, tree_leaves
@@ -20,26 +22,33 @@ _NORM = aten._native_batch_norm_legit_no_training.default
 
 
 class Graph:
-    """The operations of a model in evaluation mode, in their order.
+    """The operations of a model, in their order.
 
     Args:
-        model: The model. Its parameters and buffers count as constants.
+        model: The model.
         args: Positional inputs of the model.
         kwargs: Inputs by name.
+        trains: Whether parameters and buffers change from call to call. Otherwise they
+            count as constants.
 
     Attributes:
         inputs: What is given: each tensor, number and other value.
         nodes: The operations.
-        constants: Values of parameters and buffers, and of all that depends on these
-            alone.
+        tensors: Parameters and buffers.
+        constants: Values of all that does not change.
         names: Names of parameters and buffers.
         outputs: The results, flat.
+        written: What is written to buffers, by their names.
         structure: How the results are put together.
         obstacle: Why the graph alone is not the model, ``""`` if it is.
     """
 
     def __init__(  # noqa: D107
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trains: bool = False,
     ) -> None:
         # A forward pass may keep what it computes, here stand-ins for tensors.
         with restored(model.modules()), warnings.catch_warnings():
@@ -48,11 +57,12 @@ class Graph:
             program = program.run_decompositions({})  # no writes in place
         signature = program.graph_signature
         state = {**program.state_dict, **program.constants}
-        sources: dict[str, str] = {
+        fixed: dict[str, str] = signature.inputs_to_lifted_tensor_constants
+        own: dict[str, str] = {
             **signature.inputs_to_parameters,
             **signature.inputs_to_buffers,
-            **signature.inputs_to_lifted_tensor_constants,
         }
+        self.tensors: dict[fx.Node, Tensor] = {}
         self.constants: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, str] = {}
         self.inputs: list[fx.Node] = []
@@ -62,19 +72,33 @@ class Graph:
                 self.constants[node] = self._value(node)
             elif node.op == "call_function":
                 self.nodes.append(node)
-            elif node.op == "placeholder" and node.name in sources:
-                self.names[node] = sources[node.name]
-                self.constants[node] = state[sources[node.name]].detach()
+            elif node.op == "placeholder" and node.name in fixed:
+                self.constants[node] = state[fixed[node.name]].detach()
+            elif node.op == "placeholder" and node.name in own:
+                self.names[node] = own[node.name]
+                self.tensors[node] = state[own[node.name]].detach()
+                if not trains:
+                    self.constants[node] = self.tensors[node]
             elif node.op == "placeholder":
                 self.inputs.append(node)
+            elif node.op == "output":
+                results: list[Any] = list(arguments(node)[0])
             else:
-                self.outputs: list[Any] = list(arguments(node)[0])
+                raise NotImplementedError(f"it has a graph of its own: {node.name}")
+        kinds = zip(signature.output_specs, results, strict=True)
+        self.written: dict[str, fx.Node] = {}
+        self.outputs: list[Any] = []
+        for spec, node in kinds:
+            if spec.kind is OutputKind.BUFFER_MUTATION:
+                self.written[spec.target] = node
+            else:
+                self.outputs.append(node)
         _, named = program.call_spec.in_spec.unflatten(
             range(program.call_spec.in_spec.num_leaves)
         )
         self._names = [*named]
         self.structure: TreeSpec = program.call_spec.out_spec
-        self.obstacle = _obstacle(signature)
+        self.obstacle = _obstacle(signature, trains)
         self.order = {node: n for n, node in enumerate(program.graph.nodes)}
 
     def given(
@@ -110,10 +134,10 @@ class Graph:
         return user if user is not None and user.op == "call_function" else None
 
 
-def _obstacle(signature: Any) -> str:
-    """Return in words what a forward pass writes beside its outputs."""
+def _obstacle(signature: Any, trains: bool) -> str:
+    """Return in words what a forward pass writes that it should not."""
     written = {
-        **signature.buffers_to_mutate,
+        **({} if trains else signature.buffers_to_mutate),
         **getattr(signature, "parameters_to_mutate", {}),
         **signature.user_inputs_to_mutate,
     }
@@ -190,28 +214,42 @@ class Layer:
 
 def layers_of(graph: Graph) -> list[Layer]:
     """Return the layers of a graph whose weights are constants, in their order."""
+    layers = bare_layers(graph, graph.constants)
+    for layer in layers:
+        _scales(graph, layer)
+        _ending(graph, layer)
+    return layers
+
+
+def bare_layers(graph: Graph, values: Mapping[fx.Node, Tensor]) -> list[Layer]:
+    """Return the layers of a graph without what follows, in their order.
+
+    Args:
+        graph: The graph.
+        values: Values of weights and biases.
+    """
     layers = []
     for node in graph.nodes:
         layer = None
         if node.target in (*_LINES, *_IMAGES):
-            layer = _convolution(graph, node)
+            layer = _convolution(graph, node, values)
         if node.target == aten.linear.default:
-            layer = _linear(graph, node)
+            layer = _linear(graph, node, values)
         if layer is not None:
-            _scales(graph, layer)
-            _ending(graph, layer)
             layers.append(layer)
     return layers
 
 
-def _convolution(graph: Graph, node: fx.Node) -> Layer | None:
+def _convolution(
+    graph: Graph, node: fx.Node, tensors: Mapping[fx.Node, Tensor]
+) -> Layer | None:
     _, weight, bias, stride, padding, dilation, groups = (
         *arguments(node),
         *[None] * 6,
     )[:7]
-    if not _constant(graph, weight, bias):
+    if not _constant(tensors, weight, bias):
         return None
-    values = graph.constants[weight]
+    values = tensors[weight]
     if len(shape_of(arguments(node)[0])) != values.dim():  # an image without a batch
         return None
     sizes = [_sizes(v, d) for v, d in ((stride, 1), (padding, 0), (dilation, 1))]
@@ -225,34 +263,29 @@ def _convolution(graph: Graph, node: fx.Node) -> Layer | None:
         before = total[0] // 2, total[1] // 2
         after = total[0] - before[0], total[1] - before[1]
     window = Window(kernel, sizes[0], before, after, sizes[2])
-    return _layer(graph, node, weight, bias, values, window, groups or 1, 1)
+    own = None if bias is None else tensors[bias]
+    name = _name(graph, node, weight)
+    return Layer([node], name, values, own, window, groups or 1, 1)
 
 
-def _linear(graph: Graph, node: fx.Node) -> Layer | None:
+def _linear(
+    graph: Graph, node: fx.Node, tensors: Mapping[fx.Node, Tensor]
+) -> Layer | None:
     _, weight, bias = (*arguments(node), None)[:3]
-    if not _constant(graph, weight, bias) or len(shape_of(arguments(node)[0])) < 2:
+    if not _constant(tensors, weight, bias) or len(shape_of(arguments(node)[0])) < 2:
         return None
-    values = graph.constants[weight][:, :, None, None]
-    return _layer(graph, node, weight, bias, values, Window((1, 1)), 1, -1)
+    own = None if bias is None else tensors[bias]
+    values = tensors[weight][:, :, None, None]
+    name = _name(graph, node, weight)
+    return Layer([node], name, values, own, Window((1, 1)), 1, -1)
 
 
-def _layer(
-    graph: Graph,
-    node: fx.Node,
-    weight: Any,
-    bias: Any,
-    values: Tensor,
-    window: Window,
-    groups: int,
-    axis: int,
-) -> Layer:
-    name = graph.names.get(weight, str(node)).removesuffix(".weight")
-    own = None if bias is None else graph.constants[bias]
-    return Layer([node], name, values, own, window, groups, axis)
+def _name(graph: Graph, node: fx.Node, weight: Any) -> str:
+    return graph.names.get(weight, str(node)).removesuffix(".weight")
 
 
-def _constant(graph: Graph, weight: Any, bias: Any) -> bool:
-    values = [graph.constants.get(n) for n in (weight, bias) if n is not None]
+def _constant(tensors: Mapping[fx.Node, Tensor], weight: Any, bias: Any) -> bool:
+    values = [tensors.get(n) for n in (weight, bias) if n is not None]
     return all(
         v is not None and v.dtype in (torch.float32, torch.float64) for v in values
     )

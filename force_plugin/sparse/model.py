@@ -17,21 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from force_plugin.masks.apply import get_masks
+from force_plugin.masks.apply import apply_masks, get_masks
 from force_plugin.masks.permanent import make_permanent
 from force_plugin.model.torch_internals import (
     TreeSpec,
-    forward_hooks,
-    forward_pre_hooks,
+    hooks_of,
     is_followed,
     seen_as,
     state_of,
     tree_flatten,
 )
 from force_plugin.model.weights import is_sharded, named_parameters
+from force_plugin.sparse.classes import Subclassed, subclass
 from force_plugin.sparse.code import digest
+from force_plugin.sparse.non_zeros import give_dense, hold_non_zeros
 from force_plugin.sparse.plan import Choice, Plan, Unsupported, planned
+from force_plugin.sparse.rehearsal import planned_training
 from force_plugin.sparse.report import ExecutionReport
+from force_plugin.sparse.training import TrainingPlan
 from force_plugin.structure.cut_copies import deep_copy
 from force_plugin.structure.example_inputs import checked_inputs
 
@@ -45,33 +48,43 @@ def sparsify(
     model: nn.Module,
     example_inputs: Any,
     *,
+    train: bool = False,
     plan: str | Mapping[str, str] = "measure",
     progress: bool = True,
 ) -> nn.Module:
-    """Return a copy of a pruned model that leaves its zeros out, for inference on CPUs.
+    """Return a copy of a pruned model that leaves its zeros out, on CPUs.
 
     The copy computes the same function. Convolutions and linear layers multiply their
     non-zeros alone, wherever this is faster on this machine, with batch normalisations,
     residual sums and activations in the same pass. Everything else runs as before.
 
-    The copy is a module of the model's class, with the parameters and the state dict of
-    the dense model. It notices changed weights, other modes and other shapes of inputs,
-    and plans again. The dense forward pass runs in training mode, under autocast, for
-    gradients, on other devices, and while a model is compiled or traced.
+    The copy is a module of the model's class, and its state dict is that of the dense
+    model. It notices changed weights, other modes and other shapes of inputs, and plans
+    again. The dense forward pass runs under autocast, on other devices, and while a
+    model is compiled or traced.
+
+    With ``train``, the copy can be trained: the weights of its convolutions and linear
+    layers become parameters of the non-zeros alone, of shape ``[non-zeros, 1]``, and so
+    do their gradients and what an optimizer keeps of them. Pass the parameters of the
+    copy to an optimizer. Batch normalisations run in the kernels' layout too. In
+    evaluation mode without gradients it runs as without ``train``.
 
     Args:
         model: Any model with masks, with a permanent pruning or without channels that
             :func:`force_plugin.compact` removed. It stays as it is.
         example_inputs: Inputs of the shapes that matter most: a tensor, a tuple of
             arguments or a mapping of keyword arguments. Times are measured with them.
+        train: Return a copy in training mode (default: False, for inference). If the
+            model has no masks, the zeros of its weights are the pruned weights.
         plan: ``"measure"`` (default) takes the faster of both for each layer.
             ``"sparse"`` and ``"dense"`` fix it for all layers. A mapping from names of
             layers to these words fixes it for some.
         progress: Show a progress bar on standard error while layers are measured.
 
     Returns:
-        The copy, in evaluation mode, without gradients for parameters. See
-        :func:`execution_report` for what runs how.
+        The copy: with ``train`` in training mode, otherwise in evaluation mode and
+        without gradients for parameters. See :func:`execution_report` for what runs
+        how.
 
     Raises:
         TypeError: ``model`` is no module, or there is no tensor among the inputs.
@@ -92,14 +105,17 @@ def sparsify(
         copy = deep_copy(model)
         if get_masks(copy):
             make_permanent(copy)
-        copy.eval().requires_grad_(False)
-    copy.__dict__["_execution"] = Execution(choice)
-    copy.__class__ = _sparse_class(kind)
-    args, kwargs = _arguments(inputs)
+        if train:
+            hold_non_zeros(copy, get_masks(copy) or _zeros_in(copy))
+            copy.train()
+        else:
+            copy.eval().requires_grad_(False)
+    execution = Execution(choice, train)
+    copy.__dict__["_execution"] = execution
+    copy.__class__ = subclass(Sparsified, type(copy))
     choice.progress = progress
     try:
-        with torch.no_grad():
-            copy(*args, **kwargs)
+        execution.prepare(copy, *_arguments(inputs))
     finally:
         choice.progress = False
     return copy
@@ -112,17 +128,34 @@ def densify(model: nn.Module) -> nn.Module:
         model: A model that :func:`sparsify` returned. It stays as it is.
 
     Returns:
-        The copy: a dense model with the same parameters, pruned weights at 0.
+        The copy: a dense model with the same weights, pruned weights at 0. If the model
+        was sparsified with ``train``, they are held at 0, see
+        :func:`force_plugin.make_permanent`.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: The model is not sparsified.
     """
-    execution = _execution_of(model)
-    copy = deep_copy(model)
-    copy.__class__ = execution.own_class(type(copy))
-    del copy.__dict__["_execution"]
+    _execution_of(model)
+    copy, masks = _dense_copy(model)
+    if masks:
+        apply_masks(copy, masks)
+        make_permanent(copy)
     return copy
+
+
+def _dense_copy(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a copy with its own class and dense parameters, and their masks."""
+    assert isinstance(model, Sparsified)
+    with torch.inference_mode(False):
+        copy = deep_copy(model)
+        del copy.__dict__["_execution"]
+        copy.__class__ = model.own_class()
+        return copy, give_dense(copy)
+
+
+def _zeros_in(model: nn.Module) -> dict[str, Tensor]:
+    return {name: one.detach() != 0 for name, one in model.named_parameters()}
 
 
 def execution_report(model: nn.Module) -> ExecutionReport:
@@ -141,7 +174,7 @@ def execution_report(model: nn.Module) -> ExecutionReport:
     return _execution_of(model).report()
 
 
-class Sparsified(nn.Module):
+class Sparsified(Subclassed):
     """What the class of a sparsified model has before the model's own class."""
 
     _execution: Execution
@@ -150,56 +183,30 @@ class Sparsified(nn.Module):
         """Run the plan for inputs of these shapes, or the dense forward pass."""
         return self._execution(self, super().forward, args, kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made = super().__reduce_ex__(protocol)
-        own = self._execution.own_class(type(self))
-        return _empty, (own,), *made[2:]
-
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _sparse_class(own: type[nn.Module]) -> type[nn.Module]:
-    if own not in _classes:
-        names = {"__module__": __name__, "__doc__": own.__doc__}
-        # Files and tables name the class, and it is the model's.
-        _classes[own] = type(own.__name__, (Sparsified, own), names)
-    return _classes[own]
-
-
-def _empty(own: type[nn.Module]) -> nn.Module:
-    kind = _sparse_class(own)
-    return kind.__new__(kind)
-
 
 class Execution:
     """How a model runs: plans by the shapes of inputs.
 
     Args:
         choice: What the user wants of which layer.
+        train: Whether the model can be trained.
     """
 
-    def __init__(self, choice: Choice) -> None:  # noqa: D107
-        self.choice = choice
+    def __init__(self, choice: Choice, train: bool) -> None:  # noqa: D107
+        self.choice, self._train = choice, train
         self._start()
 
     def _start(self) -> None:
-        self._plans: OrderedDict[Any, Plan | Unsupported] = OrderedDict()
-        self._last: Plan | Unsupported | None = None
-        self._state: State | None = None
+        self._plans = {trains: Plans() for trains in (False, True)}
+        self._last: Plan | TrainingPlan | Unsupported | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"choice": self.choice}
+        return {"choice": self.choice, "_train": self._train}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.choice = state["choice"]
+        vars(self).update(state)
         self._start()
-
-    @staticmethod
-    def own_class(kind: type[nn.Module]) -> type[nn.Module]:
-        """Return the class that a model had before."""
-        return kind.__mro__[2]
 
     def report(self) -> ExecutionReport:
         """Return the report of the plan that was used last."""
@@ -220,63 +227,111 @@ class Execution:
             args: Positional arguments.
             kwargs: Arguments by name.
         """
+        trains = self._train and model.training and torch.is_grad_enabled()
+        infers = not (self._train and (model.training or torch.is_grad_enabled()))
         leaves, structure = tree_flatten((args, kwargs))
-        if not _is_plain(leaves):
+        if not (trains or infers) or not _is_plain(leaves, trains):
             return dense(*args, **kwargs)
         with self._lock:
-            plan = self._plan(model, leaves, structure, args, kwargs)
+            plan = self._plan(model, trains, leaves, structure, args, kwargs)
             if isinstance(plan, Unsupported):
                 return dense(*args, **kwargs)
-            with torch.no_grad():
+            with torch.set_grad_enabled(trains):
                 return plan(*args, **kwargs)
+
+    def prepare(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Plan for inputs of these shapes.
+
+        Args:
+            model: The model.
+            args: Positional arguments.
+            kwargs: Arguments by name.
+        """
+        leaves, structure = tree_flatten((args, kwargs))
+        if _is_plain(leaves, self._train):
+            self._plan(model, self._train, leaves, structure, args, kwargs)
 
     def _plan(
         self,
         model: nn.Module,
+        trains: bool,
         leaves: list[Any],
         structure: TreeSpec,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Plan | Unsupported:
-        if self._state is None or self._state.changed():
-            self._state = State(model)
-            self._plans.clear()
+    ) -> Plan | TrainingPlan | Unsupported:
+        plans = self._plans[trains]
+        if plans.state is None or plans.state.changed():
+            plans.state = State(model, values=not trains)
+            plans.clear()
         key = structure, tuple(map(_shape, leaves))
-        plan = self._plans.get(key)
+        plan = plans.get(key)
         if plan is None:
-            plan = self._refused(model) or planned(
-                seen_as(self.own_class(type(model)), model), args, kwargs, self.choice
+            plan = self._refused(model, trains) or self._made(
+                model, trains, args, kwargs
             )
-            self._plans[key] = plan
-            if len(self._plans) > _MOST_PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
+            plans[key] = plan
+            if len(plans) > _MOST_PLANS:
+                plans.popitem(last=False)
+            if trains:  # to measure, steps were taken
+                plans.state = State(model, values=False)
+        plans.move_to_end(key)
         self._last = plan
         return plan
 
-    def _refused(self, model: nn.Module) -> Unsupported | None:
+    def _made(
+        self,
+        model: nn.Module,
+        trains: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Plan | TrainingPlan | Unsupported:
+        if trains:
+            dense, _ = _dense_copy(model)
+            return planned_training(model, dense, args, kwargs, self.choice)
+        if self._train:
+            dense, _ = _dense_copy(model)
+            dense.requires_grad_(False)
+        else:
+            assert isinstance(model, Sparsified)
+            dense = seen_as(model.own_class(), model)
+        return planned(dense, args, kwargs, self.choice)
+
+    def _refused(self, model: nn.Module, trains: bool) -> Unsupported | None:
         """Return why a model in its present state runs dense, if it does."""
         for name, module in model.named_modules():
-            if module.training:
+            if module.training and not trains:
                 return Unsupported(f"{name or 'the model'} is in training mode")
-            if name and (forward_hooks(module) or forward_pre_hooks(module)):
+            if name and any(map(len, hooks_of(module))):
                 return Unsupported(f"{name} has hooks, which have to see its values")
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            if tensor.requires_grad:
+            if tensor.requires_grad and not self._train:
                 return Unsupported(f"{name} requires gradients")
             if tensor.device.type != "cpu":
                 return Unsupported(f"{name} is on {tensor.device}, not on the CPU")
         return None
 
 
-def _is_plain(leaves: Iterable[Any]) -> bool:
+class Plans(OrderedDict[Any, "Plan | TrainingPlan | Unsupported"]):
+    """Plans by inputs, the one that was used last at the end.
+
+    Attributes:
+        state: The state of the model for which they hold.
+    """
+
+    state: State | None = None
+
+
+def _is_plain(leaves: Iterable[Any], trains: bool) -> bool:
     """Whether a call can be planned: plain tensors on the CPU, nothing that traces."""
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             plain = type(leaf) in (Tensor, nn.Parameter) and leaf.device.type == "cpu"
             if not plain or leaf.layout != torch.strided or not leaf.numel():
                 return False
-            if leaf.requires_grad and torch.is_grad_enabled():
+            if leaf.requires_grad and torch.is_grad_enabled() and not trains:
                 return False
         elif not isinstance(leaf, int | float | str | None):
             return False
@@ -288,26 +343,29 @@ def _is_plain(leaves: Iterable[Any]) -> bool:
 
 
 def _shape(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.requires_grad
+    return type(leaf), leaf
 
 
 class State:
-    """What a plan depends on: weights, modes, hooks and modules.
+    """What a plan depends on: modes, hooks, modules and tensors.
 
     Whatever is written to a tensor counts its version up, except what is written to
     ``tensor.data``. For this, some numbers of each tensor are looked at.
 
     Args:
         model: The model.
+        values: Whether it depends on the values of tensors.
     """
 
-    def __init__(self, model: nn.Module) -> None:  # noqa: D107
-        self._parts = [*model.modules()]
+    def __init__(self, model: nn.Module, values: bool) -> None:  # noqa: D107
+        self._parts, self._values = [*model.modules()], values
         self._seen = self._look()
         places = [
             place
             for tensor in (*model.parameters(), *model.buffers())
-            for place in _samples(tensor)
+            for place in (_samples(tensor) if values else ())
         ]
         self._places = np.array(places, np.uint64)
         self._numbers = self._digest()
@@ -317,7 +375,7 @@ class State:
         return self._look() != self._seen or self._digest() != self._numbers
 
     def _look(self) -> list[object]:
-        return [one for part in self._parts for one in state_of(part)]
+        return [one for part in self._parts for one in state_of(part, self._values)]
 
     def _digest(self) -> int:
         if not len(self._places):

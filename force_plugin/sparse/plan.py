@@ -46,7 +46,7 @@ from force_plugin.structure.example_inputs import distance
 
 aten = torch.ops.aten
 # Functions of each number by itself, with the value 0 at 0.
-_OF_ZERO = (
+OF_ZERO = (
     aten.relu.default,
     aten.silu.default,
     aten.gelu.default,
@@ -54,7 +54,7 @@ _OF_ZERO = (
     aten.leaky_relu.default,
     aten.tanh.default,
 )
-_BINARY = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor)
+PAIRS = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor)
 # The result is the argument: nothing is written in place.
 _SAME = (aten.clone.default, aten.alias.default, aten.contiguous.default)
 Key = tuple[int, int, int]
@@ -95,22 +95,29 @@ class Choice:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"measured": {}}  # another machine has other times
 
-    def of(self, layer: Layer) -> LayerExecution:
-        """Return how a layer runs."""
+    def of(
+        self, layer: Layer, times: Callable[[Layer], tuple[float, float]]
+    ) -> LayerExecution:
+        """Return how a layer runs.
+
+        Args:
+            layer: The layer.
+            times: Measures the seconds of both ways.
+        """
         kept, total = layer.kept, layer.weight.numel()
         word = self.fixed.get(layer.name, self.otherwise)
         if word != "measure":
             return LayerExecution(layer.name, kept, total, word, "plan= says so")
         if kept == total:
             return LayerExecution(layer.name, kept, total, "dense", "it has no zeros")
-        key = layer.name, shape_of(layer.source), kept, layer.weight.dtype
+        key = times, layer.name, shape_of(layer.source), kept, layer.weight.dtype
         if key not in self.measured:
-            self.measured[key] = _times(layer)
+            self.measured[key] = times(layer)
         sparse, dense = self.measured[key]
         faster = sparse < (1 - _MARGIN) * dense
         runs, why = ("sparse", "faster") if faster else ("dense", "sparse is slower")
-        times = 1e3 * sparse, 1e3 * dense
-        return LayerExecution(layer.name, kept, total, runs, why, *times)
+        taken = 1e3 * sparse, 1e3 * dense
+        return LayerExecution(layer.name, kept, total, runs, why, *taken)
 
 
 class Unsupported(NamedTuple):
@@ -149,15 +156,12 @@ def planned(
         try:
             graph = Graph(model, args, kwargs)
         except Exception as error:
-            first = str(error).strip().partition("\n")[0]
-            return Unsupported(
-                f"torch.export cannot follow it ({type(error).__name__}: {first})"
-            )
+            return Unsupported(not_followed(error))
         if graph.obstacle:
             return Unsupported(graph.obstacle)
         layers = layers_of(graph)
         bar = tqdm(layers, "sparsify", leave=False, disable=not choice.progress)
-        runs = {layer.name: choice.of(layer) for layer in bar}
+        runs = {layer.name: choice.of(layer, _times) for layer in bar}
         known = tuple(runs.values())
         if not any(one.runs == "sparse" for one in known):
             return Unsupported("no layer is faster by its non-zeros", known)
@@ -165,7 +169,7 @@ def planned(
         expected = [*tensors(model(*args, **kwargs))]
         for _ in range(2):  # the second call finds the memory of the first
             found = [*tensors(plan(*args, **kwargs))]
-            if (off := _error(found, expected)) is not None:
+            if (off := difference(found, expected)) is not None:
                 return Unsupported(f"its plan has other outputs: {off}", known)
         if choice.otherwise != "measure":
             return plan
@@ -179,7 +183,13 @@ def planned(
         return plan
 
 
-def _error(found: list[Tensor], expected: list[Tensor]) -> str | None:
+def not_followed(error: Exception) -> str:
+    """Return in words why a model has no graph."""
+    first = str(error).strip().partition("\n")[0]
+    return f"torch.export cannot follow it ({type(error).__name__}: {first})"
+
+
+def difference(found: list[Tensor], expected: list[Tensor]) -> str | None:
     """Return in words how outputs differ from those of the model, ``None`` if not."""
     if [(o.shape, o.dtype) for o in found] != [(o.shape, o.dtype) for o in expected]:
         return "their shapes or types differ"
@@ -217,7 +227,7 @@ class Plan:
         self.sparse_ms: float | None = None
         self.dense_ms: float | None = None
         sparse = [one for one in layers if runs[one.name].runs == "sparse"]
-        self._rooms = _rooms(sparse)
+        self._rooms = rooms_of(sparse)
         self._places: dict[fx.Node, Place] = {}
         self._owned: dict[fx.Node, Place] = {}  # without those that views share
         self._free: dict[tuple[Geometry, int, torch.dtype], list[Tensor]] = {}
@@ -296,7 +306,7 @@ class Plan:
 
     def _multiply(self, layer: Layer) -> Multiply:
         shape, dtype = shape_of(layer.source), layer.weight.dtype
-        geometry = self._rooms[_key(shape_of(layer.last), layer.axis)]
+        geometry = self._rooms[key_of(shape_of(layer.last), layer.axis)]
         product = _product(layer, geometry, adds=layer.added is not None)
         source = self._of(layer.source)
         packs: Tensor | Literal["phases"] | None = None
@@ -359,9 +369,9 @@ class Plan:
         return Alias(node, place)
 
     def _whole(self, node: fx.Node, x: Place) -> Whole | None:
-        if node.target in _OF_ZERO:
+        if node.target in OF_ZERO:
             return Whole(node, (x.planes, *arguments(node)[1:]), self._like(node, x))
-        if node.target not in _BINARY or len(arguments(node)) < 2:
+        if node.target not in PAIRS or len(arguments(node)) < 2:
             return None
         second = self._of(arguments(node)[1])
         if second is not None and x.fits(second):
@@ -466,7 +476,7 @@ def _ends(
     last.update((n, never) for n in graph.outputs if isinstance(n, fx.Node))
     memory = dict(last)
     for unit in reversed(units):
-        if unit.layer is None and _views(unit.result):
+        if unit.layer is None and is_view(unit.result):
             for node in unit.reads:
                 memory[node] = max(memory[node], memory[unit.result])
     found: tuple[list[list[fx.Node]], list[list[fx.Node]]] = (
@@ -480,7 +490,7 @@ def _ends(
     return found
 
 
-def _views(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether a result may share the memory of an argument."""
     if node.target is operator.getitem or node.target in _SAME:
         return True
@@ -488,26 +498,26 @@ def _views(node: fx.Node) -> bool:
     return schema is None or any(result.alias_info for result in schema.returns)
 
 
-def _rooms(layers: Iterable[Layer]) -> dict[Key, Geometry]:
+def rooms_of(layers: Iterable[Layer]) -> dict[Key, Geometry]:
     """Return a geometry for each size of images, and of rows of tokens."""
     wanted: dict[Key, list[Need]] = {}
     for layer in layers:
-        need = wanted.setdefault(_key(shape_of(layer.last), layer.axis), [])
+        need = wanted.setdefault(key_of(shape_of(layer.last), layer.axis), [])
         if layer.axis == 1:
-            need.append(needs(layer.window, _size(layer.source)))
+            need.append(needs(layer.window, size_of(layer.source)))
     return {
         key: Geometry.room(key[0], (key[1], key[2]), own) for key, own in wanted.items()
     }
 
 
-def _key(shape: Sequence[int], axis: int) -> Key:
+def key_of(shape: Sequence[int], axis: int) -> Key:
     """Return numbers of images, lines and pixels of a line, of a value."""
     axis %= len(shape)
     *more, height, width = [1, 1, *(n for k, n in enumerate(shape) if k != axis)]
     return prod(more), height, width
 
 
-def _size(node: fx.Node) -> tuple[int, int]:
+def size_of(node: fx.Node) -> tuple[int, int]:
     """Return height and width of images, see :func:`as_images`."""
     shape = shape_of(node)
     return (shape[2], shape[3]) if len(shape) == 4 else (shape[0], shape[2])
@@ -539,9 +549,9 @@ def _times(layer: Layer) -> tuple[float, float]:
     """Return the seconds of a layer by its non-zeros, and as PyTorch computes it."""
     shape = shape_of(layer.source)
     x = torch.randn(shape, dtype=layer.weight.dtype)
-    (geometry,) = _rooms([layer]).values()
+    (geometry,) = rooms_of([layer]).values()
     product = _product(layer, geometry)
-    moves = layer.axis == 1 and _key(shape, 1) != _key(shape_of(layer.last), 1)
+    moves = layer.axis == 1 and key_of(shape, 1) != key_of(shape_of(layer.last), 1)
     planes, out = product.packed(x.dtype), geometry.zeros(product.outputs, x.dtype)
     dense, values, last = Dense(layer), {layer.source: x}, layer.last
 

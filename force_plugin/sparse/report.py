@@ -11,6 +11,7 @@ from force_plugin.report.text import COLUMNS, table_rows
 
 if TYPE_CHECKING:
     from force_plugin.sparse.plan import Plan, Unsupported
+    from force_plugin.sparse.training import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ExecutionReport:
     dense_ms: float | None = None
 
     @classmethod
-    def of(cls, plan: Plan | Unsupported | None) -> ExecutionReport:
+    def of(cls, plan: Plan | TrainingPlan | Unsupported | None) -> ExecutionReport:
         """Return the report of a plan, or of the reason why there is none."""
         if plan is None:
             return cls((), "there is no plan yet: call the model")
